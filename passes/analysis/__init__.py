@@ -1,0 +1,1 @@
+"""Analysis: facts about captured graphs; nothing here changes a graph."""

@@ -1,0 +1,1 @@
+"""Rewriting: seeds write the semantics, sinking removes the dead work."""

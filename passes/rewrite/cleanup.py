@@ -1,0 +1,63 @@
+"""Passes that make a freshly exported graph plain: no assertions, no slices or casts that do nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from tokgraph.fxnode import tensor
+
+from ..pipeline import GraphPass
+from ..rules.registry import first_input
+from ..rules.shape import is_whole_slice
+
+aten = torch.ops.aten
+_CHECKS = (
+    "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "_assert", "sym_constrain_range",
+    "sym_constrain_range_for_size", "_check_is_size",
+)  # fmt: skip
+
+
+def _is_check(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return str(node.target).endswith("_guards_fn")
+    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
+    return node.op == "call_function" and name in _CHECKS
+
+
+@dataclass(frozen=True)
+class RemoveAssertions(GraphPass):
+    """Removes run-time assertions that export leaves (metadata, sizes, image counts); they have no value anyone reads."""
+
+    name: ClassVar[str] = "remove-assertions"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Erase every assertion and what only assertions needed."""
+        checks = [node for node in graph_module.graph.nodes if _is_check(node)]
+        for node in reversed(checks):
+            graph_module.graph.erase_node(node)
+        dead = graph_module.graph.eliminate_dead_code()
+        graph_module.recompile()
+        return PassResult(graph_module, bool(checks) or dead)
+
+
+@dataclass(frozen=True)
+class RemoveNoOps(GraphPass):
+    """Removes slices of a whole axis."""
+
+    name: ClassVar[str] = "remove-no-ops"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace each such slice by its input."""
+        removed = 0
+        for node in list(graph_module.graph.nodes):
+            if node.target is aten.slice.Tensor and tensor(node) is not None and is_whole_slice(node):
+                node.replace_all_uses_with(first_input(node))
+                graph_module.graph.erase_node(node)
+                removed += 1
+        graph_module.recompile()
+        return PassResult(graph_module, removed > 0)

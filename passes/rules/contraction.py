@@ -1,0 +1,69 @@
+"""Rules of operators that sum products over an axis: linear, matmul and its kin, convolutions."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from tokgraph.fxnode import argument, rank
+
+from .registry import AxisMap, Mix, Rows, is_one, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.linear.default)
+def linear(node: fx.Node) -> AxisMap:
+    """``[..., in] x [out, in]``: every leading axis is row by row, the last one is contracted."""
+    x = argument(node, "input")
+    last = rank(node) - 1
+    rows: list[Rows] = [((x, axis),) for axis in range(last)]
+    return AxisMap((*rows, None), (Mix("contraction", ((x, last),)),))
+
+
+def _product(node: fx.Node, left: fx.Node, right: fx.Node) -> AxisMap:
+    """Rows come from the left operand, columns from the right, batch axes broadcast; query and key axes may share a
+    symbol, so the operand and not the size tells them apart.
+    """
+    ndim, nl, nr = rank(node), rank(left), rank(right)
+    rows: list[Rows] = []
+    for axis in range(ndim):
+        if nl >= 2 and axis == ndim - (2 if nr >= 2 else 1):
+            rows.append(((left, nl - 2),))
+        elif nr >= 2 and axis == ndim - 1:
+            rows.append(((right, nr - 1),))
+        else:
+            aligned = [(x, axis - (ndim - n)) for x, n in ((left, nl), (right, nr)) if n > 2]
+            rows.append(tuple((x, j) for x, j in aligned if j >= 0 and (not is_one(x, j) or is_one(node, axis))))
+    return AxisMap(tuple(rows), (Mix("contraction", ((left, nl - 1), (right, max(nr - 2, 0)))),))
+
+
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
+def matmul(node: fx.Node) -> AxisMap:
+    """``[..., n, k] @ [..., k, m]``."""
+    return _product(node, *node.args[:2])  # type: ignore[arg-type]
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def addmm(node: fx.Node) -> AxisMap:
+    """``bias + left @ right``; the bias broadcasts."""
+    bias, left, right = node.args[:3]
+    product = _product(node, left, right)  # type: ignore[arg-type]
+    assert isinstance(bias, fx.Node)
+    extra = rank(node) - rank(bias)
+    rows = tuple(
+        r if r is None or axis < extra or is_one(bias, axis - extra) else (*r, (bias, axis - extra))
+        for axis, r in enumerate(product.rows)
+    )
+    return AxisMap(rows, product.mixes)
+
+
+@rule(
+    aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+)  # fmt: skip
+def convolution(node: fx.Node) -> AxisMap:
+    """Only the batch axis is row by row: spatial axes are windows, channels are contracted (depthwise or not)."""
+    x = argument(node, "input")
+    n = rank(x)
+    return AxisMap((((x, 0),), *(None,) * (n - 1)), tuple(Mix("window", ((x, axis),)) for axis in range(1, n)))

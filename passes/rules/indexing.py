@@ -1,0 +1,130 @@
+"""Rules of look-ups, gathers and scatters, tokgraph's own among them."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
+from tokgraph.fxnode import argument, rank, tensor
+
+from .registry import AxisMap, Mix, Rows, first_input, identity_rows, is_one, norm_dim, rule
+
+aten = torch.ops.aten
+tokgraph = torch.ops.tokgraph
+
+
+@rule(aten.embedding.default)
+def embedding(node: fx.Node) -> AxisMap:
+    """One table row per index: the axes of the indices are row by row."""
+    indices = argument(node, "indices")
+    rows: list[Rows] = [((indices, axis),) for axis in range(rank(indices))]
+    return AxisMap((*rows, ()))
+
+
+@rule(aten.one_hot.default)
+def one_hot(node: fx.Node) -> AxisMap:
+    """The axes of the indices are row by row."""
+    x = first_input(node)
+    return AxisMap((*(((x, axis),) for axis in range(rank(x))), ()))
+
+
+@rule(aten.gather.default, aten.scatter.src, aten.scatter.value)
+def gather(node: fx.Node) -> AxisMap:
+    """Row by row in every axis but ``dim`` (an index narrower than its source is not followed there)."""
+    x, index = first_input(node), argument(node, "index")
+    along = norm_dim(argument(node, "dim"), rank(x))
+    rows = tuple(None if axis == along else ((x, axis), (index, axis)) for axis in range(rank(x)))
+    return AxisMap(rows, (Mix("order", ((x, along),)),))
+
+
+@rule(aten.index.Tensor)
+def index(node: fx.Node) -> AxisMap:
+    """Advanced indexing with integer tensors on the leading axes: the axes of the (broadcast) indices are row by row
+    in every index; axes of ``x`` that are not indexed follow ``x``; a boolean index is data dependent.
+    """
+    x, indices = first_input(node), list(argument(node, "indices"))
+    n = rank(node)
+    tensors = [i for i in indices if isinstance(i, fx.Node)]
+    val = [tensor(i) for i in tensors]
+    adjacent = indices == sorted(indices, key=lambda i: i is None) and None not in indices[: len(tensors)]
+    if not adjacent or any(v is None or v.dtype in (torch.bool, torch.uint8) for v in val):
+        return AxisMap((None,) * n, (Mix("order", tuple((x, a) for a in range(rank(x)))),))
+    broadcast = n - (rank(x) - len(tensors))
+    rows: list[Rows] = []
+    for axis in range(n):
+        if axis < broadcast:
+            aligned = [(i, axis - (broadcast - rank(i))) for i in tensors]
+            rows.append(tuple((i, j) for i, j in aligned if j >= 0 and (not is_one(i, j) or is_one(node, axis))))
+        else:
+            rows.append(((x, axis - broadcast + len(tensors)),))
+    return AxisMap(tuple(rows), (Mix("order", tuple((x, a) for a in range(len(tensors)))),))
+
+
+@rule(aten.index_select.default)
+def index_select(node: fx.Node) -> AxisMap:
+    """The indexed axis follows the index, the others follow ``x``."""
+    x, along = first_input(node), norm_dim(argument(node, "dim"), rank(node))
+    rows = tuple(((argument(node, "index"), 0),) if a == along else ((x, a),) for a in range(rank(node)))
+    return AxisMap(rows, (Mix("order", ((x, along),)),))
+
+
+@rule(aten.masked_scatter.default)
+def masked_scatter(node: fx.Node) -> AxisMap:
+    """Takes source elements in order, so a row depends on the mask of the rows before it: no axis can be narrowed."""
+    x, mask = first_input(node), argument(node, "mask")
+    return _positions_of(node, x, *([(mask, rank(node) - rank(mask))] if isinstance(mask, fx.Node) else []))
+
+
+def _positions_of(node: fx.Node, x: fx.Node, *others: tuple[fx.Node, int]) -> AxisMap:
+    """No axis can be narrowed, but the positions are those of ``x`` (and of others, whose axes start later)."""
+    aligned = [(axis, (x, axis)) for axis in range(rank(node))]
+    for other, offset in others:
+        aligned += [(j + offset, (other, j)) for j in range(rank(other)) if not is_one(other, j)]
+    mixes = (Mix("order", tuple((x, axis) for axis in range(rank(x)))),)
+    return AxisMap((None,) * rank(node), mixes, tuple(aligned))
+
+
+@rule(aten.index_put.default, aten.index_add.default, aten.index_copy.default, aten.scatter_add.default)
+def index_put(node: fx.Node) -> AxisMap:
+    """Writes rows by index: no axis is followed."""
+    return _positions_of(node, first_input(node))
+
+
+@rule(aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default)
+def sort(node: fx.Node) -> AxisMap:
+    """Orders along one axis; the others are row by row."""
+    x = first_input(node)
+    along = norm_dim(argument(node, "dim", -1), rank(x))
+    rows: tuple[Rows, ...] = tuple(None if axis == along else ((x, axis),) for axis in range(rank(x)))
+    return AxisMap(rows, (Mix("order", ((x, along),)),))
+
+
+@rule(tokgraph.select.default)
+def select(node: fx.Node) -> AxisMap:
+    """Ours: narrows ``dim``; the others are row by row."""
+    x, dim = first_input(node), argument(node, "dim")
+    return AxisMap(tuple(None if a == dim else r for a, r in enumerate(identity_rows(node, x))))
+
+
+@rule(tokgraph.drop.default)
+def drop(node: fx.Node) -> AxisMap:
+    """Ours: narrows the token axis of the stream."""
+    x = first_input(node)
+    return AxisMap(tuple(None if a == 1 else r for a, r in enumerate(identity_rows(node, x))))
+
+
+@rule(tokgraph.restore.default)
+def restore(node: fx.Node) -> AxisMap:
+    """Ours: the token axis is that of ``x``, but a row comes from ``x`` or from ``rows``."""
+    x = first_input(node)
+    rows = tuple(None if a == 1 else r for a, r in enumerate(identity_rows(node, x)))
+    return AxisMap(rows, aligned=((1, (x, 1)),))
+
+
+@rule(tokgraph.select_targets.default)
+def select_targets(node: fx.Node) -> AxisMap:
+    """Ours: labels at the demanded rows."""
+    x = first_input(node)
+    return AxisMap((((x, 0),), None))
+

@@ -1,0 +1,79 @@
+"""Rules of operators that normalise or reduce over axes, and of losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from tokgraph.fxnode import argument, rank
+
+from .registry import AxisMap, Mix, MixKind, Rows, first_input, norm_dim, rule
+
+aten = torch.ops.aten
+
+
+def _kept(x: fx.Node, over: set[int], kind: MixKind) -> AxisMap:
+    """An operator of the same shape that needs whole rows along the axes ``over``."""
+    rows: list[Rows] = [None if axis in over else ((x, axis),) for axis in range(rank(x))]
+    mixes = tuple(Mix(kind, ((x, axis),)) for axis in sorted(over))
+    return AxisMap(tuple(rows), mixes, tuple((axis, (x, axis)) for axis in sorted(over)))
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+def softmax(node: fx.Node) -> AxisMap:
+    """Normalises over ``dim``."""
+    x = first_input(node)
+    return _kept(x, {norm_dim(argument(node, "dim"), rank(x))}, "softmax")
+
+
+@rule(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default)
+def scan(node: fx.Node) -> AxisMap:
+    """Runs along its axis (or axes)."""
+    x = first_input(node)
+    over = argument(node, "dim") if argument(node, "dim") is not None else argument(node, "dims")
+    over = over if isinstance(over, (list, tuple)) else [over]
+    return _kept(x, {norm_dim(d, rank(x)) for d in over} or set(range(rank(x))), "scan")
+
+
+@rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default, aten.native_layer_norm.default)
+def layer_norm(node: fx.Node) -> AxisMap:
+    """Normalises over the trailing axes."""
+    x = first_input(node)
+    over = len(argument(node, "normalized_shape"))
+    return _kept(x, set(range(rank(x) - over, rank(x))), "reduction")
+
+
+@rule(aten.group_norm.default, aten.native_group_norm.default, aten.batch_norm.default, aten.instance_norm.default)
+def channel_norm(node: fx.Node) -> AxisMap:
+    """Normalises over everything but the batch (``group_norm``); batch statistics mix the batch as well."""
+    x = first_input(node)
+    over = set(range(rank(x)))
+    if node.target in (aten.group_norm.default, aten.native_group_norm.default):
+        over.discard(0)
+    return _kept(x, over, "reduction")
+
+
+@rule(
+    aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction, aten.all.dim,
+    aten.any.dim, aten.argmax.default, aten.argmin.default, aten.linalg_vector_norm.default, aten.logsumexp.default,
+    aten.sum.default, aten.mean.default, aten.all.default, aten.any.default, aten.prod.default, aten.prod.dim_int,
+)  # fmt: skip
+def reduction(node: fx.Node) -> AxisMap:
+    """Reduces over some or all axes."""
+    x = first_input(node)
+    n = rank(x)
+    over = argument(node, "dim")
+    over = list(range(n)) if over is None else over if isinstance(over, (list, tuple)) else [over]
+    dims = {norm_dim(d, n) for d in over} or set(range(n))
+    left = range(n) if argument(node, "keepdim", False) else [a for a in range(n) if a not in dims]
+    rows: list[Rows] = [() if axis in dims else ((x, axis),) for axis in left]
+    return AxisMap(tuple(rows), tuple(Mix("reduction", ((x, axis),)) for axis in sorted(dims)))
+
+
+@rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default, aten.mse_loss.default,
+      aten.nll_loss_forward.default, aten.binary_cross_entropy_with_logits.default, aten.l1_loss.default)  # fmt: skip
+def loss(node: fx.Node) -> AxisMap:
+    """A loss: reads every row, returns a scalar (or rows, which are then not followed)."""
+    inputs = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    mixes = tuple(Mix("reduction", ((x, axis),)) for x in inputs for axis in range(rank(x)))
+    return AxisMap((None,) * rank(node), mixes)

@@ -1,0 +1,1 @@
+"""Hand-written references that the compiled graphs are compared with. Nothing here imports tokgraph."""

@@ -1,0 +1,1 @@
+"""tokgraph: a compiler that thins visual tokens of unified vision-language models."""

@@ -1,0 +1,328 @@
+"""Run-time operators: index building, select, drop and restore, with fake kernels, autograd and an ATen lowering.
+
+Every index is a ``[batch, rows]`` int64 tensor of token positions, unique and ascending in each row. Operators that build
+one know its width before they run (shapes stay static or symbolic, so graphs compile and export), and check on each
+batch that the width is right: a :class:`BatchError` on the CPU, ``torch._assert_async`` on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import BatchError
+
+NAMESPACE = "tokgraph"
+_END = 2**63 - 1
+
+
+def _require(ok: Tensor, message: str) -> None:
+    """Raise on the CPU, assert asynchronously on a device: ``ok`` is a boolean scalar tensor."""
+    if ok.device.type == "meta":
+        return
+    if ok.device.type == "cpu":
+        if not bool(ok):
+            raise BatchError(message, help="make the batch like the example batch of the task, or optimize for this one")
+    else:
+        torch._assert_async(ok, message)
+
+
+def expand_index(index: Tensor, shape: torch.Size, dim: int, batch_dim: int) -> Tensor:
+    """``[batch, rows]`` index -> the index that ``gather`` along ``dim`` of a tensor of ``shape`` needs."""
+    view = [1] * len(shape)
+    view[batch_dim], view[dim] = index.shape
+    sizes = list(shape)
+    sizes[dim] = index.shape[1]
+    return index.reshape(view).expand(sizes)
+
+
+# ------------------------------------------------------------------ moving rows
+
+
+def _select(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
+    return x.gather(dim, expand_index(index, x.shape, dim, batch_dim))
+
+
+def _drop(x: Tensor, keep: Tensor) -> Tensor:
+    return _select(x, keep, 1, 0)
+
+
+def _restore(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    return x.scatter(1, expand_index(index, x.shape, 1, 0), rows)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
+def select(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """Rows ``index`` of ``x`` along ``dim``, per sample.
+
+    Args:
+        x: any tensor with a batch axis.
+        index: ``[batch, rows]`` int64, unique positions in each row.
+        dim: the token axis of ``x``.
+        batch_dim: the batch axis of ``x``.
+
+    Returns:
+        ``x`` with ``dim`` narrowed to ``rows``.
+    """
+    return _select(x, index, dim, batch_dim)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::drop", mutates_args=())
+def drop(x: Tensor, keep: Tensor) -> Tensor:
+    """The residual stream without its dropped rows: ``[batch, tokens, hidden]`` -> ``[batch, rows, hidden]``.
+
+    Args:
+        x: the residual stream.
+        keep: ``[batch, rows]`` int64 positions that stay, ascending.
+    """
+    return _drop(x, keep)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::restore", mutates_args=())
+def restore(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """``x`` with its rows ``index`` replaced: dropped rows, unchanged, take their places again.
+
+    Args:
+        x: ``[batch, tokens, hidden]``, the residual stream at the start of the span.
+        rows: ``[batch, rows, hidden]``, the kept rows at its end.
+        index: ``[batch, rows]`` int64 positions of ``rows`` in ``x``.
+    """
+    return _restore(x, rows, index)
+
+
+def _select_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (index,) = ctx.saved_tensors
+    into = expand_index(index, ctx.shape, ctx.dim, ctx.batch_dim)
+    return grad.new_zeros(ctx.shape).scatter(ctx.dim, into, grad), None, None, None
+
+
+def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, index, ctx.dim, ctx.batch_dim = inputs
+    ctx.shape = x.shape
+    ctx.save_for_backward(index)
+
+
+def _drop_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _select_setup(ctx, (*inputs, 1, 0), output)
+
+
+def _drop_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _select_backward(ctx, grad)[0], None
+
+
+def _restore_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _restore_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    (index,) = ctx.saved_tensors
+    at = expand_index(index, grad.shape, 1, 0)
+    return grad.scatter(1, at, 0.0), grad.gather(1, at), None
+
+
+select.register_fake(_select)
+drop.register_fake(_drop)
+restore.register_fake(_restore)
+select.register_autograd(_select_backward, setup_context=_select_setup)
+drop.register_autograd(_drop_backward, setup_context=_drop_setup)
+restore.register_autograd(_restore_backward, setup_context=_restore_setup)
+
+# ------------------------------------------------------------------ masks over the token axis
+
+
+def _range_mask(like: Tensor, start: int, stop: int) -> Tensor:
+    at = torch.arange(like.shape[1], device=like.device)
+    return ((at >= start) & (at < stop)).unsqueeze(0).expand(like.shape[0], -1).clone()
+
+
+def _demand_mask(visual: Tensor, reads: str) -> Tensor:
+    read = visual if reads == "visual" else ~visual
+    return read | F.pad(read[:, 1:], (0, 1), value=False)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::range_mask", mutates_args=())
+def range_mask(like: Tensor, start: int, stop: int) -> Tensor:
+    """``[batch, tokens]`` bool, true at positions ``start <= i < stop``; batch and tokens are those of ``like``."""
+    return _range_mask(like, start, stop)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::demand_mask", mutates_args=())
+def demand_mask(visual: Tensor, reads: str) -> Tensor:
+    """The demanded rows of a next-token loss: rows of the kind it reads, and rows whose successor is of that kind.
+
+    Args:
+        visual: ``[batch, tokens]`` bool.
+        reads: ``"text"`` or ``"visual"``.
+    """
+    return _demand_mask(visual, reads)
+
+
+@range_mask.register_fake
+def _(like: Tensor, start: int, stop: int) -> Tensor:
+    return like.new_empty(like.shape[:2], dtype=torch.bool)
+
+
+@demand_mask.register_fake
+def _(visual: Tensor, reads: str) -> Tensor:
+    return torch.empty_like(visual)
+
+
+# ------------------------------------------------------------------ indices
+
+
+def _rows(mask: Tensor, count: int, exact: bool) -> Tensor:
+    first = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
+    return first[:, :count].sort(dim=1).values
+
+
+def _range_rows(like: Tensor, start: int, stop: int) -> Tensor:
+    return torch.arange(start, stop, device=like.device).unsqueeze(0).expand(like.shape[0], -1).clone()
+
+
+def _keep_rows(candidates: Tensor, score: Tensor, keep: int, tokens: int) -> Tensor:
+    worst_first = score.sort(dim=1, descending=True, stable=True).indices[:, keep:]
+    dropped = candidates.gather(1, worst_first)
+    alive = torch.ones(candidates.shape[0], tokens, dtype=torch.bool, device=candidates.device).scatter(1, dropped, False)
+    return _rows(alive, tokens - (candidates.shape[1] - keep), True)
+
+
+def _uniform_score(candidates: Tensor, keep: int) -> Tensor:
+    width = candidates.shape[1]
+    rank = torch.arange(keep, device=candidates.device) * width // max(keep, 1)
+    score = torch.zeros(width, device=candidates.device).scatter(0, rank, 1.0)
+    return score.unsqueeze(0).expand(candidates.shape[0], -1).clone()
+
+
+def _random_score(candidates: Tensor, seed: int) -> Tensor:
+    samples, width = candidates.shape
+    device = candidates.device
+    x = torch.arange(samples, device=device).unsqueeze(1) * 0x9E3779B1 + torch.arange(width, device=device)
+    x = (x + seed * 0x85EBCA6B) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rows", mutates_args=())
+def rows(mask: Tensor, count: int, exact: bool) -> Tensor:
+    """Positions at which ``mask`` is true, ascending.
+
+    Args:
+        mask: ``[batch, tokens]`` bool.
+        count: width of the result.
+        exact: every sample must have ``count`` true positions; else it may have fewer, and the first false positions
+            fill the row up.
+
+    Returns:
+        ``[batch, count]`` int64.
+
+    Raises:
+        BatchError: a sample of the batch has another number of true positions.
+    """
+    found = mask.sum(1)
+    _require(
+        (found == count).all() if exact else (found <= count).all(),
+        f"a sample has {'another number of' if exact else 'more'} such tokens than the {count} of the example batch "
+        "(visual or demanded tokens)",
+    )
+    return _rows(mask, count, exact)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::range_rows", mutates_args=())
+def range_rows(like: Tensor, start: int, stop: int) -> Tensor:
+    """``[batch, stop - start]`` int64: positions ``start .. stop - 1`` for every sample of ``like``."""
+    return _range_rows(like, start, stop)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::keep_rows", mutates_args=())
+def keep_rows(candidates: Tensor, score: Tensor, keep: int, tokens: int) -> Tensor:
+    """Every position except the candidates of lowest score.
+
+    Args:
+        candidates: ``[batch, m]`` int64 positions that may be dropped.
+        score: ``[batch, m]``; of equal scores the earlier position stays.
+        keep: how many candidates stay.
+        tokens: length of the token axis.
+
+    Returns:
+        ``[batch, tokens - (m - keep)]`` int64, ascending.
+    """
+    return _keep_rows(candidates, score, keep, tokens)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::uniform_score", mutates_args=())
+def uniform_score(candidates: Tensor, keep: int) -> Tensor:
+    """``[batch, m]`` float32: 1 at the ranks ``floor(j * m / keep)``, ``j = 0 .. keep - 1``, else 0."""
+    return _uniform_score(candidates, keep)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::random_score", mutates_args=())
+def random_score(candidates: Tensor, seed: int) -> Tensor:
+    """``[batch, m]`` int64 in ``[0, 2**32)``: a hash of sample, rank and seed, the same on every device.
+
+    Source: the 32-bit integer finaliser with constants ``7feb352d``/``846ca68b`` (C. Wellons, hash-prospector).
+    """
+    return _random_score(candidates, seed)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::select_targets", mutates_args=())
+def select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
+    """Targets of a loss at the demanded rows.
+
+    Args:
+        targets: ``[batch, tokens]`` int64 labels, already shifted.
+        index: ``[batch, rows]`` int64 demanded positions.
+        ignore_index: the label that the loss does not read.
+
+    Returns:
+        ``[batch, rows]`` int64.
+
+    Raises:
+        BatchError: a row outside ``index`` has a label, so the loss reads more than the task's ``reads=`` says.
+    """
+    left_out = targets.scatter(1, index, ignore_index)
+    _require(
+        (left_out == ignore_index).all(),
+        "the loss reads a position that the task's reads= rules out (a label is not the ignore index there)",
+    )
+    return targets.gather(1, index)
+
+
+rows.register_fake(lambda mask, count, exact: mask.new_empty((mask.shape[0], count), dtype=torch.int64))
+range_rows.register_fake(
+    lambda like, start, stop: like.new_empty((like.shape[0], stop - start), dtype=torch.int64, requires_grad=False)
+)
+keep_rows.register_fake(
+    lambda candidates, score, keep, tokens: candidates.new_empty(
+        (candidates.shape[0], tokens - (candidates.shape[1] - keep))
+    )
+)
+uniform_score.register_fake(lambda candidates, keep: candidates.new_empty(candidates.shape, dtype=torch.float32))
+random_score.register_fake(lambda candidates, seed: torch.empty_like(candidates))
+select_targets.register_fake(lambda targets, index, ignore_index: targets.new_empty(index.shape))
+
+
+def _select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
+    return targets.gather(1, index)
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
+    """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out."""
+    ops = torch.ops.tokgraph
+    return {
+        ops.select.default: _select,
+        ops.drop.default: _drop,
+        ops.restore.default: _restore,
+        ops.range_mask.default: _range_mask,
+        ops.demand_mask.default: _demand_mask,
+        ops.rows.default: _rows,
+        ops.range_rows.default: _range_rows,
+        ops.keep_rows.default: _keep_rows,
+        ops.uniform_score.default: _uniform_score,
+        ops.random_score.default: _random_score,
+        ops.select_targets.default: _select_targets,
+    }

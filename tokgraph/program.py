@@ -1,0 +1,147 @@
+"""The captured program: one ATen FX graph per task, over the parameters of one model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import BatchError
+from .spec import ModelSpec, Task
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A dimension that the user asked to keep dynamic.
+
+    Args:
+        input: name of the input.
+        dim: which of its dimensions.
+        name: the user's name for it.
+        symbol: its symbol in the graph, ``None`` where the model fixed it.
+        size: its size in the example batch.
+    """
+
+    input: str
+    dim: int
+    name: str
+    symbol: str | None
+    size: int
+
+
+@dataclass(frozen=True)
+class TaskGraph:
+    """One task, captured.
+
+    Args:
+        name: the task's name.
+        task: what the user wrote.
+        graph_module: functional ATen graph: flat placeholders in, a flat tuple out; its parameters are the model's own.
+        in_spec: pytree of the inputs mapping.
+        out_spec: pytree of what the task's forward returns; its leaves are the first outputs of the graph.
+        dimensions: the dimensions asked to be dynamic, and what became of them.
+        row_outputs: outputs the graph has beyond ``out_spec``: label -> position (row indices of compact tensors).
+    """
+
+    name: str
+    task: Task
+    graph_module: fx.GraphModule
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    dimensions: tuple[Dimension, ...] = ()
+    row_outputs: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph."""
+        return self.graph_module.graph
+
+    def flatten(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Inputs in placeholder order.
+
+        Raises:
+            BatchError: the mapping's structure is not that of the example batch.
+        """
+        ordered = {key: inputs[key] for key in self.task.inputs if key in inputs}
+        ordered |= {key: value for key, value in inputs.items() if key not in ordered}
+        leaves, spec = pytree.tree_flatten(ordered)
+        if spec != self.in_spec:
+            raise BatchError(
+                f"task {self.name!r} takes the inputs {', '.join(self.task.inputs)}; got {', '.join(inputs) or 'none'}",
+                help="pass every input of the task's example batch by name, with the same nesting",
+            )
+        return leaves
+
+    def unflatten(self, outputs: Any) -> Any:
+        """What the task's forward returns, from the graph's flat outputs."""
+        return pytree.tree_unflatten(list(outputs)[: self.out_spec.num_leaves], self.out_spec)
+
+    def copy(self) -> TaskGraph:
+        """A copy whose graph can be edited; parameters stay the same objects."""
+        module = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
+        module.meta.update(self.graph_module.meta)
+        return replace(self, graph_module=module)
+
+    def hints(self) -> dict[str, int]:
+        """Symbol -> its size in the example batch."""
+        return {d.symbol: d.size for d in self.dimensions if d.symbol is not None}
+
+    def symbol_names(self) -> dict[str, str]:
+        """Symbol -> the user's name for it."""
+        return {d.symbol: d.name for d in self.dimensions if d.symbol is not None}
+
+
+class Program(Mapping[str, TaskGraph]):
+    """Task name -> :class:`TaskGraph`, all over one model.
+
+    Args:
+        spec: the model and tasks that were captured.
+        graphs: the task graphs.
+    """
+
+    def __init__(self, spec: ModelSpec, graphs: Mapping[str, TaskGraph]) -> None:
+        self.spec = spec
+        self._graphs = dict(graphs)
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model; every task graph holds its parameters."""
+        return self.spec.model
+
+    def __getitem__(self, task: str) -> TaskGraph:
+        return self._graphs[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._graphs)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def copy(self) -> Program:
+        """A program whose graphs can be edited without touching this one."""
+        return Program(self.spec, {name: graph.copy() for name, graph in self.items()})
+
+    def replacing(self, graphs: Mapping[str, TaskGraph]) -> Program:
+        """The same program with some task graphs replaced."""
+        return Program(self.spec, {**self._graphs, **graphs})
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(f"{name}: {len(graph.graph.nodes)} nodes" for name, graph in self.items())
+        return f"Program({tasks})"
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether any parameter or buffer of ``module`` has no storage."""
+    return any(t.device.type == "meta" for t in (*module.parameters(), *module.buffers()))
+
+
+def model_device(module: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer, the CPU if it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
