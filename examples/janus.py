@@ -171,7 +171,11 @@ def janus_config(dims: Size, layers: int) -> JanusConfig:
 
 
 def understanding_loss(
-    model: JanusForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor, labels: Tensor
+    model: JanusForConditionalGeneration,
+    input_ids: Tensor,
+    pixel_values: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the next-token loss on the answer, and the logits `[batch, tokens, vocabulary]`.
 

@@ -20,15 +20,15 @@ Numerics = Literal["exact", "approximate"]
 class GraphPass(PassBase):
     """A pass over one task graph; subclasses are frozen dataclasses whose fields are their options.
 
+    A pass with a field ``task`` runs on that task's graph only.
+
     Class attributes:
         name: the pass's name in diagnostics, deltas and documentation.
         numerics: ``"exact"``: outputs and gradients stay equal beyond rounding; ``"approximate"``: they may not.
-        task: the task the pass is for; ``None``: every task.
     """
 
     name: ClassVar[str]
     numerics: ClassVar[Numerics] = "exact"
-    task: str | None = None
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         """Check the precondition on the graph, run, check the postcondition on the *result*."""

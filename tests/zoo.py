@@ -156,6 +156,7 @@ def _tower(patch: int, **options: Any) -> dict[str, Any]:
     }
 
 
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 TOKENS = {0: "batch", 1: "tokens"}
 ONLY_TOKENS = {1: "tokens"}
 ONLY_BATCH = {0: "batch"}
@@ -357,12 +358,9 @@ def glm_image(attn: Attention = "sdpa") -> ZooModel:
         text_config=_llama(
             vocab_size=CODES + VOCAB,
             vision_vocab_size=CODES + VOCAB,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [2, 1, 1],
-                "partial_rotary_factor": 1.0,
-            },
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            rope_parameters={**_MROPE, "partial_rotary_factor": 0.5},
             eos_token_id=end,
         ),
         vision_config={
@@ -515,7 +513,7 @@ def idefics3(attn: Attention = "sdpa") -> ZooModel:
 
 
 def smolvlm(attn: Attention = "sdpa") -> ZooModel:
-    """SmolVLM: like Idefics3, but features enter by an index and a `where`."""
+    """SmolVLM: like Idefics3, except that a batch without any image keeps one empty image."""
     config = tf.SmolVLMConfig(
         text_config={"model_type": "llama", **_llama()},
         vision_config=_tower(2),
@@ -568,7 +566,6 @@ def _qwen(name: str, cls: Any, config: Any, attn: Attention) -> ZooModel:
     )
 
 
-_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _QWEN_IDS = {
     "image_token_id": IMAGE_ID,
     "video_token_id": 63,
@@ -580,7 +577,7 @@ _QWEN_IDS = {
 def qwen2_vl(attn: Attention = "sdpa") -> ZooModel:
     """Qwen2-VL: packed image patches and M-RoPE."""
     config = tf.Qwen2VLConfig(
-        text_config=_llama(rope_parameters=dict(_MROPE)),
+        text_config=_llama(rope_parameters={**_MROPE}),
         vision_config={
             "depth": 1,
             "embed_dim": VISION,
@@ -598,7 +595,7 @@ def qwen2_vl(attn: Attention = "sdpa") -> ZooModel:
 def qwen2_5_vl(attn: Attention = "sdpa") -> ZooModel:
     """Qwen2.5-VL: as Qwen2-VL, with windowed attention in the tower."""
     config = tf.Qwen2_5_VLConfig(
-        text_config=_llama(rope_parameters=dict(_MROPE)),
+        text_config=_llama(rope_parameters={**_MROPE}),
         vision_config={
             "depth": 2,
             "hidden_size": VISION,

@@ -11,22 +11,20 @@ from .program import Dimension
 
 @dataclass(frozen=True)
 class VisualFlow:
-    """Where the visual tokens of a task enter the residual stream.
+    """Where the visual tokens of a task are.
 
     Args:
-        kind: ``"ids"``: an id range of an input; ``"mask"``: a boolean node; ``"range"``: a range of positions.
-        entry: node at which visual and text rows are together for the first time (the stream's first value).
-        source: node that is the mask, or the ids; ``None`` for a range.
+        kind: ``"ids"``: an id range of ``source``; ``"mask"``: ``source`` is the mask; ``"range"``: a range of positions.
+        entry: node at which visual and text rows are together for the first time.
+        count: visual tokens of each sample.
+        runs: contiguous runs of visual tokens in a sample, the most in the example batch.
+        source: the ids ``[batch, tokens]`` or the mask (``[batch, tokens]``, and trailing axes of size 1).
         low: smallest id (``"ids"``).
         high: largest id, inclusive (``"ids"``).
-        start: first position (``"range"``), negative from the end; or the nodes whose sizes add up to it.
-        stop: position after the last (``"range"``), ``None``: the end.
-        before: nodes (and their axis) whose sizes come before the range, when ``entry`` concatenates.
-        width: the node (and its axis) whose size is the range's length, when ``entry`` concatenates.
-        carriers: the values through which visual rows pass, entry and block boundaries, in order.
-        exits: nodes that read the stream after the last block (loss and outputs).
-        count: visual tokens of each sample.
-        runs: contiguous runs of visual tokens of a sample, the most in the example batch.
+        start: first position (``"range"``); negative: from the end.
+        stop: position after the last (``"range"``); ``None``: the end.
+        before: ``(node, axis)`` pairs whose sizes are to be added to ``start`` and ``stop`` (what ``entry`` puts before).
+        branch: nodes that make visual rows before ``entry``.
     """
 
     kind: Literal["ids", "mask", "range"]
@@ -36,12 +34,27 @@ class VisualFlow:
     source: str | None = None
     low: int | None = None
     high: int | None = None
-    start: int | None = None
+    start: int = 0
     stop: int | None = None
     before: tuple[tuple[str, int], ...] = ()
-    width: tuple[str, int] | None = None
-    carriers: tuple[str, ...] = ()
-    exits: tuple[str, ...] = ()
+    branch: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeyOperand:
+    """An operand of an attention that has the key axis.
+
+    Args:
+        user: node that reads the operand (the fused attention, the softmax, or the weighted sum).
+        node: the operand.
+        axis: its key axis.
+        role: ``"key"``, ``"value"``, ``"attn_mask"`` or ``"scores"``.
+    """
+
+    user: str
+    node: str
+    axis: int
+    role: str
 
 
 @dataclass(frozen=True)
@@ -49,17 +62,15 @@ class Attention:
     """One attention over the token axis.
 
     Args:
-        kind: ``"sdpa"``: one fused node; ``"eager"``: softmax, row-wise ops, matmul.
+        kind: ``"sdpa"``: one fused node; ``"eager"``: softmax, row-wise operators, weighted sum.
         node: the fused node, or the softmax.
-        keys: ``(node, axis)`` pairs that form the key axis where the semantics of *hide* apply: the operands of the
-            fused node (key, value, mask), or the softmax's input and the value operand of the matmul.
-        query: the query operand.
+        keys: the operands that are narrowed when keys are hidden.
         output: the node whose rows are the attention's output rows.
     """
 
     kind: Literal["sdpa", "eager"]
     node: str
-    keys: tuple[tuple[str, int, str], ...]
+    keys: tuple[KeyOperand, ...]
     output: str
 
 
@@ -90,17 +101,34 @@ class Demand:
 
     Args:
         reads: ``"text"``, ``"visual"`` or ``"all"``.
-        rows: number of demanded rows of a sample, the most in the example batch.
-        visual: how many of them are visual, the most in the example batch.
-        skipped: number of rows of a sample that are not demanded, the least in the example batch.
+        rows: demanded rows of a sample, the most in the example batch.
+        visual: visual ones among them, the most in the example batch.
         tokens: length of the token axis in the example batch.
+        even: every sample has the same number of demanded visual rows.
     """
 
-    reads: str
+    reads: Literal["text", "visual", "all"]
     rows: int
     visual: int
-    skipped: int
     tokens: int
+    even: bool
+
+
+@dataclass(frozen=True)
+class Window:
+    """A slice of the token axis that something after the last block reads.
+
+    Args:
+        node: the slice.
+        length: rows it takes, in the example batch.
+        demanded: demanded rows among them, the most in the example batch.
+        visual: visual rows among them, the most in the example batch.
+    """
+
+    node: str
+    length: int
+    demanded: int
+    visual: int
 
 
 @dataclass(frozen=True)
@@ -110,26 +138,26 @@ class TaskFacts:
     Args:
         name: the task.
         entry: node that is the stream's first value, ``[batch, tokens, hidden]``.
-        batch_axis: axis of ``entry`` that is the batch.
-        token_axis: axis of ``entry`` that is the token axis.
         blocks: decoder blocks in order.
         visual: where visual tokens are.
         demand: which rows are read.
+        exits: nodes that read the stream after the last block.
+        windows: slices of the token axis after the last block.
         token_axes: node -> its axes that are the token axis (query and key axes alike).
-        parameters: parameter name -> share of the task's demanded-reaching visual tokens that it transforms.
+        profile: parameter name -> share of the task's demanded-reaching visual tokens that it transforms, in ``[0, 1]``.
         dimensions: dimensions asked to be dynamic.
-        unruled: operators on the token axis that have no rule, by node.
+        unruled: ``(node, operator)`` of operators inside blocks that have no rule.
     """
 
     name: str
     entry: str
-    batch_axis: int
-    token_axis: int
     blocks: tuple[Block, ...]
     visual: VisualFlow
     demand: Demand
+    exits: tuple[str, ...]
+    windows: tuple[Window, ...]
     token_axes: Mapping[str, tuple[int, ...]] = field(repr=False)
-    parameters: Mapping[str, float] = field(repr=False)
+    profile: Mapping[str, float] = field(repr=False, default_factory=dict)
     dimensions: tuple[Dimension, ...] = ()
     unruled: tuple[tuple[str, str], ...] = ()
 
@@ -156,5 +184,5 @@ class Facts(Mapping[str, TaskFacts]):
 
     def shared_parameters(self) -> tuple[str, ...]:
         """Names of the parameters that every task's visual tokens pass."""
-        names = [{p for p, share in facts.parameters.items() if share > 0} for facts in self.values()]
+        names = [{p for p, share in facts.profile.items() if share > 0} for facts in self.values()]
         return tuple(sorted(set.intersection(*names))) if names else ()

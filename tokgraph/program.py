@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 from .errors import BatchError
 from .spec import ModelSpec, Task
 
+COMPACT_OUTPUTS = "tokgraph.compact_outputs"
+"""Key of ``GraphModule.meta``: ``{output leaf: position of its row index among the outputs}``."""
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -45,7 +48,6 @@ class TaskGraph:
         in_spec: pytree of the inputs mapping.
         out_spec: pytree of what the task's forward returns; its leaves are the first outputs of the graph.
         dimensions: the dimensions asked to be dynamic, and what became of them.
-        row_outputs: outputs the graph has beyond ``out_spec``: label -> position (row indices of compact tensors).
     """
 
     name: str
@@ -54,7 +56,6 @@ class TaskGraph:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     dimensions: tuple[Dimension, ...] = ()
-    row_outputs: tuple[tuple[str, int], ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -80,6 +81,11 @@ class TaskGraph:
     def unflatten(self, outputs: Any) -> Any:
         """What the task's forward returns, from the graph's flat outputs."""
         return pytree.tree_unflatten(list(outputs)[: self.out_spec.num_leaves], self.out_spec)
+
+    @property
+    def compact_outputs(self) -> dict[int, int]:
+        """Output leaves that hold the demanded rows only -> position of the output that is their row index."""
+        return dict(self.graph_module.meta.get(COMPACT_OUTPUTS, {}))
 
     def copy(self) -> TaskGraph:
         """A copy whose graph can be edited; parameters stay the same objects."""

@@ -32,7 +32,11 @@ def _overloads(names: list[str]) -> list[object]:
     return [op for op in chosen if not op._schema.is_mutable and "out" not in op._overloadname.split("_")]
 
 
-@rule(*_overloads(UNARY), *_overloads(BINARY))
+BROADCASTING = frozenset((*_overloads(UNARY), *_overloads(BINARY)))
+"""Operators whose inputs align from the back: a missing batch axis can be put before an input without changing them."""
+
+
+@rule(*sorted(BROADCASTING, key=str))
 def pointwise(node: fx.Node) -> AxisMap:
     """Elementwise; size-1 axes broadcast."""
     return AxisMap(tuple(broadcast_rows(node)))

@@ -1,8 +1,8 @@
 """Drop semantics in code: transformers' Janus decoder layers in a plain loop that really leaves rows out.
 
 The specification that compiled graphs are compared with. It favours being read over being fast, works in any dtype,
-and autograd goes through all of it. Words are those of `docs/`: a *row* is one token position of the residual stream
-in one sample; a *site* drops visual rows in the span of blocks `[start, end)`.
+and autograd goes through all of it. A *row* is one token position of the residual stream in one sample; a *site* drops
+visual rows in the span of blocks `[start, end)`; a row is *demanded* when the loss of its task may read it.
 
 The rules, each beside the function that holds it:
 
@@ -13,14 +13,14 @@ The rules, each beside the function that holds it:
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
-from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, repeat_kv, rotate_half
 
 IGNORE = -100  # label of a row that no loss reads
 
@@ -116,7 +116,7 @@ class Result:
         logits: `[batch, rows, classes]`, of the surviving rows that the head reads.
         rows: `[batch, rows]`, the token position of each row of `logits`.
         surviving: `[batch, survivors]`, the positions alive after the last block.
-        kept: For each site, in the order the spans open (outer before inner), the visual positions it kept `[batch, k]`.
+        kept: For each site, in the order the spans open (outer first), the visual positions it kept, `[batch, k]`.
     """
 
     loss: Tensor
@@ -124,9 +124,6 @@ class Result:
     rows: Tensor
     surviving: Tensor
     kept: tuple[Tensor, ...]
-
-
-# ------------------------------------------------------------------------------------------------------- the two tasks
 
 
 def understanding(
@@ -146,7 +143,7 @@ def understanding(
     context = make_context(model, embeddings, attention_mask, visual, demanded=reads_text(visual))
     rows = run_decoder(model, embeddings, sites, context)
     logits = model.lm_head(rows.values)
-    targets = next_of(labels, fill=IGNORE).gather(1, rows.positions)  # a row keeps the label it had in the full sequence
+    targets = next_of(labels, fill=IGNORE).gather(1, rows.positions)  # a row keeps the label it had in the full run
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     return Result(loss, logits, rows.positions, rows.positions, tuple(context.kept))
 
@@ -197,9 +194,6 @@ def next_of(row_values: Tensor, fill: int | bool) -> Tensor:
     return F.pad(row_values[:, 1:], (0, 1), value=fill)
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
-
-
 def make_context(
     model: JanusForConditionalGeneration, embeddings: Tensor, attention_mask: Tensor, visual: Tensor, demanded: Tensor
 ) -> Context:
@@ -217,35 +211,38 @@ def run_decoder(
     model: JanusForConditionalGeneration, embeddings: Tensor, sites: Sequence[Site], context: Context
 ) -> Rows:
     """Return the surviving rows after all blocks and the final norm."""
-    batch, tokens, hidden = embeddings.shape
+    batch, tokens, _ = embeddings.shape
     positions = torch.arange(tokens).expand(batch, tokens)
     nothing = Rows(positions[:, :0], embeddings[:, :0])
     depth = len(context.layers)
-    spans = [(site, site.start, depth if site.end is None else site.end) for site in sites]
-    spans.sort(key=lambda span: (span[1], -span[2]))  # outer before inner; equal spans in the order given
-    stream = run_blocks(Stream(Rows(positions, embeddings), nothing), 0, depth, spans, context)
+    sites = [replace(site, end=depth if site.end is None else site.end) for site in sites]
+    for site in sites:
+        if not 0 <= site.start < site.end <= depth:
+            raise ValueError(f"span [{site.start}, {site.end}) is empty or outside the {depth} blocks")
+    sites.sort(key=lambda site: (site.start, -site.end))  # outer before inner; equal spans in the order given
+    stream = run_blocks(Stream(Rows(positions, embeddings), nothing), 0, depth, sites, context)
     return Rows(stream.active.positions, model.model.language_model.norm(stream.active.values))
 
 
-def run_blocks(stream: Stream, start: int, end: int, spans: list[tuple[Site, int, int]], context: Context) -> Stream:
-    """Run blocks `start` to `end - 1`, and the spans inside them."""
+def run_blocks(stream: Stream, start: int, end: int, sites: list[Site], context: Context) -> Stream:
+    """Run blocks `start` to `end - 1`, with the sites that open among them."""
     block = start
     while block < end:
-        if spans and spans[0][1] == block:
-            (site, _, span_end), *rest = spans
-            if not block < span_end <= end:
-                raise ValueError(f"span [{block}, {span_end}) is empty or crosses the end of the span around it, {end}")
-            inner = [span for span in rest if span[1] < span_end]
-            spans = rest[len(inner) :]
-            stream = run_span(stream, site, span_end, inner, context)
-            block = span_end
+        if sites and sites[0].start == block:
+            site, *others = sites
+            if site.end > end:
+                raise ValueError(f"span [{site.start}, {site.end}) crosses the end of the span around it, {end}")
+            inner = [other for other in others if other.start < site.end]
+            sites = others[len(inner) :]
+            stream = run_span(stream, site, inner, context)
+            block = site.end
         else:
             stream = run_block(stream, context.layers[block], context)
             block += 1
     return stream
 
 
-def run_span(stream: Stream, site: Site, end: int, inner: list[tuple[Site, int, int]], context: Context) -> Stream:
+def run_span(stream: Stream, site: Site, inner: list[Site], context: Context) -> Stream:
     """Run the blocks of one site without the rows it drops.
 
     Inside: hidden rows are absent; frozen rows stand beside the active ones, as keys and values only. After it: with
@@ -254,34 +251,34 @@ def run_span(stream: Stream, site: Site, end: int, inner: list[tuple[Site, int, 
     """
     kept, dropped = stream.active.split(select(stream.active, site, context))
     frozen = stream.frozen.merge(dropped) if site.mode == "freeze" else stream.frozen
-    inside = run_blocks(Stream(kept, frozen), site.start, end, inner, context)
+    inside = run_blocks(Stream(kept, frozen), site.start, site.end, inner, context)
     active = inside.active.merge(dropped) if site.restore else inside.active
     return Stream(active, stream.frozen)
 
 
 def run_block(stream: Stream, layer: nn.Module, context: Context) -> Stream:
-    """Run one decoder layer: queries, attention output and FFN of the active rows; keys and values of frozen rows too."""
+    """Run one decoder layer: keys and values of active and frozen rows; all the rest of active rows only."""
     attention = layer.self_attn
-    query_rows, key_rows = stream.active, stream.active.merge(stream.frozen)
-    query_input = layer.input_layernorm(query_rows.values)
-    key_input = layer.input_layernorm(key_rows.values)
+    active, visible = stream.active, stream.active.merge(stream.frozen)
+    keyed = Rows(visible.positions, layer.input_layernorm(visible.values))
+    queried, _ = keyed.split(active.positions)
 
     def heads(projected: Tensor) -> Tensor:  # [batch, rows, heads * size] -> [batch, heads, rows, size]
         return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-    query = rotate(heads(attention.q_proj(query_input)), query_rows.positions, context)
-    key = rotate(heads(attention.k_proj(key_input)), key_rows.positions, context)
-    value = heads(attention.v_proj(key_input))
+    query = rotate(heads(attention.q_proj(queried.values)), queried.positions, context)
+    key = rotate(heads(attention.k_proj(keyed.values)), keyed.positions, context)
+    value = heads(attention.v_proj(keyed.values))
     attended = F.scaled_dot_product_attention(
         query,
         repeat_kv(key, attention.num_key_value_groups),
         repeat_kv(value, attention.num_key_value_groups),
-        attn_mask=gather_mask(context.mask, query_rows.positions, key_rows.positions),
+        attn_mask=gather_mask(context.mask, queried.positions, keyed.positions),
         scale=attention.head_dim**-0.5,
     )
-    hidden = query_rows.values + attention.o_proj(attended.transpose(1, 2).flatten(2))
+    hidden = active.values + attention.o_proj(attended.transpose(1, 2).flatten(2))
     hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return Stream(Rows(query_rows.positions, hidden), stream.frozen)
+    return Stream(Rows(active.positions, hidden), stream.frozen)
 
 
 def rotate(heads: Tensor, positions: Tensor, context: Context) -> Tensor:
@@ -307,51 +304,48 @@ def places(chosen: Tensor) -> Tensor:
     return torch.stack([sample.nonzero().flatten() for sample in chosen])
 
 
-# ------------------------------------------------------------------------------------------------------- the selection
-
-
 def select(active: Rows, site: Site, context: Context) -> Tensor:
     """Return the positions `[batch, rows]` that stay active in the span of `site`, in order.
 
     The candidates are the visual rows still active, m of them; all other active rows stay. Of n *original* visual
-    rows a site keeps `k = floor(keep * n + 0.5)` (or m, if fewer are left). A site without restore keeps its d demanded
+    rows a site keeps `k = floor(keep * n + 0.5)` (m, if fewer are left). A site without restore keeps its d demanded
     candidates whatever the selector says; they count among the k, and where k < d, k is d.
     """
     original = int(context.visual[0].sum())
-    stays, kept = [], []
+    kept, stays = [], []
     for sample, positions in enumerate(active.positions):
         is_candidate = context.visual[sample, positions]
         candidates = positions[is_candidate]
         must_stay = context.demanded[sample, candidates] & (not site.restore)
-        count = min(math.floor(site.keep * original + 0.5), len(candidates))
-        count = max(count, int(must_stay.sum()))
-        free = candidates[~must_stay]
-        chosen = choose(site, sample, free, count - int(must_stay.sum()), active.values[sample], positions, context)
-        survivors = torch.cat([candidates[must_stay], chosen]).sort().values
+        demanded, free = candidates[must_stay], candidates[~must_stay]
+        count = max(min(math.floor(site.keep * original + 0.5), len(candidates)), len(demanded))
+        free_values = active.values[sample, torch.isin(positions, free)]
+        chosen = choose(site, sample, count - len(demanded), free, free_values, context)
+        survivors = torch.cat([demanded, chosen]).sort().values
         if isinstance(site.selector, Tensor):
-            check_given(site.selector[sample], survivors)
+            check_given(site.selector[sample], survivors, count)
         kept.append(survivors)
         stays.append(torch.cat([positions[~is_candidate], survivors]).sort().values)
     context.kept.append(torch.stack(kept))
     return torch.stack(stays)
 
 
-def choose(
-    site: Site, sample: int, free: Tensor, count: int, values: Tensor, positions: Tensor, context: Context
-) -> Tensor:
-    """Return `count` of the positions `free` `[m]` of one sample, by the selector of `site`.
+def choose(site: Site, sample: int, count: int, free: Tensor, values: Tensor, context: Context) -> Tensor:
+    """Return `count` of the positions `free` `[m]` of one sample, as the selector of `site` would have it.
 
     Args:
-        values: The active rows of the sample at the start of the span, `[rows, hidden]`; they stand at `positions`.
+        values: The rows at `free` at the start of the span, `[m, hidden]`.
     """
     if isinstance(site.selector, Tensor):
         return free[torch.isin(free, site.selector[sample])]
-    ranked: dict[str, Callable[[], Tensor]] = {
-        "uniform": lambda: torch.tensor([j * len(free) // count for j in range(count)], dtype=torch.long),
-        "norm": lambda: largest(values[torch.isin(positions, free)].norm(dim=-1), count),
-        "random-given": lambda: largest(site.scores[sample, context.visual[sample].cumsum(0)[free] - 1], count),
-    }
-    return free[ranked[site.selector]()]
+    if site.selector == "uniform":
+        return free[[rank * len(free) // count for rank in range(count)]]
+    if site.selector == "norm":
+        return free[largest(values.norm(dim=-1), count)]
+    if site.selector == "random-given":
+        visual_rank = context.visual[sample].cumsum(0) - 1
+        return free[largest(site.scores[sample, visual_rank[free]], count)]
+    raise ValueError(f"unknown selector {site.selector!r}")
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -359,20 +353,29 @@ def largest(scores: Tensor, count: int) -> Tensor:
     return scores.detach().sort(descending=True, stable=True).indices[:count]
 
 
-def check_given(given: Tensor, survivors: Tensor) -> None:
-    """Refuse positions given by hand that are not `k` droppable visual rows, all demanded ones among them."""
-    if given.sort().values.tolist() != survivors.tolist():
-        raise ValueError(f"positions {given.tolist()} given, but {survivors.tolist()} would be kept")
+def check_given(given: Tensor, survivors: Tensor, count: int) -> None:
+    """Refuse positions given by hand that are not `count` candidates with all demanded ones among them."""
+    if given.sort().values.tolist() != survivors.tolist() or len(survivors) != count:
+        raise ValueError(f"{count} visual positions to keep, given {given.tolist()}, possible {survivors.tolist()}")
 
 
-# ------------------------------------------------------------------------------------------------ a model to try it on
+class UnroundedRMSNorm(LlamaRMSNorm):
+    """transformers' RMS norm without its cast to float32.
+
+    With the cast, two float64 runs that differ in the last bit round apart now and then, and then differ by 1e-8.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise `[..., hidden]` in its own dtype."""
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
 
 def tiny_janus(layers: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0) -> JanusForConditionalGeneration:
     """Return a Janus with hidden size 64, 4 heads, 2 key and value heads and 16 image tokens, in the sdpa attention.
 
     Noise on every parameter makes rows differ enough that a wrong one is seen: initial weights are near zero, initial
-    norm weights all one.
+    norm weights all one. The norms of the decoder work in the dtype of the model.
     """
     config = JanusConfig(
         text_config=LlamaConfig(
@@ -408,6 +411,9 @@ def tiny_janus(layers: int = 4, dtype: torch.dtype = torch.float64, seed: int = 
         model = JanusForConditionalGeneration._from_config(config, attn_implementation="sdpa").to(dtype)
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.__class__ = UnroundedRMSNorm
     return model
 
 

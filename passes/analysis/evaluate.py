@@ -1,0 +1,58 @@
+"""Running part of a graph on the example batch, for facts that depend on its values (which ids are visual)."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from tokgraph.errors import AnalysisError
+from tokgraph.fxnode import ancestors, tensor, where
+from tokgraph.program import TaskGraph
+
+
+def example_leaves(graph: TaskGraph) -> list[Any]:
+    """The example batch in placeholder order, as the user gave it (never on the meta device unless the user's is)."""
+    return pytree.tree_leaves(dict(graph.task.inputs))
+
+
+def evaluate(graph: TaskGraph, node: fx.Node) -> torch.Tensor:
+    """The value of ``node`` on the example batch.
+
+    Raises:
+        AnalysisError: it depends on values that have no storage (meta parameters or inputs).
+    """
+    needed = ancestors([node])
+    leaves = iter(example_leaves(graph))
+    env: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for n in graph.graph.nodes:
+            leaf = next(leaves) if n.op == "placeholder" else None
+            if n not in needed:
+                continue
+            if n.op == "placeholder":
+                env[n] = leaf
+            elif n.op == "get_attr":
+                env[n] = operator.attrgetter(n.target)(graph.graph_module)
+            else:
+                args, kwargs = fx.node.map_arg((n.args, n.kwargs), env.__getitem__)
+                env[n] = n.target(*args, **kwargs)
+    result = env[node]
+    if not isinstance(result, torch.Tensor) or result.device.type == "meta":
+        raise AnalysisError(
+            f"task {graph.name!r}: which tokens are visual depends on values without storage",
+            where=where(node),
+            help="give the example batch as real tensors (they may stay on the CPU when the model is on meta)",
+        )
+    return result
+
+
+def size_hint(node: fx.Node, axis: int) -> int:
+    """The size of an axis in the example batch."""
+    val = tensor(node)
+    assert val is not None
+    size = val.shape[axis]
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size

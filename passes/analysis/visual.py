@@ -1,0 +1,189 @@
+"""Where a task's visual tokens are: from what the user says, or found by following the visual inputs into the stream."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from tokgraph.errors import AnalysisError
+from tokgraph.facts import VisualFlow
+from tokgraph.fxnode import ancestors, argument, descendants, rank, tensor, tensor_inputs, where
+from tokgraph.program import TaskGraph
+
+from ..rules.registry import Axis
+from .axes import AxisClasses
+from .evaluate import evaluate, size_hint
+
+aten = torch.ops.aten
+_THROUGH = (aten.unsqueeze.default, aten.expand.default, aten._to_copy.default, aten.clone.default)
+
+
+def find_visual(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlow:
+    """The visual flow of a task, with counts from its example batch.
+
+    Raises:
+        AnalysisError: the declared input does not lie along the stream's token axis, visual and text rows do not meet in
+            a way that tokgraph knows, or samples hold different numbers of visual tokens.
+    """
+    flow = _declared(graph, stream, classes) if graph.task.visual else _found(graph, stream, classes)
+    mask = visual_mask(graph, flow, stream)
+    counts = mask.sum(1)
+    if (counts != counts[0]).any():
+        raise AnalysisError(
+            f"task {graph.name!r}: the samples of the example batch hold different numbers of visual tokens: "
+            f"{counts.tolist()}",
+            help="give every sample of the batch the same number of visual tokens (crop, pad or group the images)",
+        )
+    if counts[0] == 0:
+        raise AnalysisError(
+            f"task {graph.name!r}: the example batch holds no visual token",
+            help="check visual= against the ids, mask or positions of the example batch",
+        )
+    starts = mask[:, 1:] & ~mask[:, :-1]
+    runs = (starts.sum(1) + mask[:, 0]).max()
+    return replace(flow, count=int(counts[0]), runs=int(runs))
+
+
+def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node) -> torch.Tensor:
+    """``[batch, tokens]`` bool on the CPU: the visual tokens of the example batch."""
+    nodes = {node.name: node for node in graph.graph.nodes}
+    if flow.kind == "range":
+        tokens = size_hint(stream, 1)
+        offset = sum(size_hint(nodes[name], axis) for name, axis in flow.before)
+        at = torch.arange(tokens)
+        start, stop = range_bounds(flow, tokens, offset)
+        return ((at >= start) & (at < stop)).expand(size_hint(stream, 0), -1)
+    assert flow.source is not None
+    found = evaluate(graph, nodes[flow.source]).cpu()
+    if flow.kind == "ids":
+        return (found >= flow.low) & (found <= flow.high)
+    return found.reshape(found.shape[:2]).bool()
+
+
+def range_bounds(flow: VisualFlow, tokens: int, offset: int) -> tuple[int, int]:
+    """First and last-plus-one position of a range flow, for a token axis of length ``tokens``."""
+    stop = tokens if flow.stop is None else flow.stop + offset
+    start, stop, _ = slice(flow.start + offset, stop).indices(tokens)
+    return start, stop
+
+
+def _declared(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlow:
+    visual = graph.task.visual
+    assert visual is not None
+    entry = _meeting_point(stream)
+    if visual.kind == "positions":
+        start, stop = visual.span or (None, None)
+        return VisualFlow("range", entry.name, 0, 0, start=start or 0, stop=stop)
+    source = next((n for n in graph.graph.nodes if n.op == "placeholder" and n.name == visual.input), None)
+    if source is None:
+        raise AnalysisError(f"task {graph.name!r}: visual input {visual.input!r} is not a plain tensor input")
+    if rank(source) != 2 or (source.users and not classes.same((source, 1), (stream, 1))):
+        raise AnalysisError(
+            f"task {graph.name!r}: visual= names input {visual.input!r} of shape {tuple(tensor(source).shape)}, which does "  # type: ignore[union-attr]
+            "not lie along the token axis of the residual stream",
+            where=where(source),
+            help="name a [batch, tokens] input of the whole sequence, use VisualTokens.positions, or give visual_inputs=",
+        )
+    branch = _branch_of(entry)
+    if visual.kind == "ids":
+        return VisualFlow("ids", entry.name, 0, 0, source=source.name, low=visual.low, high=visual.high, branch=branch)
+    return VisualFlow("mask", entry.name, 0, 0, source=source.name, branch=branch)
+
+
+def _found(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlow:
+    wanted = set(graph.task.visual_inputs)
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder" and n.name in wanted]
+    visual = descendants(inputs)
+    if stream not in visual:
+        raise AnalysisError(
+            f"task {graph.name!r}: the residual stream does not depend on the visual inputs {sorted(wanted)}",
+            where=where(stream),
+            help="name the inputs that carry image content in visual_inputs=, or say where they are with visual=",
+        )
+    node, axis = stream, 1
+    while True:
+        flow = _meeting(node, axis, visual)
+        if flow is not None:
+            return flow
+        node, axis = _back(graph, node, axis, visual, classes)
+
+
+def _meeting(node: fx.Node, axis: int, visual: set[fx.Node]) -> VisualFlow | None:
+    """The flow, if visual and other rows meet at this node."""
+    if node.op == "placeholder":  # the whole sequence is image content
+        return VisualFlow("range", node.name, 0, 0)
+    if node.target is aten.cat.default:
+        operands: list[fx.Node] = argument(node, "tensors")
+        mine = [x for x in operands if x in visual]
+        first = operands.index(mine[0])
+        if axis == argument(node, "dim", 0) % rank(node) and operands[first : first + len(mine)] == mine:
+            before = tuple((x.name, axis) for x in operands[:first])
+            last = first + len(mine) == len(operands)
+            stop = None if last else sum(size_hint(x, axis) for x in mine)
+            return VisualFlow("range", node.name, 0, 0, stop=stop, before=before, branch=_names(mine))
+    if node.target is aten.masked_scatter.default and argument(node, "source") in visual:
+        mask = _flat_mask(argument(node, "mask"))
+        return VisualFlow("mask", node.name, 0, 0, source=mask.name, branch=_branch_of(node)) if mask else None
+    if node.target is aten.where.self:
+        mask = _flat_mask(node.args[0])  # type: ignore[arg-type]
+        if mask is not None and node.args[1] in visual and node.args[2] not in visual:
+            return VisualFlow("mask", node.name, 0, 0, source=mask.name, branch=_names([node.args[1]]))  # type: ignore[list-item]
+    if node.target is aten.index_put.default:
+        indices = argument(node, "indices")
+        if len(indices) == 1 and rank(indices[0]) == 2 and argument(node, "values") in visual:
+            return VisualFlow(
+                "mask", node.name, 0, 0, source=indices[0].name, branch=_names([argument(node, "values")])
+            )
+    return None
+
+
+def _back(
+    graph: TaskGraph, node: fx.Node, axis: int, visual: set[fx.Node], classes: AxisClasses
+) -> tuple[fx.Node, int]:
+    """The one input that carries the visual rows of ``node``, and its token axis."""
+    found: list[Axis] = []
+    for x in tensor_inputs(node):
+        if x in visual:
+            found += [(x, a) for a in range(rank(x)) if classes.same((x, a), (node, axis))]
+    if len(found) != 1:
+        raise AnalysisError(
+            f"task {graph.name!r}: cannot follow the visual inputs into the residual stream",
+            where=where(node),
+            help="say where the visual tokens are with visual=tg.VisualTokens.ids(...), .mask(...) or .positions(...)",
+        )
+    return found[0]
+
+
+def _flat_mask(mask: fx.Node) -> fx.Node | None:
+    """The ``[batch, tokens]`` mask (or one with trailing axes of size 1) behind a broadcast one."""
+    while True:
+        if rank(mask) == 2 or (rank(mask) == 3 and size_hint(mask, 2) == 1 and mask.target not in _THROUGH):
+            return mask
+        inputs = tensor_inputs(mask)
+        if mask.target not in _THROUGH or len(inputs) != 1 or rank(mask) < 2:
+            return None
+        mask = inputs[0]
+
+
+def _meeting_point(stream: fx.Node) -> fx.Node:
+    """The node before the stream's first block where rows of several kinds meet, else the stream's first value."""
+    node = stream
+    meets = (aten.cat.default, aten.masked_scatter.default, aten.where.self, aten.index_put.default)
+    while node.target not in meets:
+        inputs = [x for x in tensor_inputs(node) if x.op != "get_attr"]
+        if len(inputs) != 1 or node.target is aten.embedding.default:
+            return stream if node.target is not aten.embedding.default else node
+        node = inputs[0]
+    return node
+
+
+def _branch_of(entry: fx.Node) -> tuple[str, ...]:
+    if entry.target is aten.masked_scatter.default:
+        return _names([argument(entry, "source")])
+    return ()
+
+
+def _names(nodes: list[fx.Node]) -> tuple[str, ...]:
+    return tuple(sorted(n.name for n in ancestors(nodes) if n.op == "call_function"))

@@ -1,0 +1,205 @@
+"""Seeds: a few nodes that write the semantics of drop sites and of demand into a graph, changing no shape after them.
+
+A seeded graph is valid and computes the answer already; :class:`~tokgraph.passes.rewrite.sink.Sink` then moves the
+selections towards the inputs, where they save work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from tokgraph.errors import PlanError
+from tokgraph.facts import Attention, Block, TaskFacts
+from tokgraph.fxnode import argument, rank, refresh_value
+from tokgraph.plan import DropSite
+
+from ..pipeline import GraphPass, Numerics
+from .index import Frame, IndexBuilder, check_disjoint_or_nested
+from .legality import check_blocks
+from .nodes import RESIDUAL, Emitter
+from .readers import seed_readers
+
+aten = torch.ops.aten
+tokgraph = torch.ops.tokgraph
+
+
+@dataclass(frozen=True)
+class ExplicitCausalMask(GraphPass):
+    """Gives attentions with ``is_causal`` the mask they imply, so that their rows can be narrowed.
+
+    Args:
+        task: the task.
+        facts: its facts.
+        blocks: the blocks whose attentions are rewritten.
+    """
+
+    name: ClassVar[str] = "explicit-causal-mask"
+    task: str
+    facts: TaskFacts
+    blocks: tuple[int, ...]
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace ``is_causal=True`` by a lower-triangular boolean mask."""
+        nodes = {node.name: node for node in graph_module.graph.nodes}
+        emit = Emitter(graph_module.graph, self.name)
+        changed = 0
+        for block in self.blocks:
+            for attention in self.facts.blocks[block].attention:
+                node = nodes[attention.node]
+                if attention.kind == "sdpa" and argument(node, "is_causal", False):
+                    _make_mask_explicit(emit, node)
+                    changed += 1
+        graph_module.recompile()
+        return PassResult(graph_module, changed > 0)
+
+
+def _make_mask_explicit(emit: Emitter, node: fx.Node) -> None:
+    query, key = argument(node, "query"), argument(node, "key")
+    sizes = [emit.size(query, rank(query) - 2), emit.size(key, rank(key) - 2)]
+    device = node.meta["val"].device
+    ones = emit.call(aten.ones.default, sizes, dtype=torch.bool, device=device, origin=node)
+    mask = emit.call(aten.tril.default, ones, origin=node)
+    _set_argument(node, "attn_mask", mask)
+    _set_argument(node, "is_causal", False)
+
+
+def _set_argument(node: fx.Node, name: str, new: object) -> None:
+    """Set an argument by its schema name."""
+    position = [a.name for a in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+    if position < len(node.args):
+        node.update_arg(position, new)  # type: ignore[arg-type]
+    else:
+        node.update_kwarg(name, new)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class SeedSites(GraphPass):
+    """Writes drop sites: freezes the dropped rows in each block of a span, and hides them from attention.
+
+    ``freeze`` of a block: ``h_out' = restore(h_in, drop(h_out, idx), idx)``. ``hide``: the same, and key, value and mask
+    of the block's attention are selected along the key axis.
+
+    Args:
+        task: the task.
+        facts: its facts.
+        sites: its drop sites, resolved, outer spans first.
+        exact: also select what demanded outputs read.
+
+    Raises:
+        IllegalRewriteError: a block in a span cannot be shown to be row-wise but for attention.
+        PlanError: a site cannot be placed.
+    """
+
+    name: ClassVar[str] = "seed-sites"
+    numerics: ClassVar[Numerics] = "approximate"
+    task: str
+    facts: TaskFacts
+    sites: tuple[DropSite, ...]
+    exact: bool = False
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Spans are nested or disjoint, and every block in them is understood."""
+        last = len(self.facts.blocks)
+        reach = tuple(
+            DropSite(s.task, s.start, s.end if s.restore else last, s.keep, s.selector, s.mode) for s in self.sites
+        )
+        check_disjoint_or_nested(reach)
+        inside = {b for s in reach for b in range(s.start, s.end or last)}
+        check_blocks(graph_module.graph, self.facts, [self.facts.blocks[b] for b in sorted(inside)])
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Seed every block of every span, then the readers of the stream."""
+        graph = graph_module.graph
+        emit = Emitter(graph, self.name)
+        build = IndexBuilder(emit, self.facts)
+        nodes = {node.name: node for node in graph.nodes}
+        for name in self.facts.stream:
+            nodes[name].meta[RESIDUAL] = True
+        frames: tuple[Frame, ...] = ()
+        stream = nodes[self.facts.blocks[0].start]
+        for block in self.facts.blocks:
+            frames = self._frames(block.index, frames, build, emit, stream)
+            stream = self._seed_block(block, frames, emit, nodes, stream)
+        frames = tuple(frame for frame in frames if not frame.site.restore)
+        seed_readers(graph_module, emit, build, self.facts, stream, frames, self.exact)
+        graph.eliminate_dead_code()
+        graph_module.recompile()
+        return PassResult(graph_module, bool(self.sites) or self.exact)
+
+    def _frames(
+        self, block: int, frames: tuple[Frame, ...], build: IndexBuilder, emit: Emitter, stream: fx.Node
+    ) -> tuple[Frame, ...]:
+        """The frames open in ``block``, outermost first."""
+        frames = tuple(f for f in frames if not f.site.restore or block < (f.site.end or 0))
+        for site in self.sites:
+            if site.start == block:
+                inner = emit.chain(stream, [f.index for f in frames])
+                frames = (*frames, build.site(site, frames, inner))
+        hidden = [_hides(f.site, block) for f in frames]
+        if hidden != sorted(hidden, reverse=True):
+            raise PlanError(
+                f"task {self.task!r}: block {block} has a 'hide' site inside a 'freeze' site",
+                help="nest 'freeze' inside 'hide', or give both the same mode",
+            )
+        return frames
+
+    def _seed_block(
+        self, block: Block, frames: tuple[Frame, ...], emit: Emitter, nodes: dict[str, fx.Node], stream: fx.Node
+    ) -> fx.Node:
+        end = nodes[block.end]
+        if not frames:
+            return end
+        hidden = tuple(f.index for f in frames if _hides(f.site, block.index))
+        for attention in block.attention:
+            _hide_keys(attention, hidden, emit, nodes)
+        readers = list(end.users)
+        merged = _frozen(emit, stream, end, [f.index for f in frames])
+        for reader in readers:
+            reader.replace_input_with(end, merged)
+        return merged
+
+
+def _hides(site: DropSite, block: int) -> bool:
+    return site.mode == "hide" or (site.end is not None and block >= site.end)
+
+
+def _frozen(emit: Emitter, before: fx.Node, after: fx.Node, indices: list[fx.Node]) -> fx.Node:
+    """``after`` with the rows that any index leaves out taken from ``before``."""
+    if not indices:
+        return after
+    index, *inner = indices
+    rows = _frozen(emit, emit.select(before, index), emit.select(after, index), inner)
+    merged = emit.call(tokgraph.restore.default, before, rows, index, origin=after)
+    merged.meta[RESIDUAL] = True
+    return merged
+
+
+def _hide_keys(attention: Attention, hidden: tuple[fx.Node, ...], emit: Emitter, nodes: dict[str, fx.Node]) -> None:
+    for operand in attention.keys if hidden else ():
+        user, x = nodes[operand.user], nodes[operand.node]
+        axis, batch = operand.axis, 0
+        if operand.role in ("attn_mask", "scores"):
+            ndim = rank(nodes[attention.node])
+            axis += ndim - rank(x)
+            x = emit.with_batch(x, ndim, batch, hidden[0])
+        narrowed = emit.chain(x, hidden, axis, batch)
+        names = {"scores": 0, "value": 1} if attention.kind == "eager" else {}
+        if operand.role in names:
+            user.update_arg(names[operand.role], narrowed)
+        else:
+            _set_argument(user, operand.role, narrowed)
+    if hidden and attention.kind == "eager":
+        _refresh_weights(nodes[attention.node], nodes[attention.output])
+
+
+def _refresh_weights(softmax: fx.Node, product: fx.Node) -> None:
+    """Recompute the values between softmax and weighted sum, whose key axis became shorter."""
+    node = softmax
+    while node is not product:
+        refresh_value(node)
+        (node,) = node.users
