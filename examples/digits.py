@@ -311,7 +311,7 @@ def train(
             "generation": tasks["generation"](**generation_batch(codes[rows], digits[rows]))["loss"],
         }
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        (losses["understanding"] + losses["generation"]).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

@@ -74,7 +74,7 @@ class ZooModel:
 def _build(cls: Any, config: Any, attn: Attention) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = cls(config).eval()
+        model: Any = cls(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -1,1 +1,63 @@
-"""tokgraph: a compiler that thins visual tokens of unified vision-language models."""
+"""tokgraph: a compiler that thins the visual tokens of unified vision-language models while their tasks keep sharing
+their parameters.
+"""
+
+from .analyze import analyze
+from .capture import capture
+from .errors import (
+    AnalysisError,
+    BatchError,
+    CaptureError,
+    IllegalRewriteError,
+    InternalError,
+    LoadError,
+    PlanError,
+    SpecError,
+    TokgraphError,
+    VerificationError,
+)
+from .facts import Facts, TaskFacts
+from .optimize import optimize
+from .plan import DropSite, Plan
+from .planning import make_plan
+from .policies import Policy
+from .program import Program, TaskGraph
+from .rewrite import apply
+from .runtime import Accelerated, TaskModule
+from .spec import ModelSpec, Task, VisualTokens, load
+from .verification import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accelerated",
+    "AnalysisError",
+    "BatchError",
+    "CaptureError",
+    "DropSite",
+    "Facts",
+    "IllegalRewriteError",
+    "InternalError",
+    "LoadError",
+    "ModelSpec",
+    "Plan",
+    "PlanError",
+    "Policy",
+    "Program",
+    "SpecError",
+    "Task",
+    "TaskFacts",
+    "TaskGraph",
+    "TaskModule",
+    "TokgraphError",
+    "Verification",
+    "VerificationError",
+    "VisualTokens",
+    "analyze",
+    "apply",
+    "capture",
+    "load",
+    "make_plan",
+    "optimize",
+    "verify",
+]

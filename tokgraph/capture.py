@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, TokgraphError, Where
 from .fxnode import value
 from .passes.pipeline import Pipeline
-from .passes.rewrite.cleanup import RemoveAssertions, RemoveNoOps
+from .passes.rewrite.cleanup import RemoveAssertions, RemoveNoOps, ViewToReshape
 from .program import Dimension, Program, TaskGraph, model_device
 from .spec import ModelSpec, Task, split_outputs
 
@@ -52,18 +53,23 @@ def _capture_task(model: nn.Module, name: str, task: Task) -> TaskGraph:
     device = model_device(model)
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(device), dict(task.inputs))
     wrapper = _Forward(model, task).train(model.training)
-    out_spec = pytree.tree_structure(_warm_up(wrapper, name, inputs))
+    if device.type != "meta":  # nothing to run without storage; lazily built tables are then traced with the rest
+        _warm_up(wrapper, name, inputs)
     exported = _export(wrapper, name, inputs)
+    out_spec = exported.call_spec.out_spec
+    if out_spec is None:
+        raise CaptureError(f"task {name!r}: forward returns nothing")
     module = _plain_module(model, exported, list(inputs))
     dimensions = _dimensions(task, module)
     fixed = [f"{d.input}[{d.dim}] ({d.name} = {d.size})" for d in dimensions if d.symbol is None]
     if fixed:
         log.warning("task %s: the model fixes %s to the example batch", name, ", ".join(fixed))
     graph = TaskGraph(name, task, module, pytree.tree_structure(dict(task.inputs)), out_spec, dimensions)
-    return Pipeline([RemoveAssertions(), RemoveNoOps()]).run_task(graph)
+    return Pipeline([RemoveAssertions(), RemoveNoOps(), ViewToReshape()]).run_task(graph)
 
 
-def _warm_up(wrapper: _Forward, name: str, inputs: Mapping[str, Any]) -> Any:
+def _warm_up(wrapper: _Forward, name: str, inputs: Mapping[str, Any]) -> None:
+    """Run the forward once, so that models which build tables lazily have built them."""
     try:
         with torch.no_grad():
             result = wrapper(inputs)
@@ -76,22 +82,18 @@ def _warm_up(wrapper: _Forward, name: str, inputs: Mapping[str, Any]) -> Any:
             help="call spec.tasks[name].forward(model, **inputs) yourself and make it run first",
         ) from error
     split_outputs(result)
-    return result
 
 
 def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedProgram:
-    dynamic = wrapper.task.dynamic or {}
-
-    def dims_of(key: str, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return {dim: Dim.AUTO for dim in dynamic.get(key, ())} or None
-        return pytree.tree_map(lambda _: None, value)
-
-    shapes = ({key: dims_of(key, value) for key, value in inputs.items()},) if dynamic else None
+    """Export with the user's dimension names; where the model's guards rule that out, let export fix what it must."""
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes).run_decompositions({})
+        try:
+            return _export_once(wrapper, inputs, named=True)
+        except UserError as error:
+            if not wrapper.task.dynamic or error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+                raise
+            log.info("task %s: named dimensions do not fit the model, inferring them", name)
+            return _export_once(wrapper, inputs, named=False)
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         branch = "data-dependent" in str(error) or "DataDependent" in type(error).__name__
@@ -105,6 +107,21 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
                 else "dimensions that a model fixes must not be dynamic; run torch.export.export on the forward to debug"
             ),
         ) from error
+
+
+def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> ExportedProgram:
+    dynamic = wrapper.task.dynamic or {}
+    dims = {name: Dim(name) if named else Dim.AUTO for of_input in dynamic.values() for name in of_input.values()}
+
+    def dims_of(key: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return {dim: dims[name] for dim, name in dynamic.get(key, {}).items()} or None
+        return pytree.tree_map(lambda _: None, value)
+
+    shapes = ({key: dims_of(key, value) for key, value in inputs.items()},) if dynamic else None
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes).run_decompositions({})
 
 
 def _user_frame(error: BaseException) -> Where | None:

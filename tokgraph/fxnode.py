@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import InternalError, Where
 
@@ -138,6 +140,14 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, origin: fx.Nod
 
 def refresh_value(node: fx.Node) -> None:
     """Recompute the fake value of a call from those of its inputs."""
-    node.meta["val"] = node.target(  # type: ignore[operator]
-        *fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value)
-    )
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    with _fake_mode(node.graph):
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fake_mode(graph: fx.Graph) -> AbstractContextManager[object]:
+    """The mode that the graph's values live in; operators without tensor inputs need it."""
+    for node in graph.nodes:
+        if isinstance(val := value(node), FakeTensor):
+            return val.fake_mode
+    return nullcontext()

@@ -93,9 +93,10 @@ class TaskGraph:
         module.meta.update(self.graph_module.meta)
         return replace(self, graph_module=module)
 
-    def hints(self) -> dict[str, int]:
-        """Symbol -> its size in the example batch."""
-        return {d.symbol: d.size for d in self.dimensions if d.symbol is not None}
+    def example(self) -> dict[str, Any]:
+        """The example batch, on the model's device."""
+        device = model_device(self.graph_module)
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), dict(self.task.inputs))
 
     def symbol_names(self) -> dict[str, str]:
         """Symbol -> the user's name for it."""

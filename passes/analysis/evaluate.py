@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ def example_leaves(graph: TaskGraph) -> list[Any]:
     return pytree.tree_leaves(dict(graph.task.inputs))
 
 
-def evaluate(graph: TaskGraph, node: fx.Node) -> torch.Tensor:
-    """The value of ``node`` on the example batch.
+def evaluate(graph: TaskGraph, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
+    """The values of ``nodes`` on the example batch.
 
     Raises:
-        AnalysisError: it depends on values that have no storage (meta parameters or inputs).
+        AnalysisError: one depends on values that have no storage (meta parameters or inputs).
     """
-    needed = ancestors([node])
+    needed = ancestors(nodes)
     leaves = iter(example_leaves(graph))
     env: dict[fx.Node, Any] = {}
     with torch.no_grad():
@@ -37,17 +38,22 @@ def evaluate(graph: TaskGraph, node: fx.Node) -> torch.Tensor:
                 env[n] = leaf
             elif n.op == "get_attr":
                 env[n] = operator.attrgetter(n.target)(graph.graph_module)
+                _require_storage(graph, n, env[n])
             else:
                 args, kwargs = fx.node.map_arg((n.args, n.kwargs), env.__getitem__)
                 env[n] = n.target(*args, **kwargs)
-    result = env[node]
-    if not isinstance(result, torch.Tensor) or result.device.type == "meta":
+    for node in nodes:
+        _require_storage(graph, node, env[node])
+    return [env[node] for node in nodes]
+
+
+def _require_storage(graph: TaskGraph, node: fx.Node, result: object) -> None:
+    if isinstance(result, torch.Tensor) and result.device.type == "meta":
         raise AnalysisError(
-            f"task {graph.name!r}: which tokens are visual depends on values without storage",
+            f"task {graph.name!r}: which tokens are visual or stay depends on values without storage",
             where=where(node),
             help="give the example batch as real tensors (they may stay on the CPU when the model is on meta)",
         )
-    return result
 
 
 def size_hint(node: fx.Node, axis: int) -> int:

@@ -56,7 +56,7 @@ def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node) -> torch.Te
         start, stop = range_bounds(flow, tokens, offset)
         return ((at >= start) & (at < stop)).expand(size_hint(stream, 0), -1)
     assert flow.source is not None
-    found = evaluate(graph, nodes[flow.source]).cpu()
+    found = evaluate(graph, [nodes[flow.source]])[0].cpu()
     if flow.kind == "ids":
         return (found >= flow.low) & (found <= flow.high)
     return found.reshape(found.shape[:2]).bool()

@@ -61,3 +61,20 @@ class RemoveNoOps(GraphPass):
                 removed += 1
         graph_module.recompile()
         return PassResult(graph_module, removed > 0)
+
+
+@dataclass(frozen=True)
+class ViewToReshape(GraphPass):
+    """Replaces ``view`` by ``reshape``: export writes ``view`` for the strides it saw, which another device, another
+    attention kernel or a narrowed operand need not give.
+    """
+
+    name: ClassVar[str] = "view-to-reshape"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Retarget every view."""
+        views = [n for n in graph_module.graph.nodes if n.target in (aten.view.default, aten._unsafe_view.default)]
+        for node in views:
+            node.target = aten.reshape.default
+        graph_module.recompile()
+        return PassResult(graph_module, bool(views))

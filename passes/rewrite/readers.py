@@ -165,8 +165,7 @@ def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> 
     for user, old, new in ((rows.logits_user, rows.logits, logits), (rows.targets_user, rows.targets, targets)):
         user.replace_input_with(old, new)
         if user.target in VIEWS:
-            sizes = list(argument(user, "size") if user.target is not aten.reshape.default else argument(user, "shape"))
-            user.update_arg(1, [-1, *sizes[1:]])
+            user.update_arg(1, [-1, *user.args[1][1:]])  # type: ignore[index]
     return [logits, targets]
 
 
@@ -185,7 +184,7 @@ def _narrow_outputs(
             axes = [a for a in range(rank(node)) if classes.same((node, a), space.axis)]
             if len(axes) == 1 and axes[0] > 0 and space.chosen:
                 results[leaf] = emit.chain(node, space.chosen, axes[0], 0)
-                first, *rest = (*space.base, *space.chosen)
+                first, *rest = space.chosen
                 where = emit.chain(first, rest)
                 if where not in positions:
                     positions[where] = len(results)

@@ -151,13 +151,13 @@ def test_export_keeps_batch_and_tokens_symbolic(digits, task):
 def test_both_tasks_learn(digits):
     spec = digits.build(layers=2)
     untrained = digits.evaluate(plain(spec))
-    history = digits.train(plain(spec), spec.model.parameters(), steps=60)
+    history = digits.train(plain(spec), spec.model.parameters(), steps=150)
     accuracy, generation = digits.evaluate(plain(spec))
     assert untrained[0] < 0.05
     assert untrained[1] > 0.95 * math.log(digits.CODES)
-    assert accuracy > 0.25  # chance: 0.1
+    assert accuracy > 0.4  # chance: 0.1
     assert generation < 0.7 * math.log(digits.CODES)
-    assert len(history["understanding"]) == len(history["generation"]) == 60
+    assert len(history["understanding"]) == len(history["generation"]) == 150
 
 
 def test_drawing_goes_patch_by_patch(digits):

@@ -1,0 +1,30 @@
+"""The passes that realise a plan on one task, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokgraph.facts import TaskFacts
+from tokgraph.plan import DropSite
+
+from ..pipeline import GraphPass
+from .seed import ExplicitCausalMask, SeedSites
+from .sink import Sink
+
+
+def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
+    """The passes that write the semantics of ``sites`` (resolved, outer spans first) and of demand."""
+    touched = {
+        block for s in sites for block in range(s.start, len(facts.blocks) if not s.restore or s.end is None else s.end)
+    }
+    if exact and facts.demand.reads != "all":
+        touched.add(len(facts.blocks) - 1)
+    return [
+        ExplicitCausalMask(facts.name, facts, tuple(sorted(touched))),
+        SeedSites(facts.name, facts, tuple(sites), exact),
+    ]
+
+
+def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
+    """The passes that turn a captured graph into the one that a plan asks for; none for an empty plan."""
+    return [*seeds(facts, sites, exact), Sink()] if sites or exact else []

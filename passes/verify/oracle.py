@@ -1,0 +1,174 @@
+"""The oracle: drop semantics by masked execution of the undropped graph. It never removes a row, and shares no code with
+the rewriter: selections are made here in plain Python, one sample at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokgraph.facts import TaskFacts
+from tokgraph.plan import DropSite
+from tokgraph.program import TaskGraph
+
+from .interpret import GraphInterpreter
+
+aten = torch.ops.aten
+
+
+class Oracle(GraphInterpreter):
+    """Runs a captured graph with the semantics of drop sites.
+
+    Inside a span the residual rows of dropped positions do not change; where the site hides them, the other positions do
+    not see them as attention keys.
+
+    Args:
+        graph: the captured, undropped graph.
+        facts: its facts.
+        sites: drop sites with their ends filled in.
+        visual: ``[batch, tokens]`` bool, the visual tokens of the batch.
+        tensors: as in :class:`GraphInterpreter`.
+        constants: as in :class:`GraphInterpreter`.
+    """
+
+    def __init__(
+        self,
+        graph: TaskGraph,
+        facts: TaskFacts,
+        sites: Sequence[DropSite],
+        visual: torch.Tensor,
+        tensors: Callable[[torch.Tensor], torch.Tensor],
+        constants: Callable[[Any], Any],
+    ) -> None:
+        super().__init__(graph.graph_module, tensors, constants)
+        self._facts = facts
+        self._sites = sorted(sites, key=lambda s: (s.start, -(s.end or 0)))
+        self._visual = visual
+        self._dropped: dict[int, torch.Tensor] = {}
+        self._starts = {block.start: block.index for block in facts.blocks[:1]}
+        self._ends = {block.end: block.index for block in facts.blocks}
+        self._attention = {a.node: (block.index, a.kind) for block in facts.blocks for a in block.attention}
+        self._stream = torch.empty(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node; attention sees the visible keys only, and a block's end keeps its frozen rows."""
+        if n.name in self._attention:
+            result = self._attend(n, *self._attention[n.name])
+        else:
+            result = super().run_node(n)
+        if n.name in self._ends:
+            block = self._ends[n.name]
+            result = torch.where(self._frozen(block).unsqueeze(-1), self._stream, result)
+            self._enter(block + 1, result)
+        elif n.name in self._starts:
+            self._enter(0, result)
+        return result
+
+    def _enter(self, block: int, stream: torch.Tensor) -> None:
+        self._stream = stream
+        for number, site in enumerate(self._sites):
+            if site.start == block:
+                gone = self._frozen(block)
+                self._dropped[number] = drop_mask(site, self._visual, gone, self._demanded(), stream.detach())
+
+    def _active(self, block: int) -> list[int]:
+        return [i for i in self._dropped if not self._sites[i].restore or block < (self._sites[i].end or 0)]
+
+    def _frozen(self, block: int) -> torch.Tensor:
+        """``[batch, tokens]``: positions whose residual row does not change in ``block``."""
+        return self._union(self._active(block))
+
+    def _hidden(self, block: int) -> torch.Tensor:
+        """``[batch, tokens]``: positions that are no keys in ``block``."""
+        sites = self._sites
+        return self._union([i for i in self._active(block) if sites[i].mode == "hide" or block >= (sites[i].end or 0)])
+
+    def _union(self, numbers: list[int]) -> torch.Tensor:
+        gone = torch.zeros_like(self._visual)
+        for number in numbers:
+            gone = gone | self._dropped[number]
+        return gone
+
+    def _demanded(self) -> torch.Tensor:
+        return demanded_rows(self._visual, self._facts.demand.reads)
+
+    def _attend(self, n: fx.Node, block: int, kind: str) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        hidden = self._hidden(block)
+        if hidden.any():  # a row that changes does not see a hidden key; a frozen row's result is not used
+            seen = (~hidden.unsqueeze(1) | self._frozen(block).unsqueeze(2)).unsqueeze(1)
+            if kind == "sdpa":
+                args, kwargs = _mask_fused(args, kwargs, seen)
+            else:
+                args = (args[0].masked_fill(~seen, -math.inf), *args[1:])
+        return self.call_function(n.target, tuple(args), kwargs)
+
+
+def _mask_fused(args: tuple[Any, ...], kwargs: dict[str, Any], seen: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask = given.pop("attn_mask", None)
+    if given.pop("is_causal", False):
+        mask = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
+    if mask is None:
+        mask = seen
+    elif mask.dtype is torch.bool:
+        mask = mask & seen
+    else:
+        mask = mask.masked_fill(~seen, -math.inf)
+    return (given.pop("query"), given.pop("key"), given.pop("value"), mask), given
+
+
+def demanded_rows(visual: torch.Tensor, reads: str) -> torch.Tensor:
+    """``[batch, tokens]`` bool, by the definition: the row's token, or the token after it, is of the kind that is read."""
+    result = torch.zeros_like(visual)
+    for b, row in enumerate(visual.tolist()):
+        for i, here in enumerate(row):
+            kinds = {here, row[i + 1]} if i + 1 < len(row) else {here}
+            result[b, i] = reads == "all" or (reads == "visual") in kinds
+    return result
+
+
+def drop_mask(
+    site: DropSite, visual: torch.Tensor, gone: torch.Tensor, demanded: torch.Tensor, stream: torch.Tensor
+) -> torch.Tensor:
+    """``[batch, tokens]`` bool: the positions that a site drops.
+
+    Args:
+        site: the drop site.
+        visual: the visual tokens.
+        gone: positions that enclosing sites dropped.
+        demanded: the demanded rows, which stay when the site does not restore.
+        stream: ``[batch, tokens, hidden]`` at the start of the span.
+    """
+    result = torch.zeros_like(visual)
+    for b in range(visual.shape[0]):
+        of_sample = [i for i, v in enumerate(visual[b].tolist()) if v]
+        alive = [i for i in of_sample if not gone[b, i]]
+        free = [i for i in alive if site.restore or not demanded[b, i]]
+        wanted = math.floor(site.keep * len(of_sample) + 0.5) - (len(alive) - len(free))
+        stay = _stay(site, free, max(0, min(wanted, len(free))), b, stream[b])
+        for i in free:
+            result[b, i] = i not in stay
+    return result
+
+
+def _stay(site: DropSite, free: list[int], keep: int, sample: int, stream: torch.Tensor) -> set[int]:
+    if site.selector == "uniform":
+        return {free[j * len(free) // keep] for j in range(keep)}
+    if site.selector == "norm":
+        norms = [float(stream[i].norm()) for i in free]
+        return {free[j] for j in sorted(range(len(free)), key=lambda j: (-norms[j], j))[:keep]}
+    scores = [_hash(sample, j, site.seed) for j in range(len(free))]
+    return {free[j] for j in sorted(range(len(free)), key=lambda j: (-scores[j], j))[:keep]}
+
+
+def _hash(sample: int, rank: int, seed: int) -> int:
+    x = (sample * 0x9E3779B1 + rank + seed * 0x85EBCA6B) % 2**32
+    x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+    x = (x ^ x >> 15) * 0x846CA68B % 2**32
+    return x ^ x >> 16

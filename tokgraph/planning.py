@@ -1,0 +1,71 @@
+"""Planning: a policy, or a plan made by hand, checked against the facts of a program."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .analyze import analyze
+from .errors import PlanError
+from .facts import Facts
+from .plan import DropSite, Plan
+from .policies import Policy, policy
+from .program import Program
+
+CAUSAL = {"uniform": True, "random": True, "norm": False}
+"""Selector -> whether position ``i`` stays regardless of positions after ``i``."""
+
+
+def make_plan(
+    program: Program, policy: str | Policy = "shared", *, facts: Facts | None = None, **options: Any
+) -> Plan:
+    """Plan with a policy.
+
+    Args:
+        program: the captured program.
+        policy: a policy's name, or a policy.
+        facts: facts of the program, when they are known already.
+        options: options of the named policy.
+
+    Raises:
+        PlanError: no such policy or option, or the policy cannot plan for this model.
+    """
+    facts = analyze(program) if facts is None else facts
+    chosen = _named(policy, options)
+    return replace(check_plan(chosen.plan(facts), facts))
+
+
+def _named(name: str | Policy, options: dict[str, Any]) -> Policy:
+    if isinstance(name, Policy):
+        if options:
+            raise PlanError("options go with a policy's name; a Policy object holds its own")
+        return name
+    return policy(name, **options)
+
+
+def check_plan(plan: Plan, facts: Facts) -> Plan:
+    """The plan with every span's end filled in.
+
+    Raises:
+        PlanError: a site names an unknown task or selector, leaves the blocks, or looks ahead on a path that predicts
+            visual tokens.
+    """
+    return replace(plan, sites=tuple(_check_site(site, facts) for site in plan.sites))
+
+
+def _check_site(site: DropSite, facts: Facts) -> DropSite:
+    if site.task not in facts:
+        raise PlanError(
+            f"the plan has a site for task {site.task!r}, which the model does not have",
+            help=f"the tasks are {', '.join(map(repr, facts))}; was the plan made for another model?",
+        )
+    if site.selector not in CAUSAL:
+        raise PlanError(f"selector {site.selector!r} is unknown", help=f"the selectors are {', '.join(map(repr, CAUSAL))}")
+    task = facts[site.task]
+    if not CAUSAL[site.selector] and task.demand.reads != "text":
+        raise PlanError(
+            f"selector {site.selector!r} is not causal, and task {site.task!r} predicts visual tokens: which of them stay "
+            "would depend on tokens that are not generated yet",
+            help="use 'uniform' or 'random' on this task",
+        )
+    return site.resolved(len(task.blocks))

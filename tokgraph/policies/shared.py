@@ -1,0 +1,80 @@
+"""The policy that keeps synergy: both tasks are thinned alike, so they keep running through the same parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from ..errors import PlanError
+from ..facts import Facts
+from ..plan import DropSite, Mode, Plan
+from .base import Policy
+
+
+@dataclass(frozen=True)
+class Shared(Policy):
+    """The same span, keep ratio and mode on every task, restored before the last block: sharing index 1.0.
+
+    Args:
+        span: ``(start, end)`` blocks; default: all blocks but the first and the last.
+        keep: ratio of visual tokens that stay. Tasks with different numbers of visual tokens are thinned alike only at
+            ratios that give all of them whole tokens; the nearest such ratio is taken.
+        selector: ``"uniform"`` or ``"random"``; ``"norm"`` looks ahead and is refused for tasks that predict visual
+            tokens.
+        mode: ``"hide"`` or ``"freeze"``.
+        seed: seed of the ``"random"`` selector.
+        exact: also remove work that no demanded output reads.
+    """
+
+    name: ClassVar[str] = "shared"
+
+    span: tuple[int, int] | None = None
+    keep: float = 0.5
+    selector: str = "uniform"
+    mode: Mode = "hide"
+    seed: int = 0
+    exact: bool = True
+
+    def plan(self, facts: Facts) -> Plan:
+        """One site a task.
+
+        Raises:
+            PlanError: the span reaches the last block, or no ratio near ``keep`` thins the tasks alike.
+        """
+        if not 0.0 <= self.keep <= 1.0:
+            raise PlanError(f"keep={self.keep} is outside [0, 1]", help="keep is the ratio of visual tokens that stay")
+        blocks = min(len(task.blocks) for task in facts.values())
+        start, end = self.span if self.span is not None else (1, blocks - 1)
+        if not 0 <= start < end <= blocks:
+            raise PlanError(
+                f"span [{start}, {end}) is out of range: the tasks have {blocks} blocks",
+                help=f"give 0 <= start < end <= {blocks - 1}",
+            )
+        if end == blocks:
+            raise PlanError(
+                f"span [{start}, {end}) reaches the last block, whose demanded rows differ from task to task",
+                help=f"end the span at {blocks - 1} or before: 'shared' restores before the last block, so that both "
+                "tasks keep running through the same parameters (sharing index 1.0)",
+            )
+        keep = self._common_ratio(facts)
+        sites = tuple(
+            DropSite(name, start, end, keep, self.selector, self.mode, restore=True, seed=self.seed) for name in facts
+        )
+        options = {**self.options(), "span": [start, end]}
+        return Plan(sites, exact=self.exact, policy=self.name, options=options)
+
+    def _common_ratio(self, facts: Facts) -> float:
+        """The ratio nearest to ``keep`` that leaves every task the same share of its visual tokens."""
+        counts = [task.visual.count for task in facts.values()]
+        steps = math.gcd(*counts)
+        ratio = Fraction(math.floor(self.keep * steps + 0.5), steps)
+        if abs(float(ratio) - self.keep) > 0.05:
+            shown = ", ".join(f"{name}: {task.visual.count}" for name, task in facts.items())
+            raise PlanError(
+                f"no keep ratio near {self.keep} thins all tasks alike (visual tokens per sample: {shown})",
+                help=f"the ratios that do are multiples of 1/{steps}; use numbers of visual tokens with a larger common "
+                "divisor, or a plan file with one site a task (its sharing index will be below 1)",
+            )
+        return float(ratio)

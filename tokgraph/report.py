@@ -1,0 +1,90 @@
+"""The report of an accelerated program: what it costs, what it shares, and how it was verified, as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .facts import Facts
+from .passes.analysis.flops import Flops, count_flops
+from .passes.analysis.pathways import Pathways, coverage, pathways, sharing_index
+from .passes.pipeline import Pipeline
+from .passes.rewrite.pipeline import rewrite_passes
+from .program import Program, TaskGraph
+from .runtime import Accelerated
+from .verification import Verification
+
+SCHEMA = 1
+
+
+def make_report(program: Program, accelerated: Accelerated) -> dict[str, Any]:
+    """The report (schema 1) of an accelerated program against the captured one.
+
+    FLOPs are of one training step on the example batch. ``tokens_per_block`` counts the visual rows whose residual a
+    block computes. Sharing index and coverage are read off the rewritten graphs.
+    """
+    facts, plan = accelerated.facts, accelerated.plan
+    after = {name: _pathways_after(program[name], accelerated, facts) for name in program}
+    before = {name: facts[name].profile for name in program}
+    profiles = {name: p.profile for name, p in after.items()}
+    sizes = {name: p.numel() for name, p in program.model.named_parameters(remove_duplicate=False)}
+    tasks = {name: _task_report(program[name], accelerated.program[name], facts, after[name]) for name in program}
+    totals = [sum(t["flops"][when]["total"] for t in tasks.values()) for when in ("before", "after")]
+    return {
+        "schema": SCHEMA,
+        "policy": plan.policy,
+        "options": plan.options,
+        "sharing_index": round(sharing_index(before, profiles, sizes), 12),
+        "coverage": round(coverage(before, profiles, sizes), 12),
+        "flops_ratio": totals[1] / totals[0],
+        "tasks": tasks,
+        "verification": _verification_report(accelerated.verification),
+    }
+
+
+def _pathways_after(captured: TaskGraph, accelerated: Accelerated, facts: Facts) -> Pathways:
+    """Pathways of the rewritten graph; a plan without ``exact`` is followed by it, since dead work does not count."""
+    task, plan = facts[captured.name], accelerated.plan
+    if plan.exact:
+        return pathways(accelerated.program[captured.name], task)
+    lean = Pipeline(rewrite_passes(task, plan.for_task(captured.name), exact=True)).run_task(captured)
+    return pathways(lean, task)
+
+
+def _task_report(captured: TaskGraph, rewritten: TaskGraph, facts: Facts, after: Pathways) -> dict[str, Any]:
+    task = facts[captured.name]
+    before, now = count_flops(captured), count_flops(rewritten)
+    return {
+        "nodes": {"before": len(captured.graph.nodes), "after": len(rewritten.graph.nodes)},
+        "blocks": len(task.blocks),
+        "visual_tokens": task.visual.count,
+        "tokens_per_block": {"before": [task.visual.count] * len(task.blocks), "after": list(after.tokens_per_block)},
+        "flops": {"before": _flops(before), "after": _flops(now), "ratio": now.total / before.total},
+        "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},
+    }
+
+
+def _flops(flops: Flops) -> dict[str, int]:
+    return {"forward": flops.forward, "backward": flops.backward, "total": flops.total}
+
+
+def _verification_report(verification: Verification | None) -> dict[str, Any]:
+    if verification is None:
+        return {"passed": None, "max_output_error": None, "max_gradient_error": None}
+    return {
+        "passed": verification.passed,
+        "dtype": str(verification.dtype).removeprefix("torch."),
+        "tolerance": verification.tolerance,
+        "max_output_error": verification.max_output_error,
+        "max_gradient_error": verification.max_gradient_error,
+        "tasks": {
+            name: {
+                "output_error": t.output_error,
+                "gradient_error": t.gradient_error,
+                "worst_output": t.worst_output,
+                "worst_parameter": t.worst_parameter,
+                "identity_error": t.identity_error,
+                "capture_error": t.capture_error,
+            }
+            for name, t in verification.tasks.items()
+        },
+    }

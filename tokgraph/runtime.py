@@ -1,0 +1,96 @@
+"""Accelerated programs: callable modules, one a task, over the model's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .facts import Facts
+from .plan import Plan
+from .program import Program, TaskGraph
+
+
+class TaskModule(nn.Module):
+    """One task's graph, called like the task's forward without its model.
+
+    Args:
+        graph: the task graph.
+    """
+
+    def __init__(self, graph: TaskGraph) -> None:
+        super().__init__()
+        self.task_graph = graph
+        self.graph_module = graph.graph_module
+
+    def forward(self, **inputs: Any) -> Any:
+        """What the task's forward returns; tensors beside the loss may hold the demanded rows only.
+
+        Args:
+            inputs: the task's inputs, by name.
+
+        Raises:
+            BatchError: the inputs are not those of the example batch, or hold another number of visual tokens.
+        """
+        return self.task_graph.unflatten(self.graph_module(*self.task_graph.flatten(inputs)))
+
+    def with_rows(self, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The result, and the row index of every compact tensor in it.
+
+        Returns:
+            ``(result, {path in the result: [batch, rows] int64})``: row ``j`` of the compact tensor is row
+            ``index[:, j]`` of the tensor that the task's forward returns.
+        """
+        outputs = self.graph_module(*self.task_graph.flatten(inputs))
+        result = self.task_graph.unflatten(outputs)
+        paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(result)[0]]
+        rows = {paths[leaf]: outputs[position] for leaf, position in self.task_graph.compact_outputs.items()}
+        return result, rows
+
+
+class Accelerated(Mapping[str, TaskModule]):
+    """Task name -> :class:`TaskModule`; all hold the parameters of the user's model, which stays what it was.
+
+    Args:
+        program: the rewritten program.
+        plan: the plan it was made from.
+        facts: facts of the captured program.
+    """
+
+    def __init__(self, program: Program, plan: Plan, facts: Facts) -> None:
+        self.program = program
+        self.plan = plan
+        self.facts = facts
+        self.verification: Any = None
+        self.report: dict[str, Any] = {}
+        self.captured: Program | None = None
+        self._modules_by_task = {name: TaskModule(graph) for name, graph in program.items()}
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        return self.program.model
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's parameters: one optimizer for all tasks."""
+        return self.model.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model's state, under the model's keys."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
+        """Load a checkpoint of the model."""
+        return self.model.load_state_dict(state, strict=strict)
+
+    def __getitem__(self, task: str) -> TaskModule:
+        return self._modules_by_task[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules_by_task)
+
+    def __len__(self) -> int:
+        return len(self._modules_by_task)
