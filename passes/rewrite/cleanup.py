@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,10 +10,10 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tokgraph.fxnode import tensor
+from tokgraph.fxnode import argument, call, rank, tensor
 
 from ..pipeline import GraphPass
-from ..rules.registry import first_input
+from ..rules.registry import first_input, norm_dim
 from ..rules.shape import is_whole_slice
 
 aten = torch.ops.aten
@@ -78,3 +79,36 @@ class ViewToReshape(GraphPass):
             node.target = aten.reshape.default
         graph_module.recompile()
         return PassResult(graph_module, bool(views))
+
+
+@dataclass(frozen=True)
+class SplitToSlices(GraphPass):
+    """Replaces ``split`` and ``chunk`` by one ``slice`` a result: results can then be narrowed one by one."""
+
+    name: ClassVar[str] = "split-to-slices"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace every split whose parts have known sizes."""
+        splits = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+        replaced = 0
+        for node in list(graph_module.graph.nodes):
+            if node.target in splits and _replace_split(graph_module.graph, node, self.name):
+                replaced += 1
+        graph_module.recompile()
+        return PassResult(graph_module, replaced > 0)
+
+
+def _replace_split(graph: fx.Graph, node: fx.Node, made_by: str) -> bool:
+    x = first_input(node)
+    dim = norm_dim(argument(node, "dim", 0), rank(x))
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes) or any(u.target is not operator.getitem for u in node.users):
+        return False
+    for user in list(node.users):
+        start = sum(sizes[: user.args[1]])
+        with graph.inserting_before(user):
+            part = call(graph, aten.slice.Tensor, x, dim, start, start + sizes[user.args[1]], origin=user, made_by=made_by)
+        user.replace_all_uses_with(part)
+        graph.erase_node(user)
+    graph.erase_node(node)
+    return True

@@ -8,6 +8,7 @@ operator's rule says that the axis is computed row by row; a selection disappear
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -179,6 +180,8 @@ def commute(node: fx.Node, along: Along) -> list[tuple[fx.Node, Along]] | Declin
     described = axis_map(node) if tensor(node) is not None else None
     if node.op != "call_function" or described is None:
         return Declined(node.name, f"{node.target} has no token-axis rule" if node.op == "call_function" else node.op)
+    if node.target is operator.getitem:
+        return Declined(node.name, "one result of several cannot be narrowed alone")
     if along.ndim is not None or is_one(node, along.batch) != _batch_is_one(node, along):
         return Declined(node.name, "the value has no batch axis of its own")
     rows, samples = described.rows[along.dim], described.rows[along.batch]

@@ -19,6 +19,7 @@ from tokgraph.fxnode import argument, rank, refresh_value
 from tokgraph.plan import DropSite
 
 from ..pipeline import GraphPass, Numerics
+from ..rules.registry import is_one
 from .index import Frame, IndexBuilder, check_disjoint_or_nested
 from .legality import check_blocks
 from .nodes import RESIDUAL, Emitter
@@ -180,21 +181,26 @@ def _frozen(emit: Emitter, before: fx.Node, after: fx.Node, indices: list[fx.Nod
 
 
 def _hide_keys(attention: Attention, hidden: tuple[fx.Node, ...], emit: Emitter, nodes: dict[str, fx.Node]) -> None:
-    for operand in attention.keys if hidden else ():
-        user, x = nodes[operand.user], nodes[operand.node]
-        axis, batch = operand.axis, 0
-        if operand.role in ("attn_mask", "scores"):
-            ndim = rank(nodes[attention.node])
-            axis += ndim - rank(x)
-            x = emit.with_batch(x, ndim, batch, hidden[0])
-        narrowed = emit.chain(x, hidden, axis, batch)
-        names = {"scores": 0, "value": 1} if attention.kind == "eager" else {}
-        if operand.role in names:
-            user.update_arg(names[operand.role], narrowed)
-        else:
-            _set_argument(user, operand.role, narrowed)
-    if hidden and attention.kind == "eager":
-        _refresh_weights(nodes[attention.node], nodes[attention.output])
+    """Select the visible keys: key, value and mask of a fused attention; the scores that softmax normalises and the
+    values that it weighs.
+    """
+    if not hidden:
+        return
+    node = nodes[attention.node]
+    if attention.kind == "sdpa":
+        for role in ("key", "value"):
+            x = argument(node, role)
+            _set_argument(node, role, emit.chain(x, hidden, rank(x) - 2, 0))
+        mask = argument(node, "attn_mask")
+        if mask is not None and not is_one(mask, rank(mask) - 1):
+            mask = emit.with_batch(mask, rank(node), 0, hidden[0])
+            _set_argument(node, "attn_mask", emit.chain(mask, hidden, rank(node) - 1, 0))
+    else:
+        scores, values = (next(k for k in attention.keys if k.role == role) for role in ("scores", "value"))
+        product = nodes[values.user]
+        node.update_arg(0, emit.chain(nodes[scores.node], hidden, scores.axis, 0))
+        product.update_arg(1, emit.chain(nodes[values.node], hidden, values.axis, 0))
+        _refresh_weights(node, product)
 
 
 def _refresh_weights(softmax: fx.Node, product: fx.Node) -> None:
