@@ -134,5 +134,3 @@ class Pipeline:
 def pass_name(function: Pass) -> str:
     """A pass's name: its ``name`` attribute, or what Python calls it."""
     return str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
-
-

@@ -118,7 +118,9 @@ def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, origin: fx.Node, made_by: str, **kwargs: Any) -> fx.Node:
+def call(
+    graph: fx.Graph, target: Callable[..., Any], *args: Any, origin: fx.Node, made_by: str, **kwargs: Any
+) -> fx.Node:
     """Insert a call at the graph's insertion point, with value, module stack, stack trace and provenance filled in.
 
     Args:

@@ -26,7 +26,9 @@ def _require(ok: Tensor, message: str) -> None:
         return
     if ok.device.type == "cpu":
         if not bool(ok):
-            raise BatchError(message, help="make the batch like the example batch of the task, or optimize for this one")
+            raise BatchError(
+                message, help="make the batch like the example batch of the task, or optimize for this one"
+            )
     else:
         torch._assert_async(ok, message)
 
@@ -186,7 +188,9 @@ def _range_rows(like: Tensor, start: int, stop: int) -> Tensor:
 def _keep_rows(candidates: Tensor, score: Tensor, keep: int, tokens: int) -> Tensor:
     worst_first = score.sort(dim=1, descending=True, stable=True).indices[:, keep:]
     dropped = candidates.gather(1, worst_first)
-    alive = torch.ones(candidates.shape[0], tokens, dtype=torch.bool, device=candidates.device).scatter(1, dropped, False)
+    alive = torch.ones(candidates.shape[0], tokens, dtype=torch.bool, device=candidates.device).scatter(
+        1, dropped, False
+    )
     return _rows(alive, tokens - (candidates.shape[1] - keep), True)
 
 

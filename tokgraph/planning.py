@@ -16,9 +16,7 @@ CAUSAL = {"uniform": True, "random": True, "norm": False}
 """Selector -> whether position ``i`` stays regardless of positions after ``i``."""
 
 
-def make_plan(
-    program: Program, policy: str | Policy = "shared", *, facts: Facts | None = None, **options: Any
-) -> Plan:
+def make_plan(program: Program, policy: str | Policy = "shared", *, facts: Facts | None = None, **options: Any) -> Plan:
     """Plan with a policy.
 
     Args:
@@ -60,7 +58,9 @@ def _check_site(site: DropSite, facts: Facts) -> DropSite:
             help=f"the tasks are {', '.join(map(repr, facts))}; was the plan made for another model?",
         )
     if site.selector not in CAUSAL:
-        raise PlanError(f"selector {site.selector!r} is unknown", help=f"the selectors are {', '.join(map(repr, CAUSAL))}")
+        raise PlanError(
+            f"selector {site.selector!r} is unknown", help=f"the selectors are {', '.join(map(repr, CAUSAL))}"
+        )
     task = facts[site.task]
     if not CAUSAL[site.selector] and task.demand.reads != "text":
         raise PlanError(

@@ -82,7 +82,11 @@ class Verification:
         for name, task in self.tasks.items():
             for error, limit, what in (
                 (task.output_error, self.tolerance, f"{task.worst_output} differs from the oracle"),
-                (task.gradient_error, self.tolerance, f"the gradient of {task.worst_parameter} differs from the oracle"),
+                (
+                    task.gradient_error,
+                    self.tolerance,
+                    f"the gradient of {task.worst_parameter} differs from the oracle",
+                ),
                 (task.identity_error, self.tolerance, "the plan with keep 1.0 differs from the captured graph"),
                 (task.capture_error or 0.0, self.capture_tolerance, "the captured loss differs from the forward's"),
             ):
@@ -96,7 +100,8 @@ class Verification:
         if failures:
             more = f" ({len(failures) - 1} more)" if len(failures) > 1 else ""
             raise VerificationError(
-                f"{failures[0]}{more}", help="please report this: a rewrite that is not refused must agree with the oracle"
+                f"{failures[0]}{more}",
+                help="please report this: a rewrite that is not refused must agree with the oracle",
             )
 
 
@@ -119,7 +124,8 @@ def verify(program: Program, accelerated: Accelerated, *, dtype: torch.dtype | N
     dtype = torch.float64 if dtype is None else dtype
     plan, facts = accelerated.plan, accelerated.facts
     tasks = {
-        name: _verify_task(program[name], accelerated.program[name], facts[name], plan, program, dtype) for name in program
+        name: _verify_task(program[name], accelerated.program[name], facts[name], plan, program, dtype)
+        for name in program
     }
     own = next((p.dtype for p in program.model.parameters() if p.is_floating_point()), torch.float32)
     return Verification(tasks, dtype, TOLERANCE[dtype], CAPTURE_TOLERANCE[own])

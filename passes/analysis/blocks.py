@@ -139,7 +139,12 @@ def _weighted_sum(softmax: fx.Node, axis: int) -> fx.Node | None:
         if user.target in _PRODUCTS and user.args[0] is node:
             return user if axis == rank(node) - 1 else None
         described = axis_map(user)
-        if described is None or user.target in SIZED or len(tensor_inputs(user)) != 1 or described.rows[axis] != ((node, axis),):
+        if (
+            described is None
+            or user.target in SIZED
+            or len(tensor_inputs(user)) != 1
+            or described.rows[axis] != ((node, axis),)
+        ):
             return None
         node = user
     return None

@@ -194,4 +194,3 @@ def _ratios(
 
 def _likeness(ratios: list[float]) -> float:
     return 1.0 if max(ratios) == 0 else min(ratios) / max(ratios)
-

@@ -159,5 +159,3 @@ def _common_module(nodes: tuple[fx.Node, ...]) -> str:
     if not paths:
         return ""
     return ".".join(os.path.commonprefix(paths))
-
-

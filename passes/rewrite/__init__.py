@@ -4,4 +4,12 @@ from .cleanup import RemoveAssertions, RemoveNoOps, SplitToSlices, ViewToReshape
 from .seed import ExplicitCausalMask, SeedSites
 from .sink import Sink
 
-__all__ = ["ExplicitCausalMask", "RemoveAssertions", "RemoveNoOps", "SeedSites", "Sink", "SplitToSlices", "ViewToReshape"]
+__all__ = [
+    "ExplicitCausalMask",
+    "RemoveAssertions",
+    "RemoveNoOps",
+    "SeedSites",
+    "Sink",
+    "SplitToSlices",
+    "ViewToReshape",
+]

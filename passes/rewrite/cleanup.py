@@ -107,7 +107,9 @@ def _replace_split(graph: fx.Graph, node: fx.Node, made_by: str) -> bool:
     for user in list(node.users):
         start = sum(sizes[: user.args[1]])
         with graph.inserting_before(user):
-            part = call(graph, aten.slice.Tensor, x, dim, start, start + sizes[user.args[1]], origin=user, made_by=made_by)
+            part = call(
+                graph, aten.slice.Tensor, x, dim, start, start + sizes[user.args[1]], origin=user, made_by=made_by
+            )
         user.replace_all_uses_with(part)
         graph.erase_node(user)
     graph.erase_node(node)

@@ -92,7 +92,11 @@ def seed_readers(
     nodes = {node.name: node for node in graph.nodes}
     spaces = [_whole(build, stream, frames, exact)]
     if exact and not frames:
-        spaces += [space for w in facts.windows if (space := _window(build, emit, nodes[w.node], w.length, w.demanded, w.visual))]
+        spaces += [
+            space
+            for w in facts.windows
+            if (space := _window(build, emit, nodes[w.node], w.length, w.demanded, w.visual))
+        ]
     later = descendants([stream])
     losses = [rows for node in later if (rows := loss_rows(node)) is not None]
     changed: list[fx.Node] = []

@@ -24,7 +24,9 @@ def scaled_dot_product_attention(node: fx.Node) -> AxisMap:
     rows: list[Rows] = []
     for axis in range(n):
         if axis == n - 2:
-            query = ((q, axis),) if mask is None or is_one(mask, rank(mask) - 2) else ((q, axis), (mask, rank(mask) - 2))
+            query = (
+                ((q, axis),) if mask is None or is_one(mask, rank(mask) - 2) else ((q, axis), (mask, rank(mask) - 2))
+            )
             rows.append(None if argument(node, "is_causal", False) else query)
         elif axis == n - 1:
             rows.append(((v, axis),))

@@ -127,4 +127,3 @@ def select_targets(node: fx.Node) -> AxisMap:
     """Ours: labels at the demanded rows."""
     x = first_input(node)
     return AxisMap((((x, 0),), None))
-

@@ -58,7 +58,10 @@ class GraphInterpreter(fx.Interpreter):
 
 
 def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:]), {**kwargs, **({"dropout_p": 0.0} if len(args) <= 4 else {})}
+    return (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:]), {
+        **kwargs,
+        **({"dropout_p": 0.0} if len(args) <= 4 else {}),
+    }
 
 
 def trains_with_dropout(module: fx.GraphModule) -> bool:
@@ -71,7 +74,9 @@ def trains_with_dropout(module: fx.GraphModule) -> bool:
     return False
 
 
-def in_dtype(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Any], Any]]:
+def in_dtype(
+    dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Any], Any]]:
     """Maps for :class:`GraphInterpreter` that compute in ``dtype`` where the graph computes in any floating type."""
 
     def tensors(x: torch.Tensor) -> torch.Tensor:

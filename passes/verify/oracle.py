@@ -108,7 +108,9 @@ class Oracle(GraphInterpreter):
         return self.call_function(n.target, tuple(args), kwargs)
 
 
-def _mask_fused(args: tuple[Any, ...], kwargs: dict[str, Any], seen: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _mask_fused(
+    args: tuple[Any, ...], kwargs: dict[str, Any], seen: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     mask = given.pop("attn_mask", None)

@@ -1,0 +1,5 @@
+"""``python -m tokgraph.cli``."""
+
+from .main import main
+
+main()

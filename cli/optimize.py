@@ -1,0 +1,174 @@
+"""``tokgraph optimize``: thin a model, verify the result, and write plan, report and IR."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+import tokgraph
+from tokgraph.files import new_directory
+from tokgraph.ir import format_graph
+from tokgraph.optimize import optimize as run
+from tokgraph.passes.pipeline import PassDelta
+from tokgraph.plan import Plan
+from tokgraph.policies import policies
+from tokgraph.runtime import Accelerated
+
+from .common import load_model, model_options, parse_settings, progress
+
+
+def _span(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    start, separator, end = text.partition(":")
+    try:
+        if not separator:
+            raise ValueError
+        return int(start), int(end)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not START:END, as 1:7") from None
+
+
+@click.command()
+@model_options
+@click.option("--policy", type=click.Choice(list(policies())), help="How to thin.  [default: shared]")
+@click.option("--span", callback=_span, metavar="START:END", help="Blocks START to END-1.")
+@click.option("--keep", type=click.FloatRange(0, 1), help="Ratio of visual tokens that stay.")
+@click.option("--selector", help="Which visual tokens stay: uniform, random, norm.")
+@click.option("--mode", type=click.Choice(["hide", "freeze"]), help="What dropped tokens are inside the span.")
+@click.option("--seed", type=int, help="Seed of the random selector.")
+@click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="A plan file to apply.")
+@click.option("--verify/--no-verify", default=True, help="Compare with the oracle; exit 3 if they disagree.")
+@click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Results.  [default: out/MODEL]")
+def optimize(
+    model: str,
+    settings: tuple[str, ...],
+    policy: str | None,
+    plan_file: Path | None,
+    verify: bool,
+    dump_ir: Path | None,
+    as_json: bool,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Thin the visual tokens of MODEL (model.py or model.py:function), prove it right, and report.
+
+    OUT gets plan.json, report.json, and the IR of every task before and after.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if plan_file is not None and (policy is not None or given):
+        clash = "--policy" if policy is not None else "--" + next(iter(given))
+        raise click.UsageError(f"--plan and {clash} exclude each other")
+    chosen: str | Plan = Plan.load(plan_file) if plan_file is not None else policy or "shared"
+    dumps: dict[str, str] = {}
+    with progress() as stage:
+        stage("load")
+        spec = load_model(model, settings)
+        try:
+            accelerated = run(
+                spec, chosen, verify=verify, progress=stage, observer=_dump_to(dumps) if dump_ir else None, **given
+            )
+        finally:  # the dumps of a run that failed show which pass was the last
+            if dump_ir is not None and dumps:
+                _write(dump_ir, dumps)
+    report = {"model": model, "settings": parse_settings(settings), **accelerated.report, "versions": _versions()}
+    target = out or Path("out") / Path(model.partition(":")[0]).stem
+    _write(target, _results(accelerated, report))
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        print_report(report, Console())
+        click.echo(f"wrote {target / 'report.json'}, plan.json and ir/")
+
+
+def _dump_to(dumps: dict[str, str]) -> Any:
+    def observe(delta: PassDelta, module: fx.GraphModule) -> None:
+        number = sum(name.startswith(f"{delta.task}.") for name in dumps)
+        dumps[f"{delta.task}.{number:02d}.{delta.name}.txt"] = str(module.graph) + "\n"
+
+    return observe
+
+
+def _versions() -> dict[str, str]:
+    return {"tokgraph": tokgraph.__version__, "torch": torch.__version__}
+
+
+def _results(accelerated: Accelerated, report: dict[str, Any]) -> dict[str, str]:
+    files = {"plan.json": accelerated.plan.to_json(), "report.json": json.dumps(report, indent=2) + "\n"}
+    assert accelerated.captured is not None
+    for name in accelerated:
+        files[f"ir/{name}.before.txt"] = format_graph(accelerated.captured[name])
+        files[f"ir/{name}.after.txt"] = format_graph(accelerated.program[name])
+    return files
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    try:
+        with new_directory(folder) as temporary:
+            for name, text in files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"cannot write {folder}: {error}") from None
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The report as tables: one column a task."""
+    table = Table(title=f"policy {report['policy']}")
+    table.add_column("")
+    tasks = report["tasks"]
+    for name in tasks:
+        table.add_column(name, justify="right")
+    rows = {
+        "nodes": [f"{t['nodes']['before']} -> {t['nodes']['after']}" for t in tasks.values()],
+        "blocks": [str(t["blocks"]) for t in tasks.values()],
+        "visual tokens per block, before": [runs(t["tokens_per_block"]["before"]) for t in tasks.values()],
+        "visual tokens per block, after": [runs(t["tokens_per_block"]["after"]) for t in tasks.values()],
+        "forward FLOPs": [_change(t["flops"], "forward") for t in tasks.values()],
+        "backward FLOPs": [_change(t["flops"], "backward") for t in tasks.values()],
+        "FLOPs ratio": [f"{t['flops']['ratio']:.3f}x" for t in tasks.values()],
+    }
+    checks = report["verification"].get("tasks")
+    if checks:
+        rows["worst output error"] = [f"{checks[name]['output_error']:.1e}" for name in tasks]
+        rows["worst gradient error"] = [f"{checks[name]['gradient_error']:.1e}" for name in tasks]
+    for label, cells in rows.items():
+        table.add_row(label, *cells)
+    console.print(table)
+    verdict = {True: "verified", False: "NOT verified", None: "not verified (--no-verify)"}
+    console.print(
+        f"sharing index {report['sharing_index']:.3f}, coverage {report['coverage']:.3f}, "
+        f"FLOPs {report['flops_ratio']:.3f}x, {verdict[report['verification']['passed']]}"
+    )
+
+
+def _change(flops: dict[str, dict[str, int]], phase: str) -> str:
+    return f"{amount(flops['before'][phase])} -> {amount(flops['after'][phase])}"
+
+
+def amount(number: float) -> str:
+    """A FLOP count with a unit."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:g}"
+
+
+def runs(values: list[float]) -> str:
+    """``[16, 8, 8, 1]`` -> ``16, 8 x2, 1``."""
+    groups: list[list[float]] = []
+    for value in values:
+        if groups and groups[-1][0] == value:
+            groups[-1].append(value)
+        else:
+            groups.append([value])
+    return ", ".join(f"{group[0]:g}" + (f" x{len(group)}" if len(group) > 1 else "") for group in groups)
