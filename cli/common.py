@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,9 +47,9 @@ def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A function that shows the stage that runs now, on standard error."""
+    """A function that shows the stage that runs now, on standard error (bound now: a stage may redirect it)."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
         running: list[Any] = []
 
         def stage(name: str) -> None:

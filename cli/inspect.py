@@ -56,7 +56,13 @@ def _summary(task: TaskFacts, program: Program, flops: Flops) -> dict[str, Any]:
     return {
         "nodes": len(program[task.name].graph.nodes),
         "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},
-        "visual": {"kind": flow.kind, "entry": flow.entry, "source": flow.source, "count": flow.count, "runs": flow.runs},
+        "visual": {
+            "kind": flow.kind,
+            "entry": flow.entry,
+            "source": flow.source,
+            "count": flow.count,
+            "runs": flow.runs,
+        },
         "demand": {"reads": task.demand.reads, "rows": task.demand.rows, "tokens": task.demand.tokens},
         "blocks": [
             {

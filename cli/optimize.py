@@ -10,7 +10,6 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import fx
 
 import tokgraph
 from tokgraph.files import new_directory
@@ -19,6 +18,7 @@ from tokgraph.optimize import optimize as run
 from tokgraph.passes.pipeline import PassDelta
 from tokgraph.plan import Plan
 from tokgraph.policies import policies
+from tokgraph.program import TaskGraph
 from tokgraph.runtime import Accelerated
 
 from .common import load_model, model_options, parse_settings, progress
@@ -91,9 +91,9 @@ def optimize(
 
 
 def _dump_to(dumps: dict[str, str]) -> Any:
-    def observe(delta: PassDelta, module: fx.GraphModule) -> None:
+    def observe(delta: PassDelta, graph: TaskGraph) -> None:
         number = sum(name.startswith(f"{delta.task}.") for name in dumps)
-        dumps[f"{delta.task}.{number:02d}.{delta.name}.txt"] = str(module.graph) + "\n"
+        dumps[f"{delta.task}.{number:02d}.{delta.name}.txt"] = format_graph(graph)
 
     return observe
 

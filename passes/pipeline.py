@@ -55,7 +55,7 @@ class PassDelta:
     nodes_after: int
 
 
-Observer = Callable[[PassDelta, fx.GraphModule], None]
+Observer = Callable[[PassDelta, TaskGraph], None]
 Pass = Callable[[fx.GraphModule], PassResult | None]
 
 
@@ -81,7 +81,7 @@ class Pipeline:
 
     Args:
         passes: :class:`GraphPass` instances, or any callable ``GraphModule -> PassResult | None``.
-        observer: called after every pass with its :class:`PassDelta` and the graph module.
+        observer: called after every pass with its :class:`PassDelta` and the task graph.
         check: validate the graph after every pass.
     """
 
@@ -102,7 +102,7 @@ class Pipeline:
         """One task's graph with the passes for it applied to a copy."""
         edited = graph.copy()
         chosen = [p for p in self.passes if getattr(p, "task", None) in (None, graph.name)]
-        manager = PassManager([self._observed(p, graph.name) for p in chosen], run_checks_after_each_pass=self.check)
+        manager = PassManager([self._observed(p, edited) for p in chosen], run_checks_after_each_pass=self.check)
         manager.add_checks(validate)
         try:
             module = manager(edited.graph_module).graph_module
@@ -116,15 +116,17 @@ class Pipeline:
         assert isinstance(module, fx.GraphModule)
         return replace(edited, graph_module=module)
 
-    def _observed(self, function: Pass, task: str) -> Pass:
+    def _observed(self, function: Pass, graph: TaskGraph) -> Pass:
         def run(module: fx.GraphModule) -> PassResult:
             before = len(module.graph.nodes)
             result = function(module)
             if result is None:  # plain fx passes may edit in place and return nothing
                 result = PassResult(module, True)
             if self.observer is not None:
-                after = len(result.graph_module.graph.nodes)
-                self.observer(PassDelta(task, pass_name(function), result.modified, before, after), result.graph_module)
+                delta = PassDelta(
+                    graph.name, pass_name(function), result.modified, before, len(result.graph_module.graph.nodes)
+                )
+                self.observer(delta, replace(graph, graph_module=result.graph_module))
             return result
 
         run.__name__ = pass_name(function)

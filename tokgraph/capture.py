@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -119,9 +121,27 @@ def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> Expo
         return pytree.tree_map(lambda _: None, value)
 
     shapes = ({key: dims_of(key, value) for key, value in inputs.items()},) if dynamic else None
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _quiet_torch():
         warnings.simplefilter("ignore")
         return torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes).run_decompositions({})
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Keep what torch.export prints on failure (a partial graph, advice on its own code) out of the user's way."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    printed = io.StringIO()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with redirect_stderr(printed):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if printed.getvalue():
+            log.debug("torch.export: %s", printed.getvalue())
 
 
 def _user_frame(error: BaseException) -> Where | None:

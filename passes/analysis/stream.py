@@ -7,8 +7,8 @@ before it.
 
 from __future__ import annotations
 
-import os.path
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 
 import networkx as nx
 import torch
@@ -77,7 +77,7 @@ def residual_segments(graph: TaskGraph) -> list[Segment]:
             help="tokgraph needs decoder blocks that add to a [batch, tokens, hidden] value which alone connects them",
         )
     position = {node: i for i, node in enumerate(graph.graph.nodes)}
-    return [_segment(start, end, position) for start, end in zip(best, best[1:], strict=False)]
+    return [_segment(start, end, position) for start, end in pairwise(best)]
 
 
 def _content_roots(graph: fx.Graph) -> list[fx.Node]:
@@ -158,4 +158,5 @@ def _common_module(nodes: tuple[fx.Node, ...]) -> str:
     paths = [module_path(node).split(".") for node in nodes if node.meta.get("nn_module_stack")]
     if not paths:
         return ""
-    return ".".join(os.path.commonprefix(paths))
+    shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))]
+    return ".".join(shared)

@@ -27,4 +27,4 @@ def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[Grap
 
 def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
     """The passes that turn a captured graph into the one that a plan asks for; none for an empty plan."""
-    return [*seeds(facts, sites, exact), Sink()] if sites or exact else []
+    return [*seeds(facts, sites, exact), Sink(facts.name)] if sites or exact else []

@@ -28,9 +28,14 @@ LIFTED = "tokgraph.lifted"
 
 @dataclass(frozen=True)
 class Sink(GraphPass):
-    """Moves every selection as far up as it commutes, then drops what nobody reads; always exact."""
+    """Moves every selection as far up as it commutes, then drops what nobody reads; always exact.
+
+    Args:
+        task: the task to run on; ``None``: every task.
+    """
 
     name: ClassVar[str] = "sink"
+    task: str | None = None
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Find what every value's readers share, then rebuild the calls on fewer rows."""

@@ -1,0 +1,71 @@
+# Every target sets up what it needs in .venv; nothing outside this folder is touched. Needs git, make and Python 3.11+.
+#
+#   make example     the two shipped models, optimized and verified: out/janus/report.json, out/digits/report.json
+#   make test        the tests, but for the slow ones (make test-slow)
+#   make lint        style, types, imports
+#   make format      put the code into the style that `make lint` asks for
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+PIP_ARGS ?=# as --extra-index-url https://download.pytorch.org/whl/cpu, for a torch without CUDA
+VENV ?= .venv
+JOBS ?= 2
+
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+TREE := build/tree
+PYTEST := $(BIN)/python -m pytest -n $(JOBS)
+
+# One thread a process: the models of examples and tests are tiny, and JOBS processes run side by side.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
+.PHONY: help venv example test test-slow lint style types imports format tree clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+venv: $(READY)
+
+# Done anew when what is to be installed changes. A .venv whose interpreter is gone is made from scratch.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "tokgraph needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@"$(BIN)/python" -c '' 2>/dev/null || "$(PYTHON)" -m venv --clear "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+example: $(READY)
+	$(BIN)/tokgraph optimize examples/janus.py --policy shared -o out/janus
+	$(BIN)/tokgraph optimize examples/digits.py --policy shared -o out/digits
+
+test: $(READY)
+	$(PYTEST) -m "not slow"
+
+# pytest exits with 5 when no test is marked slow.
+test-slow: $(READY)
+	$(PYTEST) -m slow || test $$? -eq 5
+
+lint: style types imports
+
+style: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY) tree
+	cd $(TREE) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+imports: $(READY) tree
+	cd $(TREE) && $(BIN)/lint-imports --no-logo --config $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/import_linter_cache
+
+# passes/ and cli/ are installed as tokgraph.passes and tokgraph.cli. mypy and import-linter read folders and not
+# installations, so they get one in which everything lies where it is imported.
+tree:
+	@rm -rf $(TREE) && mkdir -p $(TREE)/tokgraph
+	@ln -s $(CURDIR)/tokgraph/* $(CURDIR)/passes $(CURDIR)/cli $(TREE)/tokgraph/
+
+clean:
+	rm -rf .venv build out .mypy_cache .ruff_cache .pytest_cache .hypothesis
