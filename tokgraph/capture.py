@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from .errors import CaptureError, TokgraphError, Where
 from .fxnode import value
 from .passes.pipeline import Pipeline
-from .passes.rewrite.cleanup import RemoveAssertions, RemoveNoOps, SplitToSlices, ViewToReshape
+from .passes.rewrite.cleanup import RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
+from .passes.rewrite.layout import KeepBatchAxis
 from .program import Dimension, Program, TaskGraph, model_device
 from .spec import ModelSpec, Task, split_outputs
 
@@ -67,7 +68,8 @@ def _capture_task(model: nn.Module, name: str, task: Task) -> TaskGraph:
     if fixed:
         log.warning("task %s: the model fixes %s to the example batch", name, ", ".join(fixed))
     graph = TaskGraph(name, task, module, pytree.tree_structure(dict(task.inputs)), out_spec, dimensions)
-    return Pipeline([RemoveAssertions(), RemoveNoOps(), SplitToSlices(), ViewToReshape()]).run_task(graph)
+    plain = [RemoveAssertions(), RemoveNoOps(), TypeAsToCast(), SplitToSlices(), ViewToReshape(), KeepBatchAxis()]
+    return Pipeline(plain).run_task(graph)
 
 
 def _warm_up(wrapper: _Forward, name: str, inputs: Mapping[str, Any]) -> None:

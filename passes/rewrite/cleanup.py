@@ -1,4 +1,6 @@
-"""Passes that make a freshly exported graph plain: no assertions, no slices or casts that do nothing."""
+"""Passes that make a freshly exported graph plain: no assertions, no slices or writes that do nothing, one operator for
+one meaning.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from tokgraph.fxnode import argument, call, rank, tensor
 
 from ..pipeline import GraphPass
+from ..rules.indexing import is_whole_slice_scatter
 from ..rules.registry import first_input, norm_dim
 from ..rules.shape import is_whole_slice
 
@@ -48,20 +51,55 @@ class RemoveAssertions(GraphPass):
 
 @dataclass(frozen=True)
 class RemoveNoOps(GraphPass):
-    """Removes slices of a whole axis."""
+    """Removes slices of a whole axis, and writes over a whole axis (``slice_scatter``), whose result is what they write."""
 
     name: ClassVar[str] = "remove-no-ops"
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Replace each such slice by its input."""
+        """Replace each such call by the input that it equals."""
         removed = 0
         for node in list(graph_module.graph.nodes):
-            if node.target is aten.slice.Tensor and tensor(node) is not None and is_whole_slice(node):
-                node.replace_all_uses_with(first_input(node))
+            same = _same_as(node)
+            if same is not None:
+                node.replace_all_uses_with(same)
                 graph_module.graph.erase_node(node)
                 removed += 1
+        dead = removed > 0 and graph_module.graph.eliminate_dead_code()
         graph_module.recompile()
-        return PassResult(graph_module, removed > 0)
+        return PassResult(graph_module, removed > 0 or dead)
+
+
+def _same_as(node: fx.Node) -> fx.Node | None:
+    """The input that the node's value is equal to."""
+    if node.target is aten.slice.Tensor and tensor(node) is not None and is_whole_slice(node):
+        return first_input(node)
+    if node.target is aten.slice_scatter.default and is_whole_slice_scatter(node):
+        source: fx.Node = argument(node, "src")
+        return source if source.meta["val"].dtype is node.meta["val"].dtype else None
+    return None
+
+
+@dataclass(frozen=True)
+class TypeAsToCast(GraphPass):
+    """Replaces ``type_as`` by the cast it is: it reads the type of its second operand, and none of its rows."""
+
+    name: ClassVar[str] = "type-as-to-cast"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace each ``type_as`` by a cast, or by its input where that has the type already."""
+        graph, found = graph_module.graph, 0
+        for node in list(graph.nodes):
+            if node.target is not aten.type_as.default:
+                continue
+            x, val = first_input(node), node.meta["val"]
+            if x.meta["val"].dtype is not val.dtype:
+                with graph.inserting_before(node):
+                    x = call(graph, aten._to_copy.default, x, dtype=val.dtype, origin=node, made_by=self.name)
+            node.replace_all_uses_with(x)
+            graph.erase_node(node)
+            found += 1
+        graph_module.recompile()
+        return PassResult(graph_module, found > 0)
 
 
 @dataclass(frozen=True)

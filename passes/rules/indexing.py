@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
-from tokgraph.fxnode import argument, rank, tensor
+from tokgraph.fxnode import argument, dims, rank, same_size, tensor
 
 from .registry import AxisMap, Mix, Rows, first_input, identity_rows, is_one, norm_dim, rule
 
@@ -85,10 +85,54 @@ def _positions_of(node: fx.Node, x: fx.Node, *others: tuple[fx.Node, int]) -> Ax
     return AxisMap((None,) * rank(node), mixes, tuple(aligned))
 
 
-@rule(aten.index_put.default, aten.index_add.default, aten.index_copy.default, aten.scatter_add.default)
+@rule(aten.index_put.default)
 def index_put(node: fx.Node) -> AxisMap:
+    """Writes by index. With one integer index on one axis, ``x[:, :, index] = values``, the other axes are row by row in
+    ``x`` and in the values, which broadcast; else no axis is followed.
+    """
+    x, values = first_input(node), argument(node, "values")
+    given = [(axis, i) for axis, i in enumerate(argument(node, "indices")) if i is not None]
+    if len(given) != 1 or not _is_list_of_positions(given[0][1]):
+        return _positions_of(node, x)
+    along, n = given[0][0], rank(node)
+    rows: list[Rows] = [((x, axis),) for axis in range(n)]
+    for j in range(rank(values)):
+        if not is_one(values, j):
+            axis = j + n - rank(values)
+            rows[axis] = ((x, axis), (values, j))
+    rows[along] = None
+    return AxisMap(tuple(rows), (Mix("order", ((x, along),)),), ((along, (x, along)),))
+
+
+def _is_list_of_positions(index: fx.Node) -> bool:
+    val = tensor(index)
+    return val is not None and val.dim() == 1 and val.dtype not in (torch.bool, torch.uint8)
+
+
+@rule(aten.index_add.default, aten.index_copy.default, aten.scatter_add.default)
+def index_add(node: fx.Node) -> AxisMap:
     """Writes rows by index: no axis is followed."""
     return _positions_of(node, first_input(node))
+
+
+@rule(aten.slice_scatter.default, aten.select_scatter.default)
+def slice_scatter(node: fx.Node) -> AxisMap:
+    """Writes ``src`` over a range (or one element) of one axis; the other axes are row by row in both."""
+    x, src = first_input(node), argument(node, "src")
+    along = norm_dim(argument(node, "dim", 0), rank(x))
+    lost = node.target is aten.select_scatter.default
+    rows: tuple[Rows, ...] = tuple(
+        None if axis == along else ((x, axis), (src, axis - (lost and axis > along))) for axis in range(rank(x))
+    )
+    return AxisMap(rows, (Mix("layout", ((x, along),)),), ((along, (x, along)),))
+
+
+def is_whole_slice_scatter(node: fx.Node) -> bool:
+    """Whether a ``slice_scatter`` writes over every element, so that nothing of its first operand is left."""
+    x, src = first_input(node), argument(node, "src")
+    along = norm_dim(argument(node, "dim", 0), rank(x))
+    start, step = argument(node, "start"), argument(node, "step", 1)
+    return start in (None, 0) and step == 1 and same_size(dims(src)[along], dims(x)[along])
 
 
 @rule(aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default)

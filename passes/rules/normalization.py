@@ -35,6 +35,18 @@ def scan(node: fx.Node) -> AxisMap:
     return _kept(x, {norm_dim(d, rank(x)) for d in over} or set(range(rank(x))), "scan")
 
 
+@rule(aten.diff.default)
+def diff(node: fx.Node) -> AxisMap:
+    """Differences of neighbours along one axis, with what is put before and after it; the others are row by row."""
+    x = first_input(node)
+    along = norm_dim(argument(node, "dim", -1), rank(x))
+    joined = [y for y in (x, argument(node, "prepend"), argument(node, "append")) if y is not None]
+    rows: tuple[Rows, ...] = tuple(
+        None if axis == along else tuple((y, axis) for y in joined) for axis in range(rank(x))
+    )
+    return AxisMap(rows, tuple(Mix("window", ((y, along),)) for y in joined))
+
+
 @rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default, aten.native_layer_norm.default)
 def layer_norm(node: fx.Node) -> AxisMap:
     """Normalises over the trailing axes."""

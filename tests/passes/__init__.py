@@ -1,0 +1,1 @@
+"""Tests of passes, folder by folder as in passes/."""

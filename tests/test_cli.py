@@ -1,0 +1,213 @@
+"""What a user sees: exit codes, messages, and which files there are afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import tokgraph as tg
+from tokgraph.cli import main
+
+TINY = str(Path(__file__).with_name("tiny.py"))
+FOUR = ("--set", "layers=4")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*args: str) -> Result:
+        result = CliRunner().invoke(main, list(args))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+def test_optimize_writes_plan_report_and_ir(run, tmp_path):
+    result = run("optimize", TINY, *FOUR, "--span", "1:3", "--keep", "0.5", "-o", "results")
+    assert result.exit_code == 0, result.output
+    assert "sharing index 1.000" in result.output
+    assert "verified" in result.output
+    report = json.loads((tmp_path / "results/report.json").read_text())
+    assert report["schema"] == 1
+    assert report["policy"] == "shared"
+    assert report["sharing_index"] == 1.0
+    assert 0 < report["coverage"] < 1
+    assert report["verification"]["passed"] is True
+    assert report["verification"]["max_output_error"] < 1e-9
+    assert report["verification"]["max_gradient_error"] < 1e-9
+    for task in ("understanding", "generation"):
+        entry = report["tasks"][task]
+        assert entry["flops"]["ratio"] == entry["flops"]["after"]["total"] / entry["flops"]["before"]["total"] < 1
+        assert entry["tokens_per_block"]["before"] == [6] * 4
+        assert entry["tokens_per_block"]["after"][1:3] == [3, 3]
+        assert "drop(" in (tmp_path / f"results/ir/{task}.after.txt").read_text()
+        assert "drop(" not in (tmp_path / f"results/ir/{task}.before.txt").read_text()
+    assert tg.Plan.load(tmp_path / "results/plan.json").sites[0].start == 1
+
+
+def test_a_plan_file_replays(run, tmp_path):
+    assert run("optimize", TINY, *FOUR, "-o", "one").exit_code == 0
+    assert run("optimize", TINY, *FOUR, "--plan", "one/plan.json", "-o", "two").exit_code == 0
+    for file in ("plan.json", "ir/understanding.after.txt", "ir/generation.after.txt"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_json_is_all_there_is_on_standard_output(run):
+    result = run("optimize", TINY, *FOUR, "--json", "-o", "results")
+    assert json.loads(result.stdout)["sharing_index"] == 1.0
+
+
+def test_dump_ir_writes_a_file_a_pass(run, tmp_path):
+    assert run("optimize", TINY, *FOUR, "--dump-ir", "dump", "-o", "results").exit_code == 0
+    names = sorted(p.name for p in (tmp_path / "dump").iterdir())
+    passes = ("00.explicit-causal-mask", "01.seed-sites", "02.sink")
+    assert names == [f"{task}.{p}.txt" for task in ("generation", "understanding") for p in passes]
+
+
+def test_no_verify_says_so(run, tmp_path):
+    result = run("optimize", TINY, *FOUR, "--no-verify", "-o", "results")
+    assert result.exit_code == 0
+    assert "not verified" in result.output
+    assert json.loads((tmp_path / "results/report.json").read_text())["verification"]["passed"] is None
+
+
+def test_inspect_shows_the_flow(run):
+    result = run("inspect", TINY, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert [len(facts["tasks"][t]["blocks"]) for t in ("understanding", "generation")] == [3, 3]
+    assert facts["tasks"]["understanding"]["visual"]["kind"] == "ids"
+    assert facts["tasks"]["generation"]["visual"]["kind"] == "range"
+    assert facts["tasks"]["generation"]["visual"]["count"] == 6
+    assert facts["shared_parameters"]["elements"] > 0
+    assert "6 of 11" in run("inspect", TINY).output
+
+
+def test_policies_are_listed(run):
+    listed = json.loads(run("policies", "--json").stdout)["policies"]
+    assert {"none", "exact", "shared"} <= set(listed)
+    assert listed["shared"]["options"]["keep"]["default"] == 0.5
+    assert "shared" in run("policies").output
+
+
+REFUSED = {
+    "no such file": (["nowhere.py"], 2, "no such file: nowhere.py"),
+    "no build": ([f"{TINY}:nothing"], 1, "defines no function 'nothing'"),
+    "not a spec": ([f"{TINY}:wrong_type"], 1, "returned int"),
+    "missing task input": ([f"{TINY}:missing_input"], 1, "missing a required argument: 'codes'"),
+    "unknown argument of build": ([TINY, "--set", "colour=1"], 1, "unexpected keyword argument 'colour'"),
+    "malformed --set": ([TINY, "--set", "colour"], 2, "is not NAME=VALUE"),
+    "malformed span": ([TINY, "--span", "3"], 2, "is not START:END"),
+    "span out of range": ([TINY, "--span", "1:9"], 1, "span [1, 9) is out of range: the tasks have 3 blocks"),
+    "span with the last block": ([TINY, "--span", "1:3"], 1, "reaches the last block"),
+    "empty span": ([TINY, "--span", "2:2"], 1, "span [2, 2) is out of range"),
+    "keep above 1": ([TINY, "--keep", "1.5"], 2, "not in the range 0<=x<=1"),
+    "keep below 0": ([TINY, "--keep", "-0.1"], 2, "not in the range 0<=x<=1"),
+    "unknown policy": ([TINY, "--policy", "magic"], 2, "'magic' is not one of"),
+    "option of another policy": ([TINY, "--policy", "exact", "--keep", "0.5"], 1, "has no option 'keep'"),
+    "unknown selector": ([TINY, "--selector", "best"], 1, "selector 'best' is unknown"),
+    "selector that looks ahead": ([TINY, "--selector", "norm"], 1, "not causal"),
+    "uneven visual tokens": ([TINY, "--set", "uneven=True"], 1, "different numbers of visual tokens: [5, 6]"),
+    "convolution over tokens": ([TINY, "--set", "token_mixer='conv'"], 1, "aten.conv1d.default mixes neighbouring tokens"),
+    "running sum over tokens": ([TINY, "--set", "token_mixer='cumsum'"], 1, "runs along the token axis"),
+    "operator without a rule": ([TINY, "--set", "token_mixer='unruled'"], 1, "special_i0e.default has no token-axis rule"),
+    "data-dependent branch": ([TINY, "--set", "branch=True"], 1, "branches on the value of a tensor"),
+    "plan and policy": ([TINY, "--plan", "p.json", "--policy", "exact"], 2, "exclude each other"),
+    "no such plan": ([TINY, "--plan", "p.json"], 1, "cannot read plan file p.json"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_and_leaves_nothing(run, tmp_path, case):
+    arguments, code, message = REFUSED[case]
+    result = run("optimize", *arguments, "-o", "results")
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mixer", ["conv", "unruled"])
+def test_an_illegal_rewrite_names_the_place(run, mixer):
+    message = run("optimize", TINY, "--set", f"token_mixer={mixer}", "-o", "results").stderr
+    assert "error[TG006]" in message
+    assert "tests/tiny.py:" in message
+    assert "module: layers.1" in message
+    assert "help:" in message
+
+
+PLANS = {
+    "corrupt": ("{", "is not JSON"),
+    "foreign": ('{"a": 1}', "is not a tokgraph plan"),
+    "another schema": ('{"kind": "tokgraph.plan", "schema": 7}', "plan schema 7"),
+    "unknown field": ('{"kind": "tokgraph.plan", "schema": 1, "speed": 11}', "speed"),
+    "unknown task": (
+        '{"kind": "tokgraph.plan", "schema": 1, "sites": [{"task": "video", "start": 0}]}',
+        "task 'video', which the model does not have",
+    ),
+    "span of another model": (
+        '{"kind": "tokgraph.plan", "schema": 1, "sites": [{"task": "generation", "start": 0, "end": 30}]}',
+        "the task has 3 blocks",
+    ),
+    "keep out of range": (
+        '{"kind": "tokgraph.plan", "schema": 1, "sites": [{"task": "generation", "start": 0, "keep": 2}]}',
+        "outside [0, 1]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_bad_plan_file_is_refused(run, tmp_path, case):
+    text, message = PLANS[case]
+    (tmp_path / "plan.json").write_text(text)
+    result = run("optimize", TINY, "--plan", "plan.json", "-o", "results")
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_failed_verification_exits_3_and_writes_nothing(run, tmp_path, monkeypatch):
+    from tokgraph import rewrite
+
+    broken = rewrite.rewrite_passes
+
+    def keep_too_few(facts, sites, exact):
+        from dataclasses import replace
+
+        return broken(facts, [replace(site, keep=site.keep / 2) for site in sites], exact)
+
+    monkeypatch.setattr(rewrite, "rewrite_passes", keep_too_few)
+    result = run("optimize", TINY, *FOUR, "-o", "results")
+    assert result.exit_code == 3
+    assert "differs from the oracle" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_result_survives_a_failed_run(run, tmp_path):
+    assert run("optimize", TINY, *FOUR, "-o", "results").exit_code == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "results").rglob("*") if p.is_file()}
+    assert run("optimize", TINY, *FOUR, "--span", "1:9", "-o", "results").exit_code == 1
+    assert {p: p.read_bytes() for p in (tmp_path / "results").rglob("*") if p.is_file()} == before
+
+
+def test_a_model_without_storage_is_planned_but_not_verified(run, tmp_path):
+    (tmp_path / "meta.py").write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(Path(TINY).parent.parent)!r})\n"
+        "from tests import tiny\n"
+        "import tokgraph as tg\n"
+        "def build():\n"
+        "    spec = tiny.build(layers=4)\n"
+        "    return tg.ModelSpec(spec.model.to('meta'), spec.tasks)\n"
+    )
+    refused = run("optimize", "meta.py", "-o", "results")
+    assert refused.exit_code == 3
+    assert "meta device" in refused.stderr
+    assert not (tmp_path / "results").exists()
+    assert run("optimize", "meta.py", "--no-verify", "-o", "results").exit_code == 0
+    assert json.loads((tmp_path / "results/report.json").read_text())["sharing_index"] == 1.0
