@@ -125,7 +125,9 @@ def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> Expo
     shapes = ({key: dims_of(key, value) for key, value in inputs.items()},) if dynamic else None
     with torch.no_grad(), warnings.catch_warnings(), _quiet_torch():
         warnings.simplefilter("ignore")
-        return torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes).run_decompositions({})
+        exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
+        functional: ExportedProgram = exported.run_decompositions({})
+        return functional
 
 
 @contextmanager

@@ -27,13 +27,13 @@ def format_graph(graph: TaskGraph) -> str:
         elif node.op == "call_function":
             lines.append(f"  %{node.name} = {_call(node)}{_comment(node, names)}")
         elif node.op == "output":
-            lines.append(f"  return {_argument(list(node.args[0]))}")  # type: ignore[arg-type]
+            lines.append(f"  return {_argument(list(node.args[0]))}")
     return "\n".join(lines) + "\n"
 
 
 def _call(node: fx.Node) -> str:
     if node.target in _INFIX:
-        return f"{_argument(node.args[0])} {_INFIX[node.target]} {_argument(node.args[1])}"  # type: ignore[index]
+        return f"{_argument(node.args[0])} {_INFIX[node.target]} {_argument(node.args[1])}"
     arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
     return f"{_operator(node.target)}({', '.join(arguments)})"
 

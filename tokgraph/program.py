@@ -96,7 +96,8 @@ class TaskGraph:
     def example(self) -> dict[str, Any]:
         """The example batch, on the model's device."""
         device = model_device(self.graph_module)
-        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), dict(self.task.inputs))
+        moved: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), dict(self.task.inputs))
+        return moved
 
     def symbol_names(self) -> dict[str, str]:
         """Symbol -> the user's name for it."""

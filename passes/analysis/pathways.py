@@ -81,7 +81,7 @@ def row_spaces(graph: fx.Graph, facts: TaskFacts) -> dict[Axis, Chain]:
                     spaces[node, axis] = (*spaces[x, axis], *((index,) if axis == dim else ()))
         elif node.target is tokgraph.restore.default:
             if (node.args[0], 1) in spaces:
-                spaces[node, 1] = spaces[node.args[0], 1]  # type: ignore[index]
+                spaces[node, 1] = spaces[node.args[0], 1]
         else:
             _follow(node, spaces)
     return spaces

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
+from typing import Any
 
 import networkx as nx
 import torch
@@ -97,7 +98,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _cut_points(graph: TaskGraph) -> list[fx.Node]:
-    flow = nx.DiGraph()
+    flow: nx.DiGraph[Any] = nx.DiGraph()
     stack = _content_roots(graph.graph)
     flow.add_edges_from((_ROOT, node) for node in stack)
     seen = set(stack)
@@ -115,10 +116,11 @@ def _cut_points(graph: TaskGraph) -> list[fx.Node]:
             f"task {graph.name!r}: the loss does not depend on any embedded or float input", where=where(loss)
         )
     dominator = nx.immediate_dominators(flow, _ROOT)
-    cuts, node = [], loss
-    while node != _ROOT:
-        cuts.append(node)
-        node = dominator[node]
+    cuts: list[fx.Node] = []
+    cut: Any = loss
+    while cut != _ROOT:
+        cuts.append(cut)
+        cut = dominator[cut]
     return cuts[::-1]
 
 

@@ -57,7 +57,7 @@ def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node) -> torch.Te
         return ((at >= start) & (at < stop)).expand(size_hint(stream, 0), -1)
     assert flow.source is not None
     found = evaluate(graph, [nodes[flow.source]])[0].cpu()
-    if flow.kind == "ids":
+    if flow.kind == "ids" and flow.low is not None and flow.high is not None:
         return (found >= flow.low) & (found <= flow.high)
     return found.reshape(found.shape[:2]).bool()
 

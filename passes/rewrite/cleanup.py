@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import fx
@@ -143,11 +143,10 @@ def _replace_split(graph: fx.Graph, node: fx.Node, made_by: str) -> bool:
     if not all(isinstance(size, int) for size in sizes) or any(u.target is not operator.getitem for u in node.users):
         return False
     for user in list(node.users):
-        start = sum(sizes[: user.args[1]])
+        number = cast(int, user.args[1])
+        start = sum(sizes[:number])
         with graph.inserting_before(user):
-            part = call(
-                graph, aten.slice.Tensor, x, dim, start, start + sizes[user.args[1]], origin=user, made_by=made_by
-            )
+            part = call(graph, aten.slice.Tensor, x, dim, start, start + sizes[number], origin=user, made_by=made_by)
         user.replace_all_uses_with(part)
         graph.erase_node(user)
     graph.erase_node(node)

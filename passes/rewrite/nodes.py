@@ -66,6 +66,7 @@ class Emitter:
         return known if known is not None else self.call(aten.sym_size.int, node, axis, origin=node)
 
     def _known_size(self, dim: Dim) -> fx.Node | None:
+        node: fx.Node
         for node in self.graph.nodes:
             val = value(node)
             if isinstance(val, torch.SymInt) and node.op == "call_function" and same_size(val.node.expr, dim):
@@ -76,6 +77,8 @@ class Emitter:
         """The sum of two sizes."""
         if isinstance(a, int) and isinstance(b, int):
             return a + b
+        if a == 0:
+            return b
         return a if b == 0 else self.call(operator.add, a, b, origin=origin)
 
     def with_batch(self, x: fx.Node, ndim: int, batch: int, index: fx.Node) -> fx.Node:

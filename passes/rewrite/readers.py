@@ -169,7 +169,7 @@ def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> 
     for user, old, new in ((rows.logits_user, rows.logits, logits), (rows.targets_user, rows.targets, targets)):
         user.replace_input_with(old, new)
         if user.target in VIEWS:
-            user.update_arg(1, [-1, *user.args[1][1:]])  # type: ignore[index]
+            user.update_arg(1, [-1, *list(user.args[1])[1:]])  # type: ignore[arg-type]
     return [logits, targets]
 
 

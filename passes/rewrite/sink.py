@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -82,15 +84,17 @@ class _Rebuild:
                 continue
             wants = self._found.inputs.get(node, {})
             if any(wants.get(x) or self._found.own.get(x) or not is_plain(x) for x in node.all_input_nodes):
-                new[node] = fx.node.map_arg(
-                    (node.args, node.kwargs), lambda x, wants=wants: self._narrowed(x, wants.get(x, {}))
-                )
+                narrow = partial(self._input, wants)
+                new[node] = fx.node.map_arg(node.args, narrow), fx.node.map_arg(node.kwargs, narrow)
         for node, (args, kwargs) in new.items():
             node.args, node.kwargs = args, kwargs
             self._fix_sizes(node)
             node.meta[STALE] = True
             if self._found.own.get(node):
                 node.meta[NARROWED] = True
+
+    def _input(self, wants: Mapping[fx.Node, Want], x: fx.Node) -> fx.Node:
+        return self._narrowed(x, wants.get(x, {}))
 
     def _narrowed(self, x: fx.Node, want: Want) -> fx.Node:
         """``x`` at the rows of ``want``: from where its own selections leave it, through the gathers that are left."""

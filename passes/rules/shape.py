@@ -17,7 +17,8 @@ SIZED = frozenset((*VIEWS, aten.expand.default))
 
 
 def _size_before(sizes: tuple[Dim, ...], axis: int) -> Dim:
-    return sympy.expand(sympy.prod([sympy.sympify(s) for s in sizes[:axis]]))
+    product: Dim = sympy.expand(sympy.prod([sympy.sympify(s) for s in sizes[:axis]]))
+    return product
 
 
 @rule(*VIEWS)
