@@ -1,7 +1,7 @@
 """FLOPs that the `exact` policy saves at the published dimensions of Janus-Pro: 576 image and 64 text tokens.
 
-The models live on the meta device: graphs are captured, rewritten and counted without weights, on a CPU, in about a
-minute a size. One training step is counted, forward and backward, vision tower included.
+The models live on the meta device: graphs are captured, rewritten and counted without weights, in minutes on two CPU
+cores and less than 1 GB. One training step is counted, forward and backward, vision tower included.
 
     python benchmarks/exact_flops.py
     python benchmarks/exact_flops.py --size small --policy shared

@@ -104,7 +104,6 @@ def _versions() -> dict[str, str]:
 
 def _results(accelerated: Accelerated, report: dict[str, Any]) -> dict[str, str]:
     files = {"plan.json": accelerated.plan.to_json(), "report.json": json.dumps(report, indent=2) + "\n"}
-    assert accelerated.captured is not None
     for name in accelerated:
         files[f"ir/{name}.before.txt"] = format_graph(accelerated.captured[name])
         files[f"ir/{name}.after.txt"] = format_graph(accelerated.program[name])

@@ -25,7 +25,8 @@ from .program import Program, TaskGraph
 from .rewrite import apply
 from .runtime import Accelerated, TaskModule
 from .spec import ModelSpec, Task, VisualTokens, load
-from .verification import Verification, verify
+from .verdict import Verification
+from .verification import verify
 
 __version__ = "0.1.0"
 

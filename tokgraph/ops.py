@@ -205,7 +205,7 @@ def _random_score(candidates: Tensor, seed: int) -> Tensor:
     samples, width = candidates.shape
     device = candidates.device
     x = torch.arange(samples, device=device).unsqueeze(1) * 0x9E3779B1 + torch.arange(width, device=device)
-    x = (x + seed * 0x85EBCA6B) & 0xFFFFFFFF
+    x = (x + (seed * 0x85EBCA6B & 0xFFFFFFFF)) & 0xFFFFFFFF  # reduced first: a large seed would overflow int64
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x

@@ -58,7 +58,6 @@ def optimize(
         plan = make_plan(program, policy, facts=facts, **options)
     tell("rewrite")
     accelerated = apply(program, plan, facts=facts, observer=observer)
-    accelerated.captured = program
     if verify:
         tell("verify")
         accelerated.verification = run_verification(program, accelerated)

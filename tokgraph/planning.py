@@ -30,7 +30,7 @@ def make_plan(program: Program, policy: str | Policy = "shared", *, facts: Facts
     """
     facts = analyze(program) if facts is None else facts
     chosen = _named(policy, options)
-    return replace(check_plan(chosen.plan(facts), facts))
+    return check_plan(chosen.plan(facts), facts)
 
 
 def _named(name: str | Policy, options: dict[str, Any]) -> Policy:

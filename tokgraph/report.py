@@ -11,7 +11,7 @@ from .passes.pipeline import Pipeline
 from .passes.rewrite.pipeline import rewrite_passes
 from .program import Program, TaskGraph
 from .runtime import Accelerated
-from .verification import Verification
+from .verdict import Verification
 
 SCHEMA = 1
 

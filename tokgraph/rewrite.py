@@ -28,4 +28,4 @@ def apply(program: Program, plan: Plan, *, facts: Facts | None = None, observer:
     facts = analyze(program) if facts is None else facts
     plan = check_plan(plan, facts)
     passes = [p for name in program for p in rewrite_passes(facts[name], plan.for_task(name), plan.exact)]
-    return Accelerated(Pipeline(passes, observer).run(program), plan, facts)
+    return Accelerated(Pipeline(passes, observer).run(program), program, plan, facts)

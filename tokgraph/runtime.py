@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from .facts import Facts
 from .plan import Plan
 from .program import Program, TaskGraph
+from .verdict import Verification
 
 
 class TaskModule(nn.Module):
@@ -56,17 +57,18 @@ class Accelerated(Mapping[str, TaskModule]):
 
     Args:
         program: the rewritten program.
-        plan: the plan it was made from.
+        captured: the program it was made from.
+        plan: the plan that was applied.
         facts: facts of the captured program.
     """
 
-    def __init__(self, program: Program, plan: Plan, facts: Facts) -> None:
+    def __init__(self, program: Program, captured: Program, plan: Plan, facts: Facts) -> None:
         self.program = program
+        self.captured = captured
         self.plan = plan
         self.facts = facts
-        self.verification: Any = None
+        self.verification: Verification | None = None
         self.report: dict[str, Any] = {}
-        self.captured: Program | None = None
         self._modules_by_task = {name: TaskModule(graph) for name, graph in program.items()}
 
     @property

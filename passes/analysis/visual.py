@@ -17,6 +17,7 @@ from .axes import AxisClasses
 from .evaluate import evaluate, size_hint
 
 aten = torch.ops.aten
+_MEETS = (aten.cat.default, aten.masked_scatter.default, aten.where.self, aten.index_put.default)
 _THROUGH = (aten.unsqueeze.default, aten.expand.default, aten._to_copy.default, aten.clone.default)
 
 
@@ -133,9 +134,7 @@ def _meeting(node: fx.Node, axis: int, visual: set[fx.Node]) -> VisualFlow | Non
     if node.target is aten.index_put.default:
         indices = argument(node, "indices")
         if len(indices) == 1 and rank(indices[0]) == 2 and argument(node, "values") in visual:
-            return VisualFlow(
-                "mask", node.name, 0, 0, source=indices[0].name, branch=_names([argument(node, "values")])
-            )
+            return VisualFlow("mask", node.name, 0, 0, source=indices[0].name, branch=_branch_of(node))
     return None
 
 
@@ -168,21 +167,24 @@ def _flat_mask(mask: fx.Node) -> fx.Node | None:
 
 
 def _meeting_point(stream: fx.Node) -> fx.Node:
-    """The node before the stream's first block where rows of several kinds meet, else the stream's first value."""
+    """The node before the stream's first block where rows of several kinds meet (as embeddings, or as ids that are then
+    embedded), else the embedding of all rows, else the stream's first value.
+    """
     node = stream
-    meets = (aten.cat.default, aten.masked_scatter.default, aten.where.self, aten.index_put.default)
-    while node.target not in meets:
+    while node.target not in _MEETS:
+        if node.target is aten.embedding.default:
+            ids: fx.Node = argument(node, "indices")
+            return ids if ids.target in _MEETS else node
         inputs = [x for x in tensor_inputs(node) if x.op != "get_attr"]
-        if len(inputs) != 1 or node.target is aten.embedding.default:
-            return stream if node.target is not aten.embedding.default else node
+        if len(inputs) != 1:
+            return stream
         node = inputs[0]
     return node
 
 
 def _branch_of(entry: fx.Node) -> tuple[str, ...]:
-    if entry.target is aten.masked_scatter.default:
-        return _names([argument(entry, "source")])
-    return ()
+    made = {aten.masked_scatter.default: "source", aten.index_put.default: "values"}.get(entry.target)
+    return _names([argument(entry, made)]) if made else ()
 
 
 def _names(nodes: list[fx.Node]) -> tuple[str, ...]:

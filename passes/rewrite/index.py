@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from tokgraph.errors import IllegalRewriteError, PlanError
+from tokgraph.errors import IllegalRewriteError, InternalError, PlanError
 from tokgraph.facts import TaskFacts
 from tokgraph.fxnode import rank
 from tokgraph.plan import DropSite
@@ -133,9 +133,7 @@ class IndexBuilder:
         if site.selector == "norm":
             rows = self._call(tokgraph.select.default, stream, candidates, 1, 0)
             return self._call(aten.linalg_vector_norm.default, rows, 2, [-1])
-        raise PlanError(
-            f"selector {site.selector!r} is unknown", help="the selectors are 'uniform', 'random' and 'norm'"
-        )
+        raise InternalError(f"selector {site.selector!r} passed the plan's check but has no scores")
 
     def demand(self, around: tuple[Frame, ...], window: tuple[fx.Node, int, int] | None = None) -> fx.Node | None:
         """The demanded rows, in the space of ``around`` (and of ``window``, an index of a slice of the token axis).

@@ -91,7 +91,7 @@ def seed_readers(
     classes = AxisClasses(graph)
     nodes = {node.name: node for node in graph.nodes}
     spaces = [_whole(build, stream, frames, exact)]
-    if exact and not frames:
+    if exact:
         spaces += [
             space
             for w in facts.windows
