@@ -19,8 +19,14 @@ from torch.utils import _pytree as pytree
 from .errors import CaptureError, TokgraphError, Where
 from .fxnode import value
 from .passes.pipeline import Pipeline
-from .passes.rewrite.cleanup import RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
-from .passes.rewrite.layout import KeepBatchAxis
+from .passes.rewrite import (
+    KeepBatchAxis,
+    RemoveAssertions,
+    RemoveNoOps,
+    SplitToSlices,
+    TypeAsToCast,
+    ViewToReshape,
+)
 from .program import Dimension, Program, TaskGraph, model_device
 from .spec import ModelSpec, Task, split_outputs
 

@@ -70,12 +70,15 @@ def token_axis(graph: TaskGraph, segments: Sequence[Segment], classes: AxisClass
 def find_blocks(segments: Sequence[Segment], classes: AxisClasses, tokens: Axis) -> tuple[Block, ...]:
     """Group residual segments into blocks.
 
-    A block begins where tokens mix; segments that mix none (the FFN) belong to the block before them. Neighbours that
-    both mix tokens are one block when the module stack says that one module holds both (self- and cross-attention).
+    A block begins where tokens mix; segments that mix none (the FFN) belong to the block before them, and those before the
+    first mix (what is added to embeddings) to none. Neighbours that both mix tokens are one block when the module stack
+    says that one module holds both (self- and cross-attention).
     """
     groups: list[list[Segment]] = []
     for segment in segments:
         mixes = bool(token_mixes(segment.nodes, classes, tokens))
+        if not groups and not mixes:
+            continue
         together = bool(groups) and segment.module != "" and _same_layer(groups[-1][0].module, segment.module)
         if groups and (not mixes or together):
             groups[-1].append(segment)

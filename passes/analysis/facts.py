@@ -22,12 +22,11 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
     """
     classes = AxisClasses(graph.graph)
     segments = residual_segments(graph)
-    entry, axis = token_axis(graph, segments, classes)
-    tokens = (entry, axis)
-    blocks = find_blocks(segments, classes, tokens)
-    flow = find_visual(graph, entry, classes)
     nodes = {node.name: node for node in graph.graph.nodes}
-    last = nodes[blocks[-1].end]
+    tokens = token_axis(graph, segments, classes)
+    blocks = find_blocks(segments, classes, tokens)
+    entry, last = nodes[blocks[0].start], nodes[blocks[-1].end]
+    flow = find_visual(graph, entry, classes)
     visual = visual_mask(graph, flow, entry)
     demand = find_demand(graph, visual)
     inside = [nodes[name] for block in blocks for name in block.nodes]

@@ -18,6 +18,7 @@ from tokgraph.fxnode import rank, tensor, tensor_inputs
 from tokgraph.program import TaskGraph
 
 from ..rewrite.nodes import VISUAL_ROWS, is_selection, selection
+from ..rewrite.sink import NARROWED
 from ..rules import axis_map
 from ..rules.registry import Axis
 from .evaluate import evaluate
@@ -62,15 +63,12 @@ def pathways(graph: TaskGraph, facts: TaskFacts) -> Pathways:
 def row_spaces(graph: fx.Graph, facts: TaskFacts) -> dict[Axis, Chain]:
     """The rows that token axes hold: chains of indices, each relative to the rows that the one before left.
 
-    Only values that hold rows of the stream are followed: from where visual and text rows are together.
+    Only values that hold rows of the stream are followed: from where visual and text rows are together, or from before,
+    where that is computed on fewer rows already.
     """
     nodes = {node.name: node for node in graph.nodes}
-    spaces: dict[Axis, Chain] = {}
     entry = nodes.get(facts.visual.entry, nodes.get(facts.entry))
-    if entry is not None and entry.target is aten.embedding.default and facts.visual.source in nodes:
-        spaces[nodes[facts.visual.source], 1] = ()  # ids may be narrowed before they are embedded
-    elif entry is not None:
-        spaces[entry, 1] = ()
+    spaces: dict[Axis, Chain] = dict.fromkeys(_whole(entry) if entry is not None else (), ())
     for node in graph.nodes:
         if tensor(node) is None or node.op != "call_function":
             continue
@@ -85,6 +83,22 @@ def row_spaces(graph: fx.Graph, facts: TaskFacts) -> dict[Axis, Chain]:
         else:
             _follow(node, spaces)
     return spaces
+
+
+def _whole(entry: fx.Node) -> set[Axis]:
+    """The nearest axes, at the entry or before it, that hold every row of the token axis."""
+    found: set[Axis] = set()
+    stack: list[Axis] = [(entry, 1)]
+    while stack:
+        node, axis = stack.pop()
+        described = axis_map(node)
+        if is_selection(node):
+            stack.append((selection(node)[0], axis))
+        elif described is not None and node.meta.get(NARROWED):
+            stack.extend(described.rows[axis] or ())
+        else:
+            found.add((node, axis))
+    return found
 
 
 def _follow(node: fx.Node, spaces: dict[Axis, Chain]) -> None:
@@ -128,7 +142,7 @@ def _trains(val: torch.Tensor | None) -> bool:
 def _visual_rows(graph: TaskGraph, facts: TaskFacts, chains: set[Chain]) -> dict[Chain, float]:
     """Chain -> visual rows among its rows, averaged over the example batch."""
     entry = next(n for n in graph.graph.nodes if n.name in (facts.entry, facts.visual.entry))
-    mask = visual_mask(graph, facts.visual, entry)
+    mask = visual_mask(graph, facts.visual, entry, facts.demand.tokens)
     counts: dict[Chain, float] = {(): float(facts.visual.count)}
     indices = sorted({index for chain in chains for index in chain})
     try:

@@ -47,11 +47,18 @@ def find_visual(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> Visu
     return replace(flow, count=int(counts[0]), runs=int(runs))
 
 
-def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node) -> torch.Tensor:
-    """``[batch, tokens]`` bool on the CPU: the visual tokens of the example batch."""
+def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node, tokens: int | None = None) -> torch.Tensor:
+    """``[batch, tokens]`` bool on the CPU: the visual tokens of the example batch.
+
+    Args:
+        graph: the task graph.
+        flow: its visual flow.
+        stream: a value with the batch axis first.
+        tokens: length of the token axis; ``None``: that of ``stream``.
+    """
     nodes = {node.name: node for node in graph.graph.nodes}
     if flow.kind == "range":
-        tokens = size_hint(stream, 1)
+        tokens = size_hint(stream, 1) if tokens is None else tokens
         offset = sum(size_hint(nodes[name], axis) for name, axis in flow.before)
         at = torch.arange(tokens)
         start, stop = range_bounds(flow, tokens, offset)

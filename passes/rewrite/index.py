@@ -111,6 +111,7 @@ class IndexBuilder:
         width = alive - protected
         keep = min(max(site.kept(self._facts.visual.count) - protected, 0), width)
         candidates = self._call(tokgraph.rows.default, free, width, True)
+        candidates.meta[VISUAL_ROWS] = width
         score = self._score(site, candidates, keep, stream)
         index = self._call(tokgraph.keep_rows.default, candidates, score, keep, self._emit.size(free, 1))
         index.meta[VISUAL_ROWS] = alive - (width - keep)

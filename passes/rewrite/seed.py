@@ -116,6 +116,7 @@ class SeedSites(GraphPass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Seed every block of every span, then the readers of the stream."""
         graph = graph_module.graph
+        before = str(graph)
         emit = Emitter(graph, self.name)
         build = IndexBuilder(emit, self.facts)
         nodes = {node.name: node for node in graph.nodes}
@@ -130,7 +131,7 @@ class SeedSites(GraphPass):
         seed_readers(graph_module, emit, build, self.facts, stream, frames, self.exact)
         graph.eliminate_dead_code()
         graph_module.recompile()
-        return PassResult(graph_module, bool(self.sites) or self.exact)
+        return PassResult(graph_module, str(graph) != before)
 
     def _frames(
         self, block: int, frames: tuple[Frame, ...], build: IndexBuilder, emit: Emitter, stream: fx.Node

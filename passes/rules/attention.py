@@ -16,18 +16,18 @@ aten = torch.ops.aten
 def scaled_dot_product_attention(node: fx.Node) -> AxisMap:
     """Query rows follow the query and the mask, never key or value; key, value and mask columns are mixed.
 
-    With ``is_causal`` a row's meaning depends on its position, so query rows are not followed either.
+    With ``is_causal`` a row's meaning depends on its position, so query rows are not followed either; they stay in place.
     """
     q, k, v, mask = (argument(node, name) for name in ("query", "key", "value", "attn_mask"))
     n = rank(node)
-    grouped = bool(argument(node, "enable_gqa", False))
+    grouped, causal = bool(argument(node, "enable_gqa", False)), bool(argument(node, "is_causal", False))
     rows: list[Rows] = []
     for axis in range(n):
         if axis == n - 2:
             query = (
                 ((q, axis),) if mask is None or is_one(mask, rank(mask) - 2) else ((q, axis), (mask, rank(mask) - 2))
             )
-            rows.append(None if argument(node, "is_causal", False) else query)
+            rows.append(None if causal else query)
         elif axis == n - 1:
             rows.append(((v, axis),))
         else:
@@ -38,4 +38,4 @@ def scaled_dot_product_attention(node: fx.Node) -> AxisMap:
     if mask is not None and not is_one(mask, rank(mask) - 1):
         keys.append((mask, rank(mask) - 1))
     mixes = [Mix("attention", tuple(keys)), Mix("contraction", ((q, rank(q) - 1), (k, rank(k) - 1)))]
-    return AxisMap(tuple(rows), tuple(mixes))
+    return AxisMap(tuple(rows), tuple(mixes), ((n - 2, (q, n - 2)),) if causal else ())
