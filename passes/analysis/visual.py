@@ -190,8 +190,11 @@ def _meeting_point(stream: fx.Node) -> fx.Node:
 
 
 def _branch_of(entry: fx.Node) -> tuple[str, ...]:
-    made = {aten.masked_scatter.default: "source", aten.index_put.default: "values"}.get(entry.target)
-    return _names([argument(entry, made)]) if made else ()
+    if entry.target is aten.masked_scatter.default:
+        return _names([argument(entry, "source")])
+    if entry.target is aten.index_put.default:
+        return _names([argument(entry, "values")])
+    return ()
 
 
 def _names(nodes: list[fx.Node]) -> tuple[str, ...]:

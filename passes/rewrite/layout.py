@@ -103,7 +103,7 @@ def _apart(emit: Emitter, node: fx.Node, apart: dict[fx.Node, Apart]) -> Apart |
     sizes = [_size(source.value, axis) for axis in range(source.leading)]
     if None in sizes:
         return None
-    _, *rest = node.args[1]  # type: ignore[misc]
+    rest = list(node.args[1])[1:]  # type: ignore[arg-type]
     return Apart(emit.call(node.target, source.value, [*sizes, *rest], origin=node), source.leading)
 
 
@@ -124,6 +124,7 @@ def _size(x: fx.Node, axis: int) -> fx.Node | int | None:
     size = dims(x)[axis]
     if isinstance(size, int):
         return size
+    node: fx.Node
     for node in x.graph.nodes:
         if node is x:
             return None
@@ -142,7 +143,8 @@ def _call_apart(emit: Emitter, node: fx.Node, apart: dict[fx.Node, Apart]) -> Ap
     leading = dims(first.value)[: first.leading]
     if any(dims(s.value)[: s.leading] != leading for s in others):
         return None
-    target = _ANY_RANK.get(node.target, node.target)
+    target: Any = node.target
+    target = _ANY_RANK.get(target, target)
     if target not in _NAMES_NO_AXIS and target not in _NAMES_AXES:
         return None
     args, kwargs = _shifted(node, len(leading) - 1) if target in _NAMES_AXES else (node.args, node.kwargs)
