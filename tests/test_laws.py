@@ -210,6 +210,7 @@ def test_thinning_one_task_diverges_by_what_it_thins(digits_example, mode, thinn
 
 # Law 7: determinism.
 
+
 def plan_and_graphs() -> str:
     """The text of a plan for a fresh capture, and of all graphs before and after it."""
     program = tg.capture(tg.load(ROOT / "tests" / "tiny.py"))

@@ -64,7 +64,9 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         (index([3, 1]), index([0, 1]), 2),
     ],
 }
-CALLS = [pytest.param(op, args, id=f"{op._opname}-{i}") for op, calls in SAMPLES.items() for i, args in enumerate(calls)]
+CALLS = [
+    pytest.param(op, args, id=f"{op._opname}-{i}") for op, calls in SAMPLES.items() for i, args in enumerate(calls)
+]
 
 
 def test_every_operator_is_sampled_and_decomposed():
@@ -182,7 +184,9 @@ def test_demanded_rows_are_of_the_kind_read_or_just_before_one(mask, reads):
     assert ops.demand_mask(torch.tensor(mask), reads).tolist() == [demanded(sample) for sample in mask]
 
 
-def kept_of(mask: list[list[bool]], keep: int, selector: str, seed: int = 0, norms: Tensor | None = None) -> list[list[int]]:
+def kept_of(
+    mask: list[list[bool]], keep: int, selector: str, seed: int = 0, norms: Tensor | None = None
+) -> list[list[int]]:
     """The positions that the operators leave: every token that is not a candidate, and ``keep`` candidates."""
     candidates = ops.rows(torch.tensor(mask), sum(mask[0]), True)
     if selector == "uniform":

@@ -14,12 +14,12 @@ from tokgraph.passes.rules import ruled_operators
 from tokgraph.report import make_report
 
 pytest.importorskip("transformers")
-from tests.zoo import LAYERS, ZOO, Attention, ZooModel, ZooTask  # noqa: E402
+from tests.zoo import LAYERS, ZOO, Attention, ZooModel, ZooTask
 
 aten = torch.ops.aten
 
-LIKE_ANOTHER = ("smolvlm", "qwen2_5_vl")
-"""Models that differ from another one before the decoder only; left out of the default run."""
+SLOW = ("smolvlm", "qwen2_5_vl", "emu3")
+"""Left out of the default run: the first two are another one but for their encoders, the last takes longest."""
 
 OPERATORS = {
     aten.add.Tensor, aten.cat.default, aten.clone.default, aten.expand.default, aten.gelu.default,
@@ -128,7 +128,7 @@ def cases() -> list[object]:
             attention,
             dynamic,
             id=f"{name}-{attention}-{'dynamic' if dynamic else 'static'}",
-            marks=() if (attention, dynamic) == kinds[0] and name not in LIKE_ANOTHER else pytest.mark.slow,
+            marks=() if (attention, dynamic) == kinds[0] and name not in SLOW else pytest.mark.slow,
         )
         for attention, dynamic in kinds
         for name in ZOO

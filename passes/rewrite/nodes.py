@@ -118,6 +118,11 @@ def _hashable(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tuple(v) if isinstance(v, list) else v for v in values)
 
 
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Remove calls that nothing reads, random ones as well: torch keeps a dead attention, whose dropout may draw numbers."""
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
 def refresh_after(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
     """Recompute the values that depend on nodes whose shape changed, as far as shapes keep changing."""
     dirty = set(changed)

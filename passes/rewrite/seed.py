@@ -22,7 +22,7 @@ from ..pipeline import GraphPass, Numerics
 from ..rules.registry import is_one
 from .index import Frame, IndexBuilder, check_disjoint_or_nested
 from .legality import check_blocks
-from .nodes import RESIDUAL, Emitter
+from .nodes import RESIDUAL, Emitter, remove_dead_code
 from .readers import seed_readers
 
 aten = torch.ops.aten
@@ -129,7 +129,7 @@ class SeedSites(GraphPass):
             stream = self._seed_block(block, frames, emit, nodes, stream)
         frames = tuple(frame for frame in frames if not frame.site.restore)
         seed_readers(graph_module, emit, build, self.facts, stream, frames, self.exact)
-        graph.eliminate_dead_code()
+        remove_dead_code(graph)
         graph_module.recompile()
         return PassResult(graph_module, str(graph) != before)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +12,12 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.tools_common import stable_topological_sort
 
-from tokgraph.fxnode import refresh_value, tensor
+from tokgraph.fxnode import refresh_value
 
 from ..pipeline import GraphPass
 from ..rules.shape import SIZED
 from .demand import Along, Chain, Selections, Want, selections, through_restore, through_selection
-from .nodes import Emitter, is_selection
+from .nodes import Emitter, is_selection, remove_dead_code, selection
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -42,27 +41,23 @@ class Sink(GraphPass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Find what every value's readers share, then rebuild the calls on fewer rows."""
         graph = graph_module.graph
-        before = Counter(_calls(graph))
+        before = str(graph)
         found = selections(graph)
         if not any(is_selection(node) for node in found.live):
             return PassResult(graph_module, False)
         rebuild = _Rebuild(graph, found, self.name)
         rebuild.run()
         stable_topological_sort(graph_module)
-        graph_module.graph.eliminate_dead_code()
+        remove_dead_code(graph_module.graph)
         _refresh(graph_module.graph)
         graph_module.recompile()
-        return PassResult(graph_module, before != Counter(_calls(graph_module.graph)))
-
-
-def _calls(graph: fx.Graph) -> list[str]:
-    return [f"{node.target}{tuple(tensor(node).shape) if tensor(node) is not None else ''}" for node in graph.nodes]  # type: ignore[union-attr]
+        return PassResult(graph_module, str(graph_module.graph) != before)
 
 
 def _refresh(graph: fx.Graph) -> None:
     """Recompute the values of nodes that the pass made or narrowed, in order."""
     for node in graph.nodes:
-        if node.op == "call_function" and node.meta.pop(STALE, False):
+        if node.meta.pop(STALE, False) and node.op == "call_function":
             refresh_value(node)
 
 
@@ -74,6 +69,10 @@ class _Rebuild:
         self._found = found
         self._emit = Emitter(graph, made_by)
         self._made: dict[tuple[fx.Node, Along, Chain], fx.Node] = {}
+        for node in graph.nodes:
+            if is_selection(node):  # it may turn out to be where it belongs
+                x, index, dim, batch = selection(node)
+                self._made.setdefault((x, Along(dim, batch), (index,)), node)
 
     def run(self) -> None:
         """Find every live node's new arguments, then set them (restores are looked through as they were)."""
@@ -118,11 +117,11 @@ class _Rebuild:
                 if along.ndim is not None and x.meta.get(LIFTED) != along:
                     source = self._emit.with_batch(x, along.ndim, along.batch, index)
                 made = self._emit.select(source, index, along.dim, along.batch)
-                made.meta[STALE] = True
                 if along.ndim is not None:
                     made.meta[LIFTED] = along
                 self._made[key] = made
             x = self._made[key]
+            x.meta[STALE] = True
         return x
 
     def _fix_sizes(self, node: fx.Node) -> None:

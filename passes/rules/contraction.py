@@ -26,6 +26,7 @@ def _product(node: fx.Node, left: fx.Node, right: fx.Node) -> AxisMap:
     symbol, so the operand and not the size tells them apart.
     """
     ndim, nl, nr = rank(node), rank(left), rank(right)
+    whole = ndim + (nl == 1) + (nr == 1)  # the rank before the axis that a vector is given is taken away again
     rows: list[Rows] = []
     for axis in range(ndim):
         if nl >= 2 and axis == ndim - (2 if nr >= 2 else 1):
@@ -33,7 +34,7 @@ def _product(node: fx.Node, left: fx.Node, right: fx.Node) -> AxisMap:
         elif nr >= 2 and axis == ndim - 1:
             rows.append(((right, nr - 1),))
         else:
-            aligned = [(x, axis - (ndim - n)) for x, n in ((left, nl), (right, nr)) if n > 2]
+            aligned = [(x, axis - (whole - n)) for x, n in ((left, nl), (right, nr)) if n > 2]
             rows.append(tuple((x, j) for x, j in aligned if j >= 0 and (not is_one(x, j) or is_one(node, axis))))
     return AxisMap(tuple(rows), (Mix("contraction", ((left, nl - 1), (right, max(nr - 2, 0)))),))
 
@@ -63,7 +64,9 @@ def addmm(node: fx.Node) -> AxisMap:
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
 )  # fmt: skip
 def convolution(node: fx.Node) -> AxisMap:
-    """Only the batch axis is row by row: spatial axes are windows, channels are contracted (depthwise or not)."""
+    """Only a batch axis is row by row: spatial axes are windows, channels are contracted (depthwise or not)."""
     x = argument(node, "input")
     n = rank(x)
-    return AxisMap((((x, 0),), *(None,) * (n - 1)), tuple(Mix("window", ((x, axis),)) for axis in range(1, n)))
+    batched = n == rank(argument(node, "weight"))
+    rows: list[Rows] = [((x, 0),) if batched else None, *[None] * (n - 1)]
+    return AxisMap(tuple(rows), tuple(Mix("window", ((x, axis),)) for axis in range(batched, n)))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx
 
 from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
 from tokgraph.fxnode import argument, dims, rank, same_size, tensor
 
-from .registry import AxisMap, Mix, Rows, first_input, identity_rows, is_one, norm_dim, rule
+from .registry import Axis, AxisMap, Mix, Rows, first_input, identity_rows, is_one, norm_dim, rule
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -29,13 +31,45 @@ def one_hot(node: fx.Node) -> AxisMap:
     return AxisMap((*(((x, axis),) for axis in range(rank(x))), ()))
 
 
-@rule(aten.gather.default, aten.scatter.src, aten.scatter.value)
+@rule(aten.gather.default)
 def gather(node: fx.Node) -> AxisMap:
-    """Row by row in every axis but ``dim`` (an index narrower than its source is not followed there)."""
+    """Along ``dim`` rows follow the index, elsewhere the index and ``x`` (but not where the index is the narrower)."""
     x, index = first_input(node), argument(node, "index")
     along = norm_dim(argument(node, "dim"), rank(x))
-    rows = tuple(None if axis == along else ((x, axis), (index, axis)) for axis in range(rank(x)))
-    return AxisMap(rows, (Mix("order", ((x, along),)),))
+    return _by_index(x, along, [x, index], {along: ((index, along),)})
+
+
+@rule(aten.scatter.src, aten.scatter.value)
+def scatter(node: fx.Node) -> AxisMap:
+    """Row by row in every axis but ``dim`` (but not where index or source are of another size than ``x``)."""
+    x, index, src = first_input(node), argument(node, "index"), argument(node, "src")
+    along = norm_dim(argument(node, "dim"), rank(x))
+    operands = [x, index, src] if isinstance(src, fx.Node) else [x, index]
+    return _by_index(x, along, operands, {along: None})
+
+
+def _by_index(x: fx.Node, along: int, operands: list[fx.Node], rows_along: dict[int, Rows]) -> AxisMap:
+    """Row by row in all operands in every axis but ``along``, where all of them are of one size."""
+    rows: list[Rows] = []
+    order = [(y, along) for y in operands]
+    for axis in range(rank(x)):
+        if axis in rows_along:
+            rows.append(rows_along[axis])
+        elif all(same_size(dims(y)[axis], dims(x)[axis]) for y in operands):
+            rows.append(tuple((y, axis) for y in operands))
+        else:
+            rows.append(None)
+            order += [(y, axis) for y in operands]
+    return AxisMap(tuple(rows), _order(order))
+
+
+def _order(axes: Iterable[Axis]) -> tuple[Mix, ...]:
+    return tuple(Mix("order", (axis,)) for axis in axes)
+
+
+def _axes_of(*values: object) -> list[Axis]:
+    """Every axis of the tensors among ``values``."""
+    return [(x, axis) for x in values if isinstance(x, fx.Node) and tensor(x) is not None for axis in range(rank(x))]
 
 
 @rule(aten.index.Tensor)
@@ -49,7 +83,7 @@ def index(node: fx.Node) -> AxisMap:
     val = [tensor(i) for i in tensors]
     adjacent = indices == sorted(indices, key=lambda i: i is None) and None not in indices[: len(tensors)]
     if not adjacent or any(v is None or v.dtype in (torch.bool, torch.uint8) for v in val):
-        return AxisMap((None,) * n, (Mix("order", tuple((x, a) for a in range(rank(x)))),))
+        return AxisMap((None,) * n, _order(_axes_of(x, *tensors)))
     broadcast = n - (rank(x) - len(tensors))
     rows: list[Rows] = []
     for axis in range(n):
@@ -81,8 +115,7 @@ def _positions_of(node: fx.Node, x: fx.Node, *others: tuple[fx.Node, int]) -> Ax
     aligned = [(axis, (x, axis)) for axis in range(rank(node))]
     for other, offset in others:
         aligned += [(j + offset, (other, j)) for j in range(rank(other)) if not is_one(other, j)]
-    mixes = (Mix("order", tuple((x, axis) for axis in range(rank(x)))),)
-    return AxisMap((None,) * rank(node), mixes, tuple(aligned))
+    return AxisMap((None,) * rank(node), _order(_axes_of(*node.all_input_nodes)), tuple(aligned))
 
 
 @rule(aten.index_put.default)
@@ -101,7 +134,9 @@ def index_put(node: fx.Node) -> AxisMap:
             axis = j + n - rank(values)
             rows[axis] = ((x, axis), (values, j))
     rows[along] = None
-    return AxisMap(tuple(rows), (Mix("order", ((x, along),)),), ((along, (x, along)),))
+    written = along - n + rank(values)
+    order = [(x, along), (given[0][1], 0), *([(values, written)] if written >= 0 else [])]
+    return AxisMap(tuple(rows), _order(order), ((along, (x, along)),))
 
 
 def _is_list_of_positions(index: fx.Node) -> bool:
@@ -124,7 +159,8 @@ def slice_scatter(node: fx.Node) -> AxisMap:
     rows: tuple[Rows, ...] = tuple(
         None if axis == along else ((x, axis), (src, axis - (lost and axis > along))) for axis in range(rank(x))
     )
-    return AxisMap(rows, (Mix("layout", ((x, along),)),), ((along, (x, along)),))
+    cut = [(x, along)] if lost else [(x, along), (src, along)]
+    return AxisMap(rows, tuple(Mix("layout", (axis,)) for axis in cut), ((along, (x, along)),))
 
 
 def is_whole_slice_scatter(node: fx.Node) -> bool:
@@ -147,27 +183,36 @@ def sort(node: fx.Node) -> AxisMap:
 @rule(tokgraph.select.default)
 def select(node: fx.Node) -> AxisMap:
     """Ours: narrows ``dim``; the others are row by row."""
-    x, dim = first_input(node), argument(node, "dim")
-    return AxisMap(tuple(None if a == dim else r for a, r in enumerate(identity_rows(node, x))))
+    return _narrowed(node, argument(node, "dim"), argument(node, "batch_dim"))
 
 
 @rule(tokgraph.drop.default)
 def drop(node: fx.Node) -> AxisMap:
     """Ours: narrows the token axis of the stream."""
-    x = first_input(node)
-    return AxisMap(tuple(None if a == 1 else r for a, r in enumerate(identity_rows(node, x))))
+    return _narrowed(node, 1, 0)
+
+
+def _narrowed(node: fx.Node, dim: int, batch: int) -> AxisMap:
+    x, index = node.args[:2]
+    assert isinstance(x, fx.Node)
+    assert isinstance(index, fx.Node)
+    rows: list[Rows] = identity_rows(node, x)
+    rows[batch], rows[dim] = ((x, batch), (index, 0)), None
+    return AxisMap(tuple(rows))
 
 
 @rule(tokgraph.restore.default)
 def restore(node: fx.Node) -> AxisMap:
     """Ours: the token axis is that of ``x``, but a row comes from ``x`` or from ``rows``."""
-    x = first_input(node)
-    rows = tuple(None if a == 1 else r for a, r in enumerate(identity_rows(node, x)))
-    return AxisMap(rows, aligned=((1, (x, 1)),))
+    x, rows, index = node.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(rows, fx.Node)
+    assert isinstance(index, fx.Node)
+    return AxisMap((((x, 0), (rows, 0), (index, 0)), None, ((x, 2), (rows, 2))), aligned=((1, (x, 1)),))
 
 
 @rule(tokgraph.select_targets.default)
 def select_targets(node: fx.Node) -> AxisMap:
     """Ours: labels at the demanded rows."""
-    x = first_input(node)
-    return AxisMap((((x, 0),), None))
+    x, index = first_input(node), argument(node, "index")
+    return AxisMap((((x, 0), (index, 0)), None))

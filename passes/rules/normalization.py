@@ -57,10 +57,12 @@ def layer_norm(node: fx.Node) -> AxisMap:
 
 @rule(aten.group_norm.default, aten.native_group_norm.default, aten.batch_norm.default, aten.instance_norm.default)
 def channel_norm(node: fx.Node) -> AxisMap:
-    """Normalises over everything but the batch (``group_norm``); batch statistics mix the batch as well."""
+    """Normalises over everything but the batch (``group_norm``); batch statistics mix the batch as well, and
+    ``native_group_norm`` is told its size.
+    """
     x = first_input(node)
     over = set(range(rank(x)))
-    if node.target in (aten.group_norm.default, aten.native_group_norm.default):
+    if node.target is aten.group_norm.default:
         over.discard(0)
     return _kept(x, over, "reduction")
 

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from tokgraph.fxnode import rank, tensor
+from tokgraph.fxnode import dims, rank, same_size, tensor
 
 from .registry import AxisMap, broadcast_rows, first_input, identity_rows, rule
 
@@ -29,17 +29,25 @@ BINARY = (
 def _overloads(names: list[str]) -> list[object]:
     packets = [getattr(aten, name) for name in names if hasattr(aten, name)]
     chosen = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
-    return [op for op in chosen if not op._schema.is_mutable and "out" not in op._overloadname.split("_")]
+    return [
+        op
+        for op in chosen
+        if not op._schema.is_mutable
+        and "out" not in op._overloadname.split("_")
+        and all(isinstance(result.type, torch.TensorType) for result in op._schema.returns)  # not where(condition)
+    ]
 
 
 BROADCASTING = frozenset((*_overloads(UNARY), *_overloads(BINARY)))
 """Operators whose inputs align from the back: a missing batch axis can be put before an input without changing them."""
+_OF_TYPE = (aten.type_as.default, aten.to.other)
+"""Operators that read the type of their second tensor, and neither its shape nor its values."""
 
 
 @rule(*sorted(BROADCASTING, key=str))
 def pointwise(node: fx.Node) -> AxisMap:
     """Elementwise; size-1 axes broadcast."""
-    return AxisMap(tuple(broadcast_rows(node)))
+    return AxisMap(tuple(broadcast_rows(node, [first_input(node)] if node.target in _OF_TYPE else None)))
 
 
 @rule(operator.getitem)
@@ -48,4 +56,5 @@ def getitem(node: fx.Node) -> AxisMap:
     x = first_input(node)
     if tensor(node) is None or rank(x) != rank(node):
         return AxisMap((None,) * (0 if tensor(node) is None else rank(node)))
-    return AxisMap(tuple(identity_rows(node, x)))
+    same = [same_size(a, b) for a, b in zip(dims(x), dims(node), strict=True)]
+    return AxisMap(tuple(row if same[axis] else None for axis, row in enumerate(identity_rows(node, x))))

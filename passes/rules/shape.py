@@ -89,7 +89,8 @@ def repeat(node: fx.Node) -> AxisMap:
     for axis, count in enumerate(times):
         j = axis - (len(times) - rank(x))
         rows.append(() if j < 0 or is_one(x, j) else ((x, j),) if count == 1 else None)
-    return AxisMap(tuple(rows))
+    repeated = [source for axis, source in enumerate(range(rank(x) - len(times), rank(x))) if rows[axis] is None]
+    return AxisMap(tuple(rows), tuple(Mix("layout", ((x, j),)) for j in repeated))
 
 
 @rule(aten.slice.Tensor)

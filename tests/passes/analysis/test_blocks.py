@@ -21,7 +21,9 @@ def facts_of(spec: tg.ModelSpec) -> TaskFacts:
     return found
 
 
-@pytest.mark.parametrize("block", [models.PreNorm, models.Parallel, models.NormAfter, models.SelfAndCross, models.Eager])
+@pytest.mark.parametrize(
+    "block", [models.PreNorm, models.Parallel, models.NormAfter, models.SelfAndCross, models.Eager]
+)
 def test_every_layer_is_one_block(block: type[nn.Module]) -> None:
     facts = facts_of(models.spec(block, depth=3))
     assert [b.module for b in facts.blocks] == [f"stages.stage_{i}.0" for i in range(3)]

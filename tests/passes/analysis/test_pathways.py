@@ -214,7 +214,9 @@ def test_a_parameter_used_through_other_parameters() -> None:
     assert facts.profile["stages.stage_0.0.mlp.0.weight"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("block", [models.PreNorm, models.Eager, models.Parallel, models.NormAfter, models.SelfAndCross])
+@pytest.mark.parametrize(
+    "block", [models.PreNorm, models.Eager, models.Parallel, models.NormAfter, models.SelfAndCross]
+)
 def test_every_parameter_of_a_block_passes_all_visual_tokens(block: type[torch.nn.Module]) -> None:
     """In the captured graph, whatever the attention."""
     _, whole = facts_and_pathways(models.spec(block))

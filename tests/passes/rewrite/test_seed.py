@@ -33,17 +33,22 @@ def written(found: Captured, *sites: tg.DropSite, exact: bool = False) -> str:
 def test_explicit_causal_mask() -> None:
     found = captured(dynamic=True)
     after = Pipeline([ExplicitCausalMask("understanding", found.facts, (0,))]).run_task(found.graph)
-    assert_expected_inline(changes(found.graph, after), """\
+    assert_expected_inline(
+        changes(found.graph, after),
+        """\
 +%ones = ones([%sym_size_int.2, %sym_size_int.2], dtype=torch.bool, device=cpu)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
 +%tril = tril(%ones)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
 -%scaled_dot_product_attention = scaled_dot_product_attention(%transpose, %transpose.2, %transpose.3, None, 0.0, True)  # float64[batch, 2, tokens, 8] layers.0.attention
 +%scaled_dot_product_attention = scaled_dot_product_attention(%transpose, %transpose.2, %transpose.3, %tril, 0.0, False)  # float64[batch, 2, tokens, 8] layers.0.attention
-""")  # noqa: E501
+""",
+    )  # noqa: E501
 
 
 def test_hide() -> None:
     """Keys, values and mask columns are selected; the block's end keeps the rows that were dropped."""
-    assert_expected_inline(written(captured(dynamic=True), site(0, 1)), """\
+    assert_expected_inline(
+        written(captured(dynamic=True), site(0, 1)),
+        """\
 +%eq_scalar = eq.Scalar(%ids, 9)  # bool[batch, tokens] by seed-sites
 +%rows = rows(%eq_scalar, 6, True)  # int64[batch, 6] by seed-sites
 +%uniform_score = uniform_score(%rows, 3)  # float32[batch, 6] by seed-sites
@@ -62,12 +67,15 @@ def test_hide() -> None:
 +%layer_norm.3 = layer_norm(%restore, [16], @layers.1.norm1.weight, @layers.1.norm1.bias, 1e-05, False)  # float64[batch, tokens, 16] layers.1.norm1
 -%add.3 = add.Tensor(%add.2, %linear.7)  # float64[batch, tokens, 16] layers.1
 +%add.3 = add.Tensor(%restore, %linear.7)  # float64[batch, tokens, 16] layers.1
-""")  # noqa: E501
+""",
+    )  # noqa: E501
 
 
 def test_freeze() -> None:
     """Attention sees everything; only the block's end differs."""
-    assert_expected_inline(written(captured(dynamic=True), site(0, 1, mode="freeze")), """\
+    assert_expected_inline(
+        written(captured(dynamic=True), site(0, 1, mode="freeze")),
+        """\
 +%eq_scalar = eq.Scalar(%ids, 9)  # bool[batch, tokens] by seed-sites
 +%rows = rows(%eq_scalar, 6, True)  # int64[batch, 6] by seed-sites
 +%uniform_score = uniform_score(%rows, 3)  # float32[batch, 6] by seed-sites
@@ -78,13 +86,16 @@ def test_freeze() -> None:
 +%layer_norm.3 = layer_norm(%restore, [16], @layers.1.norm1.weight, @layers.1.norm1.bias, 1e-05, False)  # float64[batch, tokens, 16] layers.1.norm1
 -%add.3 = add.Tensor(%add.2, %linear.7)  # float64[batch, tokens, 16] layers.1
 +%add.3 = add.Tensor(%restore, %linear.7)  # float64[batch, tokens, 16] layers.1
-""")  # noqa: E501
+""",
+    )  # noqa: E501
 
 
 def test_nested() -> None:
     """The inner index is relative to the rows that the outer one left, and so is its restore."""
     seeded = written(captured(dynamic=True), site(0, 2, 0.5, mode="freeze"), site(1, 2, 0.25, mode="freeze"))
-    assert_expected_inline(seeded, """\
+    assert_expected_inline(
+        seeded,
+        """\
 +%eq_scalar = eq.Scalar(%ids, 9)  # bool[batch, tokens] by seed-sites
 +%rows = rows(%eq_scalar, 6, True)  # int64[batch, 6] by seed-sites
 +%uniform_score = uniform_score(%rows, 3)  # float32[batch, 6] by seed-sites
@@ -107,13 +118,16 @@ def test_nested() -> None:
 +%restore.2 = restore(%drop.2, %drop.4, %keep_rows.2)  # float64[batch, tokens - 3, 16] layers.1 by seed-sites
 +%restore.3 = restore(%restore, %restore.2, %keep_rows)  # float64[batch, tokens, 16] layers.1 by seed-sites
 +%layer_norm.5 = layer_norm(%restore.3, [16], @norm.weight, @norm.bias, 1e-05, False)  # float64[batch, tokens, 16] norm
-""")  # noqa: E501
+""",
+    )  # noqa: E501
 
 
 def test_gone_for_good() -> None:
     """No restore: later keys are hidden as well, and labels and logits follow the rows that are left."""
     found = captured(dynamic=True)
-    assert_expected_inline(written(found, site(1, 2, 0.5, restore=False)), """\
+    assert_expected_inline(
+        written(found, site(1, 2, 0.5, restore=False)),
+        """\
 +%eq_scalar = eq.Scalar(%ids, 9)  # bool[batch, tokens] by seed-sites
 +%demand_mask = demand_mask(%eq_scalar, text)  # bool[batch, tokens] by seed-sites
 +%logical_not = logical_not(%demand_mask)  # bool[batch, tokens] by seed-sites
@@ -142,12 +156,15 @@ def test_gone_for_good() -> None:
 +%_unsafe_view = reshape(%select_targets, [-1])  # int64[batch*(tokens - 3)]
 -return [%cross_entropy_loss, %linear.10]
 +return [%cross_entropy_loss, %select.4, %keep_rows]
-""")  # noqa: E501
+""",
+    )  # noqa: E501
 
 
 def test_exact_readers_of_labels() -> None:
     """Logits and labels at the demanded rows; the loss takes them without knowing, and the rows are an output."""
-    assert_expected_inline(written(captured(dynamic=True), exact=True), """\
+    assert_expected_inline(
+        written(captured(dynamic=True), exact=True),
+        """\
 +%eq_scalar = eq.Scalar(%ids, 9)  # bool[batch, tokens] by seed-sites
 +%demand_mask = demand_mask(%eq_scalar, text)  # bool[batch, tokens] by seed-sites
 +%sub = %sym_size_int.2 - 5  # tokens - 5
@@ -161,12 +178,15 @@ def test_exact_readers_of_labels() -> None:
 +%_unsafe_view = reshape(%select_targets, [-1])  # int64[batch*(tokens - 5)]
 -return [%cross_entropy_loss, %linear.10]
 +return [%cross_entropy_loss, %select, %rows]
-""")  # noqa: E501
+""",
+    )
 
 
 def test_exact_readers_of_a_slice() -> None:
     """A slice of the token axis becomes a selection, all of whose rows are demanded here."""
-    assert_expected_inline(written(captured("generation", dynamic=True), exact=True), """\
+    assert_expected_inline(
+        written(captured("generation", dynamic=True), exact=True),
+        """\
 +%add.6 = %add + -1  # tokens + 5
 +%range_mask = range_mask(%cat, %sym_size_int.2, %add)  # bool[batch, tokens + 6] by seed-sites
 -%slice = slice.Tensor(%layer_norm.5, 1, %sub, -1)  # float64[batch, 6, 16]
@@ -174,13 +194,16 @@ def test_exact_readers_of_a_slice() -> None:
 +%range_rows = range_rows(%range_mask, %sub, %add.6)  # int64[batch, 6] by seed-sites
 +%select = select(%layer_norm.5, %range_rows, 1, 0)  # float64[batch, 6, 16] norm by seed-sites
 +%linear.9 = linear(%select, @code_head.weight, @code_head.bias)  # float64[batch, 6, 8] code_head
-""")  # noqa: E501
+""",
+    )
 
 
 def test_hide_from_eager_attention() -> None:
     """The scores that softmax normalises and the values are selected; the weights in between become narrower."""
     found = Captured.of(models.spec(models.Eager, depth=1), "t")
-    assert_expected_inline(written(found, site(0, 1)), """\
+    assert_expected_inline(
+        written(found, site(0, 1)),
+        """\
 +%eq_scalar = eq.Scalar(%ids, 9)  # bool[2, 8] tokens by seed-sites
 +%rows = rows(%eq_scalar, 3, True)  # int64[2, 3] tokens by seed-sites
 +%uniform_score = uniform_score(%rows, 2)  # float32[2, 3] tokens by seed-sites
@@ -197,7 +220,8 @@ def test_hide_from_eager_attention() -> None:
 +%restore = restore(%embedding, %drop, %keep_rows)  # float64[2, 8, 4] stages.stage_0.0 by seed-sites
 -%layer_norm.3 = layer_norm(%add.2, [4], @norm.weight, @norm.bias, 1e-05, False)  # float64[2, 8, 4] norm
 +%layer_norm.3 = layer_norm(%restore, [4], @norm.weight, @norm.bias, 1e-05, False)  # float64[2, 8, 4] norm
-""")  # noqa: E501
+""",
+    )
 
 
 # ------------------------------------------------------------------ the pass contract
@@ -310,7 +334,14 @@ def test_spans_that_overlap_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "spans",
-    [[(0, 1), (1, 2)], [(0, 4), (1, 2)], [(0, 4), (0, 2)], [(0, 4), (2, 4)], [(0, 2), (0, 2)], [(0, 4), (1, 2), (2, 4)]],
+    [
+        [(0, 1), (1, 2)],
+        [(0, 4), (1, 2)],
+        [(0, 4), (0, 2)],
+        [(0, 4), (2, 4)],
+        [(0, 2), (0, 2)],
+        [(0, 4), (1, 2), (2, 4)],
+    ],
 )
 def test_spans_that_are_nested_or_apart(spans: list[tuple[int, int]]) -> None:
     check_disjoint_or_nested(tuple(tg.DropSite("t", a, b) for a, b in spans))

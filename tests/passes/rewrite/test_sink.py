@@ -13,7 +13,6 @@ from tests.passes import models
 from tests.passes.programs import Program, programs, rows
 from tests.passes.tools import TASKS, Captured, Run, assert_well_formed, calls, captured, changes, listing, site
 from tokgraph.fxnode import module_path, tensor
-from tokgraph.passes import Pipeline
 from tokgraph.passes.rewrite import Sink
 from tokgraph.passes.rewrite.sink import NARROWED
 
@@ -28,7 +27,9 @@ def block(graph: tg.TaskGraph, index: int) -> str:
 
 def test_a_hidden_block() -> None:
     """Everything from the first norm to the restore works on kept rows; the mask is gathered along both axes."""
-    assert_expected_inline(block(captured(dynamic=True).sunk(site(0, 1)), 0), """\
+    assert_expected_inline(
+        block(captured(dynamic=True).sunk(site(0, 1)), 0),
+        """\
 %ones = ones([%sym_size_int.2, %sym_size_int.2], dtype=torch.bool, device=cpu)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
 %tril = tril(%ones)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
 %unsqueeze = unsqueeze(%tril, 0)  # bool[1, tokens, tokens] layers.0.attention by seed-sites
@@ -58,12 +59,15 @@ def test_a_hidden_block() -> None:
 %linear.5 = linear(%gelu, @layers.0.mlp.2.weight, @layers.0.mlp.2.bias)  # float64[batch, tokens - 3, 16] layers.0.mlp.2
 %add.2 = add.Tensor(%add, %linear.5)  # float64[batch, tokens - 3, 16] layers.0
 %restore = restore(%masked_scatter, %add.2, %keep_rows)  # float64[batch, tokens, 16] layers.0 by seed-sites
-""")  # noqa: E501
+""",
+    )  # noqa: E501
 
 
 def test_a_frozen_block() -> None:
     """Keys and values come from all rows, queries, attention output and FFN from kept ones."""
-    assert_expected_inline(block(captured(dynamic=True).sunk(site(0, 1, 0.0, mode="freeze")), 0), """\
+    assert_expected_inline(
+        block(captured(dynamic=True).sunk(site(0, 1, 0.0, mode="freeze")), 0),
+        """\
 %ones = ones([%sym_size_int.2, %sym_size_int.2], dtype=torch.bool, device=cpu)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
 %tril = tril(%ones)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
 %unsqueeze = unsqueeze(%tril, 0)  # bool[1, tokens, tokens] layers.0.attention by sink
@@ -93,12 +97,15 @@ def test_a_frozen_block() -> None:
 %linear.5 = linear(%gelu, @layers.0.mlp.2.weight, @layers.0.mlp.2.bias)  # float64[batch, tokens - 6, 16] layers.0.mlp.2
 %add.2 = add.Tensor(%add, %linear.5)  # float64[batch, tokens - 6, 16] layers.0
 %restore = restore(%masked_scatter, %add.2, %keep_rows)  # float64[batch, tokens, 16] layers.0 by seed-sites
-""")  # noqa: E501
+""",
+    )  # noqa: E501
 
 
 def test_the_last_block_of_exact() -> None:
     """Queries and FFN of demanded rows, keys and values of all; head and loss follow."""
-    assert_expected_inline(block(captured("generation", dynamic=True).sunk(exact=True), 1), """\
+    assert_expected_inline(
+        block(captured("generation", dynamic=True).sunk(exact=True), 1),
+        """\
 %ones = ones([%add, %add], dtype=torch.bool, device=cpu)  # bool[tokens + 6, tokens + 6] layers.1.attention by explicit-causal-mask
 %tril = tril(%ones)  # bool[tokens + 6, tokens + 6] layers.1.attention by explicit-causal-mask
 %unsqueeze = unsqueeze(%tril, 0)  # bool[1, tokens + 6, tokens + 6] layers.1.attention by sink
@@ -127,7 +134,8 @@ def test_the_last_block_of_exact() -> None:
 %gelu.2 = gelu(%linear.7)  # float64[batch, 6, 32] layers.1.mlp.1
 %linear.8 = linear(%gelu.2, @layers.1.mlp.2.weight, @layers.1.mlp.2.bias)  # float64[batch, 6, 16] layers.1.mlp.2
 %add.6 = add.Tensor(%add.5, %linear.8)  # float64[batch, 6, 16] layers.1
-""")  # noqa: E501
+""",
+    )  # noqa: E501
 
 
 # ------------------------------------------------------------------ the pass contract
@@ -136,7 +144,13 @@ def test_the_last_block_of_exact() -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     "sites",
-    [(), (site(0, 1),), (site(0, 2, 0.5), site(1, 2, 0.25)), (site(0, 2, 0.25, mode="freeze"),), (site(0, 1, 0.5, "norm"),)],
+    [
+        (),
+        (site(0, 1),),
+        (site(0, 2, 0.5), site(1, 2, 0.25)),
+        (site(0, 2, 0.25, mode="freeze"),),
+        (site(0, 1, 0.5, "norm"),),
+    ],
     ids=["exact", "hide", "nested", "freeze", "norm"],
 )
 def test_twice_is_once(sites: tuple[tg.DropSite, ...], task: str) -> None:
@@ -169,7 +183,7 @@ def test_metadata_and_parameters(task: str, dynamic: bool) -> None:
     restore = calls(sunk, tokgraph.restore.default)
     assert [n.meta["made_by"] for n in restore] == ["seed-sites"]
     moved = [n for n in sunk.graph.nodes if n.target in (tokgraph.select.default, tokgraph.drop.default)]
-    assert {n.meta["made_by"] for n in moved} == {"sink"}
+    assert {n.meta["made_by"] for n in moved} >= {"sink"}
 
 
 def test_narrowed_calls_say_so() -> None:
@@ -200,10 +214,13 @@ def test_other_blocks(block: type[torch.nn.Module]) -> None:
     def whole(graph: tg.TaskGraph) -> set[str]:
         """Weights of the block that transform all rows."""
         linears = [n for n in calls(graph, aten.linear.default) if module_path(n).startswith("stages")]
-        return {module_path(n).rpartition(".")[2] for n in linears if tensor(n).shape[1] != kept}  # type: ignore[union-attr]
+        return {module_path(n).partition(".0.")[2] for n in linears if tensor(n).shape[1] != kept}  # type: ignore[union-attr]
 
     assert whole(hidden) == set()
-    assert whole(frozen) == {"k", "v"}
+    expected = {"attention.k", "attention.v"}
+    if block is models.SelfAndCross:  # the second attention's keys are rows that the first one made
+        expected |= {"attention.q", "attention.o", "cross.k", "cross.v"}
+    assert whole(frozen) == expected
 
 
 # ------------------------------------------------------------------ small graphs
@@ -221,71 +238,92 @@ class Case:
         self.x, self.y = self.p.input("x", X), self.p.input("y", Y)
         self.i, self.j = self.p.input("i", I), self.p.input("j", J)
 
-    def sunk(self, *outputs: fx.Node) -> list[str]:
-        """The calls after sinking, inputs by name."""
+    def sunk(self, *outputs: fx.Node) -> list[fx.Node]:
+        """The calls after sinking."""
         module = self.p.module(*outputs)
         before = module(*self.p.inputs)
-        result = Sink()(module)
-        for a, b in zip(before, result.graph_module(*self.p.inputs), strict=True):
+        module = Sink()(module).graph_module
+        for a, b in zip(before, module(*self.p.inputs), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
-        lines = []
-        for n in result.graph_module.graph.nodes:
-            if n.op == "call_function":
-                name = str(n.target).split(".")[1]
-                lines.append(f"{name}({', '.join(x.name.partition('_default')[0] for x in n.all_input_nodes)})")
-        return lines
+        self.sunk_calls = [n for n in module.graph.nodes if n.op == "call_function"]
+        return self.sunk_calls
+
+    def expressions(self, *outputs: fx.Node) -> list[str]:
+        """The outputs after sinking, written out."""
+        calls = self.sunk(*outputs)
+        return [written(n) for n in calls[-1].graph.output_node().args[0]]
+
+
+def written(n: fx.Node) -> str:
+    if n.op == "placeholder":
+        return n.name
+    return f"{str(n.target).split('.')[1]}({', '.join(written(x) for x in n.all_input_nodes)})"
 
 
 def test_a_selection_passes_rowwise_operators() -> None:
     c = Case()
     out = c.p.select(c.p(aten.add.Tensor, c.p(aten.relu.default, c.x), c.y), c.i)
-    assert c.sunk(out) == ["select(y, i)", "select(x, i)", "relu(select)", "add_Tensor(relu, select)"] or True
+    assert c.expressions(out) == ["add(relu(select(x, i)), select(y, i))"]
 
 
 def test_a_selection_stops_where_rows_mix() -> None:
     c = Case()
     out = c.p.select(c.p(aten.relu.default, c.p(aten.cumsum.default, c.x, 1)), c.i)
-    assert c.sunk(out) == ["cumsum(x)", "select(cumsum, i)", "relu(select)"]
+    assert c.expressions(out) == ["relu(select(cumsum(x), i))"]
 
 
 def test_readers_share_their_common_prefix() -> None:
     """One wants rows i, another rows j of those: relu works on rows i."""
     c = Case()
-    h = c.p(aten.relu.default, c.x)
-    first = c.p.select(h, c.i)
-    assert c.sunk(first, c.p.select(first, c.j)) == ["select(x, i)", "relu(select)", "select(relu, j)"]
+    first = c.p.select(c.p(aten.relu.default, c.x), c.i)
+    assert c.expressions(first, c.p.select(first, c.j)) == ["relu(select(x, i))", "select(relu(select(x, i)), j)"]
 
 
 def test_readers_that_disagree_stop_a_selection() -> None:
     c = Case()
     h = c.p(aten.relu.default, c.x)
-    assert c.sunk(c.p.select(h, c.i), c.p.select(h, c.j)) == ["relu(x)", "select(relu, i)", "select(relu, j)"]
+    assert c.expressions(c.p.select(h, c.i), c.p.select(h, c.j)) == ["select(relu(x), i)", "select(relu(x), j)"]
 
 
 def test_a_reader_of_all_rows_stops_a_selection() -> None:
     c = Case()
     h = c.p(aten.relu.default, c.x)
-    assert c.sunk(h, c.p.select(h, c.i)) == ["relu(x)", "select(relu, i)"]
+    assert c.expressions(h, c.p.select(h, c.i)) == ["relu(x)", "select(relu(x), i)"]
 
 
 def test_a_selection_undoes_its_restore() -> None:
     c = Case()
     kept = c.p(aten.relu.default, c.p.select(c.x, c.i))
-    out = c.p.select(c.p(tokgraph.restore.default, c.y, kept, c.i), c.i)
-    assert c.sunk(out) == ["select(x, i)", "relu(select)"]
+    assert c.expressions(c.p.select(c.p(tokgraph.restore.default, c.y, kept, c.i), c.i)) == ["relu(select(x, i))"]
 
 
 def test_a_restore_with_another_reader_stays() -> None:
+    """Whoever reads kept rows reads them from where they were computed."""
     c = Case()
     kept = c.p(aten.relu.default, c.p.select(c.x, c.i))
     whole = c.p(tokgraph.restore.default, c.y, kept, c.i)
-    assert c.sunk(whole, c.p.select(whole, c.i)) == ["select(x, i)", "relu(select)", "restore(y, relu, i)"]
+    expected = ["restore(y, relu(select(x, i)), i)", "relu(select(x, i))"]
+    assert c.expressions(whole, c.p.select(whole, c.i)) == expected
 
 
 def test_a_restore_is_not_undone_by_another_index() -> None:
     c = Case()
     whole = c.p(tokgraph.restore.default, c.x, c.p.select(c.y, c.i), c.i)
-    assert c.sunk(c.p.select(whole, c.j)) == ["select(y, i)", "restore(x, select, i)", "select(restore, j)"]
+    assert c.expressions(c.p.select(whole, c.j)) == ["select(restore(x, select(y, i), i), j)"]
+
+
+def test_an_inner_selection_goes_through_the_outer_restore() -> None:
+    c = Case()
+    whole = c.p(tokgraph.restore.default, c.x, c.p(aten.relu.default, c.p.select(c.y, c.i)), c.i)
+    out = c.p.select(c.p.select(whole, c.i), c.j)
+    assert c.expressions(out) == ["relu(select(select(y, i), j))"]
+
+
+def test_equal_selections_become_one() -> None:
+    c = Case()
+    first, second = (c.p(op, c.p.select(c.x, c.i)) for op in (aten.relu.default, aten.exp.default))
+    calls = c.sunk(first, second)
+    assert [n.target for n in calls].count(tokgraph.select.default) == 1
 
 
 def test_values_without_batch_are_lifted_once() -> None:
@@ -311,26 +349,35 @@ def test_a_product_is_narrowed_on_one_side(dim: int, narrowed: str) -> None:
     """Rows of scores are rows of the left operand, columns are rows of the right one."""
     c = Case()
     scores = c.p(aten.matmul.default, c.x, c.p(aten.transpose.int, c.y, 1, 2))
-    c.sunk(c.p.select(scores, c.i, dim))
-    (product,) = [n for n in c.p.graph.nodes if n.target is aten.matmul.default]
+    calls = c.sunk(c.p.select(scores, c.i, dim))
+    (product,) = [n for n in calls if n.target is aten.matmul.default]
     assert tuple(tensor(product).shape) == ((2, 3, 4) if dim == 1 else (2, 4, 3))  # type: ignore[union-attr]
-    (chosen,) = [n for n in c.p.graph.nodes if n.target is tokgraph.select.default]
+    (chosen,) = [n for n in calls if n.target is tokgraph.select.default]
     assert chosen.args[0].name == narrowed
 
 
-def test_a_value_times_itself_is_not_narrowed() -> None:
+def test_a_value_times_itself_is_narrowed_as_query_alone() -> None:
     """``x @ x.T`` reads the same rows as queries and as keys; only the queries may go."""
     c = Case()
     scores = c.p(aten.matmul.default, c.x, c.p(aten.transpose.int, c.x, 1, 2))
-    assert c.sunk(c.p.select(scores, c.i)) == ["transpose_int(x)", "select(x, i)", "matmul(select, transpose_int)"] or True
+    assert c.expressions(c.p.select(scores, c.i)) == ["matmul(select(x, i), transpose(x))"]
+
+
+def test_a_dead_attention_goes() -> None:
+    """torch takes it for impure, since it may drop out; kept, it would read rows that are no longer there."""
+    c = Case()
+    h = c.p(aten.relu.default, c.x)
+    heads = c.p(aten.unsqueeze.default, h, 1)
+    c.p(aten.scaled_dot_product_attention.default, heads, heads, heads, None, 0.0, True)
+    assert c.expressions(c.p.select(h, c.i)) == ["relu(select(x, i))"]
+    assert len(c.sunk_calls) == 2
 
 
 def test_sizes_of_views_follow() -> None:
     c = Case()
     split = c.p(aten.reshape.default, c.x, [2, 4, 3, 1])
     out = c.p.select(c.p(aten.expand.default, split, [2, 4, 3, 5]), c.i)
-    c.sunk(out)
-    sizes = [n.args[1] for n in c.p.graph.nodes if n.target in (aten.reshape.default, aten.expand.default)]
+    sizes = [n.args[1] for n in c.sunk(out) if n.target in (aten.reshape.default, aten.expand.default)]
     assert sizes == [[2, 3, 3, 1], [2, 3, 3, 5]]
 
 
@@ -344,9 +391,9 @@ def test_a_selection_that_cannot_move_is_no_modification() -> None:
 def test_selections_that_swap_with_relu_are_a_modification() -> None:
     """Same calls, other shapes."""
     c = Case()
-    module = c.p.module(c.p.select(c.p(aten.relu.default, c.x), c.i))
-    assert Sink()(module).modified
-    assert not Sink()(module).modified
+    result = Sink()(c.p.module(c.p.select(c.p(aten.relu.default, c.x), c.i)))
+    assert result.modified
+    assert not Sink()(result.graph_module).modified
 
 
 class _Shapes(fx.Interpreter):
