@@ -203,7 +203,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "fused", [pytest.param(True, id="sdpa"), pytest.param(False, id="eager", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("task", ["understanding", "generation"])
 def test_it_agrees_with_the_oracle(task: str, fused: bool, name: str) -> None:
     sites = tuple(replace(site, task=task) for site in CASES[name].sites)

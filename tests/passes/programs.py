@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -140,15 +141,31 @@ class _Random:
         return p(aten.matmul.default, p(aten.softmax.int, scores, -1), source)
 
 
+@dataclass(frozen=True, repr=False)
+class Drawn:
+    """A drawn program, shown as code when it fails."""
+
+    module: fx.GraphModule
+    inputs: list[Tensor]
+
+    def __repr__(self) -> str:
+        indices = {
+            n.target: x.tolist()
+            for n, x in zip(self.module.graph.nodes, self.inputs, strict=False)
+            if x.dtype == torch.int64
+        }
+        return f"{self.module.code}\nx: {list(self.inputs[0].shape)}, {indices}"
+
+
 KINDS = "select select select restore restore relu add norm linear cumsum heads shared attention sdpa".split()
 
 
 @st.composite
-def programs(draw: Any, steps: int = 14) -> tuple[fx.GraphModule, list[Tensor]]:
-    """A graph module with up to three outputs, and its inputs."""
+def programs(draw: Any, steps: int = 14) -> Drawn:
+    """A program with up to four outputs."""
     random = _Random(draw)
     for _ in range(draw(st.integers(3, steps))):
         random.step()
     made = [node for node, _ in random.values[2:]] or [random.values[0][0]]
     outputs = draw(st.lists(st.sampled_from(made), min_size=1, max_size=3))
-    return random.program.module(made[-1], *outputs), random.program.inputs
+    return Drawn(random.program.module(made[-1], *outputs), random.program.inputs)

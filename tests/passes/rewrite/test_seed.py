@@ -41,7 +41,7 @@ def test_explicit_causal_mask() -> None:
 -%scaled_dot_product_attention = scaled_dot_product_attention(%transpose, %transpose.2, %transpose.3, None, 0.0, True)  # float64[batch, 2, tokens, 8] layers.0.attention
 +%scaled_dot_product_attention = scaled_dot_product_attention(%transpose, %transpose.2, %transpose.3, %tril, 0.0, False)  # float64[batch, 2, tokens, 8] layers.0.attention
 """,
-    )  # noqa: E501
+    )
 
 
 def test_hide() -> None:
@@ -68,7 +68,7 @@ def test_hide() -> None:
 -%add.3 = add.Tensor(%add.2, %linear.7)  # float64[batch, tokens, 16] layers.1
 +%add.3 = add.Tensor(%restore, %linear.7)  # float64[batch, tokens, 16] layers.1
 """,
-    )  # noqa: E501
+    )
 
 
 def test_freeze() -> None:
@@ -87,7 +87,7 @@ def test_freeze() -> None:
 -%add.3 = add.Tensor(%add.2, %linear.7)  # float64[batch, tokens, 16] layers.1
 +%add.3 = add.Tensor(%restore, %linear.7)  # float64[batch, tokens, 16] layers.1
 """,
-    )  # noqa: E501
+    )
 
 
 def test_nested() -> None:
@@ -119,7 +119,7 @@ def test_nested() -> None:
 +%restore.3 = restore(%restore, %restore.2, %keep_rows)  # float64[batch, tokens, 16] layers.1 by seed-sites
 +%layer_norm.5 = layer_norm(%restore.3, [16], @norm.weight, @norm.bias, 1e-05, False)  # float64[batch, tokens, 16] norm
 """,
-    )  # noqa: E501
+    )
 
 
 def test_gone_for_good() -> None:
@@ -157,7 +157,7 @@ def test_gone_for_good() -> None:
 -return [%cross_entropy_loss, %linear.10]
 +return [%cross_entropy_loss, %select.4, %keep_rows]
 """,
-    )  # noqa: E501
+    )
 
 
 def test_exact_readers_of_labels() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 import tokgraph as tg
 from tests.passes import models
-from tests.passes.programs import Program, programs, rows
+from tests.passes.programs import Drawn, Program, programs, rows
 from tests.passes.tools import TASKS, Captured, Run, assert_well_formed, calls, captured, changes, listing, site
 from tokgraph.fxnode import module_path, tensor
 from tokgraph.passes.rewrite import Sink
@@ -60,7 +60,7 @@ def test_a_hidden_block() -> None:
 %add.2 = add.Tensor(%add, %linear.5)  # float64[batch, tokens - 3, 16] layers.0
 %restore = restore(%masked_scatter, %add.2, %keep_rows)  # float64[batch, tokens, 16] layers.0 by seed-sites
 """,
-    )  # noqa: E501
+    )
 
 
 def test_a_frozen_block() -> None:
@@ -98,7 +98,7 @@ def test_a_frozen_block() -> None:
 %add.2 = add.Tensor(%add, %linear.5)  # float64[batch, tokens - 6, 16] layers.0
 %restore = restore(%masked_scatter, %add.2, %keep_rows)  # float64[batch, tokens, 16] layers.0 by seed-sites
 """,
-    )  # noqa: E501
+    )
 
 
 def test_the_last_block_of_exact() -> None:
@@ -135,7 +135,7 @@ def test_the_last_block_of_exact() -> None:
 %linear.8 = linear(%gelu.2, @layers.1.mlp.2.weight, @layers.1.mlp.2.bias)  # float64[batch, 6, 16] layers.1.mlp.2
 %add.6 = add.Tensor(%add.5, %linear.8)  # float64[batch, 6, 16] layers.1
 """,
-    )  # noqa: E501
+    )
 
 
 # ------------------------------------------------------------------ the pass contract
@@ -413,9 +413,9 @@ def work(module: fx.GraphModule) -> int:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(programs())
-def test_random_programs(program: tuple[fx.GraphModule, list[Tensor]]) -> None:
+def test_random_programs(drawn: Drawn) -> None:
     """Sinking never changes a value, never adds work, and is done after one time."""
-    module, inputs = program
+    module, inputs = drawn.module, drawn.inputs
     before, cost = module(*inputs), work(module)
     result = Sink()(module)
     result.graph_module.graph.lint()
