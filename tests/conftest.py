@@ -11,12 +11,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import nn
 
 import tokgraph as tg
 from tests.harness import Captured
 
 torch.set_num_threads(1)  # tensors this small gain nothing from more
+settings.register_profile("tokgraph", deadline=None, derandomize=True)  # the same examples everywhere, slow or not
+settings.load_profile("tokgraph")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SOFTMAX = F.softmax

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
-from torch import fx
 
 from tests.passes.programs import Program, rows
-from tests.passes.tools import captured, site
+from tests.passes.tools import captured, node, site
 from tokgraph.passes.rewrite.demand import (
     Along,
     Declined,
@@ -123,8 +124,6 @@ def test_why_a_selection_stops(p: Inputs, make: object, along: Along, reason: st
 
 
 def test_results_of_operators_with_several_are_left_alone(p: Inputs) -> None:
-    import operator
-
     result = p(aten.max.dim, p.x, 2)
     assert isinstance(commute(p(operator.getitem, result, 0), ROWS), Declined)
     unruled = p(aten.native_layer_norm.default, p.x, [3], None, None, 1e-5)
@@ -135,10 +134,6 @@ def test_results_of_operators_with_several_are_left_alone(p: Inputs) -> None:
 
 
 # ------------------------------------------------------------------ whole graphs
-
-
-def found_in(p: Inputs, *outputs: fx.Node) -> object:
-    return selections(p.module(*outputs).graph)
 
 
 def test_what_a_graph_shares(p: Inputs) -> None:
@@ -197,10 +192,11 @@ def test_a_graph_is_only_read() -> None:
 
 
 def test_where_the_selections_of_a_model_stop() -> None:
-    """At the stream before the span, the normalised or embedded values around it, and nowhere inside."""
+    """Nowhere inside the span but at the mask's expansion; the stream before it is read whole by the restore."""
     found = captured()
     seeded = found.seeded(site(0, 1))
-    declined = {d.node for d in selections(seeded.graph).declined}
-    inside = set(found.facts.blocks[0].nodes)
-    assert not declined & inside
-    assert found.facts.blocks[0].start in declined
+    stops = selections(seeded.graph)
+    assert {node(seeded, d.node).target for d in stops.declined} == {aten.expand.default}
+    assert stops.own[node(seeded, found.facts.blocks[0].start)] == {}
+    inside = [node(seeded, name) for name in found.facts.blocks[0].nodes]
+    assert all(stops.own[n] for n in inside)
