@@ -58,3 +58,11 @@ def assert_same_gradients(
     assert actual.keys() == expected.keys()
     for name in expected:
         assert_close(actual[name], expected[name], name, tolerance, zero)
+
+
+def random_hash(sample: int, rank: int, seed: int) -> int:
+    """Return the 32-bit hash that ``tokgraph::random_score`` documents, in plain numbers."""
+    x = (sample * 0x9E3779B1 + rank + seed * 0x85EBCA6B) % 2**32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
+    return x ^ (x >> 16)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokgraph as tg
+from tests.harness import random_hash
 from tokgraph import ops
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -226,20 +227,13 @@ def test_norm_keeps_the_largest_and_the_earlier_of_equals(mask, data):
         assert kept == with_others(sample, largest)
 
 
-def finalised(sample: int, rank: int, seed: int) -> int:
-    x = (sample * 0x9E3779B1 + rank + seed * 0x85EBCA6B) % 2**32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
-    return x ^ (x >> 16)
-
-
 @quick
 @given(masks(), st.integers(-(2**63), 2**63 - 1), st.data())
 def test_random_keeps_the_largest_hashes_of_sample_rank_and_seed(mask, seed, data):
     keep = data.draw(st.integers(0, sum(mask[0])))
     for number, (sample, kept) in enumerate(zip(mask, kept_of(mask, keep, "random", seed), strict=True)):
         candidates = true_positions(sample)
-        ranks = sorted(range(len(candidates)), key=lambda rank: -finalised(number, rank, seed))[:keep]
+        ranks = sorted(range(len(candidates)), key=lambda rank: -random_hash(number, rank, seed))[:keep]
         assert kept == with_others(sample, [candidates[rank] for rank in ranks])
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import tokgraph as tg
-from tests.harness import ZERO, Captured, assert_close, assert_same_gradients, gradients
+from tests.harness import ZERO, Captured, assert_close, assert_same_gradients, gradients, random_hash
 
 reference = pytest.importorskip("tests.reference.janus", reason="needs transformers")
 
@@ -116,17 +116,9 @@ def random_positions(site: tg.DropSite, task: str, inputs: Inputs) -> Tensor:
         must_stay = [i for i in candidates if demanded[sample, i] and not site.restore]
         free = [i for i in candidates if i not in must_stay]
         count = max(math.floor(site.keep * len(candidates) + 0.5) - len(must_stay), 0)
-        ranks = sorted(range(len(free)), key=lambda rank: -finalised(sample, rank, site.seed))
+        ranks = sorted(range(len(free)), key=lambda rank: -random_hash(sample, rank, site.seed))
         kept.append(sorted(must_stay + [free[rank] for rank in ranks[:count]]))
     return torch.tensor(kept)
-
-
-def finalised(sample: int, rank: int, seed: int) -> int:
-    """Return the 32-bit hash that ``tokgraph::random_score`` documents."""
-    x = (sample * 0x9E3779B1 + rank + seed * 0x85EBCA6B) % 2**32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
-    return x ^ (x >> 16)
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])

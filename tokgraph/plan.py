@@ -50,6 +50,9 @@ class DropSite:
     def __post_init__(self) -> None:
         if not (isinstance(self.keep, (int, float)) and math.isfinite(self.keep) and 0.0 <= self.keep <= 1.0):
             raise PlanError(f"keep={self.keep} is outside [0, 1]", help="keep is the ratio of visual tokens that stay")
+        object.__setattr__(self, "keep", self.keep + 0.0)  # 1, True and -0.0 are written as they are read
+        if not 0 <= self.seed < 2**63:
+            raise PlanError(f"seed={self.seed} is outside [0, 2**63)")
         if self.mode not in ("hide", "freeze"):
             raise PlanError(f"mode={self.mode!r} is not one of 'hide', 'freeze'")
         if self.start < 0 or (self.end is not None and self.end <= self.start):

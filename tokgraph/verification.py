@@ -54,7 +54,8 @@ def _verify_task(
     everything = [replace(site, keep=1.0) for site in sites]
     kept = Pipeline(rewrite_passes(facts, everything, plan.exact)).run_task(captured)
     whole, plain = run_rewritten(kept, dtype), run_rewritten(captured, dtype)
-    identity = max(compare_outputs(kept, whole, plain).error, compare_gradients(whole, plain).error)
+    errors = [compare_outputs(kept, whole, plain).error, compare_gradients(whole, plain).error]
+    identity = float(torch.tensor(errors, dtype=torch.float64).max())  # unlike Python's max, a NaN stays
     return TaskVerification(
         output.error, gradient.error, output.where, gradient.where, identity, _capture_error(captured, program)
     )

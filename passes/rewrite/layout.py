@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.infra.pass_base import PassResult
 
-from tokgraph.fxnode import Dim, dims, rank, same_size, value
+from tokgraph.fxnode import Dim, argument, dims, rank, same_size, value
 
 from ..pipeline import GraphPass
 from ..rules import axis_map
@@ -108,7 +109,11 @@ def _apart(emit: Emitter, node: fx.Node, apart: dict[fx.Node, Apart]) -> Apart |
 
 
 def _merged_axes(old: tuple[Dim, ...], new: tuple[Dim, ...]) -> int:
-    """How many leading axes of ``old`` the first axis of ``new`` stands for, 0 where it is no merge of them."""
+    """How many leading axes of ``old`` the first axis of ``new`` stands for, 0 where it is no merge of them, or where the
+    sizes depend on data (they rule out most reshapes).
+    """
+    if any(free_unbacked_symbols(size) for size in old if not isinstance(size, int)):
+        return 0
     for count in range(1, len(old) + 1 if new else 0):
         if same_size(sympy.prod([sympy.sympify(size) for size in old[:count]]), new[0]):
             return count if count > 1 else 0
@@ -145,12 +150,21 @@ def _call_apart(emit: Emitter, node: fx.Node, apart: dict[fx.Node, Apart]) -> Ap
         return None
     target: Any = node.target
     target = _ANY_RANK.get(target, target)
-    if target not in _NAMES_NO_AXIS and target not in _NAMES_AXES:
+    if (target not in _NAMES_NO_AXIS and target not in _NAMES_AXES) or _of_rank(node, len(leading) - 1):
         return None
     args, kwargs = _shifted(node, len(leading) - 1) if target in _NAMES_AXES else (node.args, node.kwargs)
     args, kwargs = fx.node.map_arg((args, kwargs), lambda x: sources[x].value if x in sources else x)
     made = emit.call(target, *args, origin=node, **kwargs)
     return Apart(made, len(leading)) if _computes_same(made, node, sources) else None
+
+
+def _of_rank(node: fx.Node, more: int) -> bool:
+    """Whether the call works, or works well, on values of its rank and not on those with more axes: memory formats have
+    four or five, the kernels of fused attention four.
+    """
+    if node.target is aten.scaled_dot_product_attention.default:
+        return rank(node) + more > 4
+    return argument(node, "memory_format") in (torch.channels_last, torch.channels_last_3d)
 
 
 def _shifted(node: fx.Node, by: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

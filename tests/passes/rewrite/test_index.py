@@ -201,20 +201,26 @@ def emitted(found: Captured) -> str:
 
 
 def test_the_mask_of_one_id() -> None:
-    assert_expected_inline(emitted(captured("understanding", dynamic=True)), """\
+    assert_expected_inline(
+        emitted(captured("understanding", dynamic=True)),
+        """\
 %ids = input  # int64[batch, tokens]
 %patches = input  # float64[batch, 6, 4]
 %labels = input  # int64[batch, tokens]
 %eq_scalar = eq.Scalar(%ids, 9)  # bool[batch, tokens] by test
-""")
+""",
+    )
 
 
 def test_the_mask_of_a_range_after_a_text() -> None:
-    assert_expected_inline(emitted(captured("generation", dynamic=True)), """\
+    assert_expected_inline(
+        emitted(captured("generation", dynamic=True)),
+        """\
 %ids = input  # int64[batch, tokens]
 %codes = input  # int64[batch, 6]
 %range_mask = range_mask(%cat, %sym_size_int.2, %add)  # bool[batch, tokens + 6] by test
-""")
+""",
+    )
 
 
 def positioned(where: slice) -> Captured:

@@ -139,6 +139,12 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "a product over rows": lambda x, other: ((other @ x.reshape(-1, H)).reshape(B, S, H),),
     "an operand that is merged by itself": lambda x, other: ((x.reshape(-1, H) * other[:, :1]).reshape(B, S, H),),
     "a slice of rows": lambda x, other: (torch.cat([x.reshape(-1, H)[1:], x[0, :1]]).reshape(B, S, H),),
+    "a memory format": lambda x, other: (
+        x.reshape(-1, 2, 2, 2).clone(memory_format=torch.channels_last).reshape(B, S, H),
+    ),
+    "fused attention of a rank without kernels": lambda x, other: (
+        F.scaled_dot_product_attention(*[x.reshape(-1, 2, 2, 2)] * 3).reshape(B, S, H),
+    ),
     "a transposed row axis": lambda x, other: (x.reshape(-1, H).t().contiguous().reshape(B, S, H),),
 }
 
@@ -169,12 +175,30 @@ class MergedNorm(models.PreNorm):
         return (merged + self.mlp(self.norm2(merged))).reshape(x.shape)
 
 
+class MergedHeads(models.PreNorm):
+    """Two heads, merged with the batch for ``bmm``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, hidden = x.shape
+        h, attention = self.norm1(x), self.attention
+        q, k, v = (
+            project(h).reshape(batch, tokens, 2, -1).transpose(1, 2).reshape(batch * 2, tokens, -1)
+            for project in (attention.q, attention.k, attention.v)
+        )
+        scores = torch.bmm(q, k.transpose(1, 2)).reshape(batch, 2, tokens, tokens)
+        scores = scores.masked_fill(~torch.ones(tokens, tokens, dtype=torch.bool).tril(), float("-inf"))
+        weights = scores.reshape(batch * 2, tokens, tokens).softmax(-1)
+        rows = torch.bmm(weights, v).reshape(batch, 2, tokens, -1).transpose(1, 2).reshape(batch, tokens, hidden)
+        x = x + attention.o(rows)
+        return x + self.mlp(self.norm2(x))
+
+
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
-@pytest.mark.parametrize("block", [MergedNorm])
+@pytest.mark.parametrize("block", [MergedNorm, MergedHeads])
 def test_rows_can_be_dropped_in_a_block_that_merges_them(block: type[nn.Module], dynamic: bool) -> None:
     spec = models.spec(block)
     task = replace(spec.tasks["t"], dynamic={"ids": {0: "batch", 1: "tokens"}} if dynamic else None)
     found = Captured.of(tg.ModelSpec(spec.model, {"t": task}), "t")
-    assert len(found.facts.blocks) == 2
+    assert [len(block.attention) for block in found.facts.blocks] == [1, 1]
     accelerated = found.apply(tg.DropSite("t", 0, 1, 0.34), exact=True)
     tg.verify(found.program, accelerated).raise_if_failed()

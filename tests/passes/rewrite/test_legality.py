@@ -95,7 +95,10 @@ def mixing(step: Callable[[Tensor], Tensor]) -> type[nn.Module]:
         (lambda h: h.roll(1, 1), "runs along the token axis"),
         (lambda h: h.sort(1).values, "reads or writes tokens by order or index"),
         (lambda h: torch.nn.functional.pad(h, (0, 0, 1, 0))[:, :-1], "splits, merges, cuts or joins the token axis"),
-        (lambda h: h.reshape(h.shape[0], -1, 2 * h.shape[2]).repeat_interleave(2, 1)[..., :4], "token axis|no token-axis rule"),
+        (
+            lambda h: h.reshape(h.shape[0], -1, 2 * h.shape[2]).repeat_interleave(2, 1)[..., :4],
+            "token axis|no token-axis rule",
+        ),
         (lambda h: h @ (h.transpose(1, 2) @ h), "sums over the token axis outside an attention"),
         (lambda h: h[:, torch.arange(h.shape[1] - 1, -1, -1)], "reads or writes tokens by order or index"),
     ],
@@ -110,7 +113,9 @@ def test_every_way_to_mix_tokens(step: Callable[[Tensor], Tensor], why: str) -> 
     assert caught.value.where.module.startswith("stages.stage_0")
 
 
-@pytest.mark.parametrize("block", [models.PreNorm, models.Eager, models.Parallel, models.NormAfter, models.SelfAndCross])
+@pytest.mark.parametrize(
+    "block", [models.PreNorm, models.Eager, models.Parallel, models.NormAfter, models.SelfAndCross]
+)
 def test_blocks_that_are_legal(block: type[nn.Module]) -> None:
     (program,) = [tg.capture(models.spec(block))]
     facts = tg.analyze(program)["t"]

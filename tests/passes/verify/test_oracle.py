@@ -311,7 +311,9 @@ MUTANTS: list[tuple[Edit, bool, tuple[tg.DropSite, ...], bool]] = [
     (swap_logits, False, (), True),
     (lose_a_logit, False, (), True),
 ]
-MISSED = {lose_a_logit: pytest.mark.xfail(strict=True, reason="the row index beside compact outputs is not checked itself")}
+MISSED = {
+    lose_a_logit: pytest.mark.xfail(strict=True, reason="the row index beside compact outputs is not checked itself")
+}
 
 
 @pytest.mark.parametrize(
