@@ -97,9 +97,11 @@ def index(node: fx.Node) -> AxisMap:
 
 @rule(aten.index_select.default)
 def index_select(node: fx.Node) -> AxisMap:
-    """The indexed axis follows the index, the others follow ``x``."""
+    """The indexed axis follows the index, unless that is a scalar; the others follow ``x``."""
     x, along = first_input(node), norm_dim(argument(node, "dim"), rank(node))
-    rows = tuple(((argument(node, "index"), 0),) if a == along else ((x, a),) for a in range(rank(node)))
+    index: fx.Node = argument(node, "index")
+    chosen: Rows = ((index, 0),) if rank(index) else None
+    rows = tuple(chosen if a == along else ((x, a),) for a in range(rank(node)))
     return AxisMap(rows, (Mix("order", ((x, along),)),))
 
 

@@ -16,7 +16,7 @@ from ..analysis.evaluate import example_leaves
 from ..analysis.stream import loss_node, output_args
 from ..analysis.visual import visual_mask
 from .interpret import GraphInterpreter, in_dtype
-from .oracle import Oracle
+from .oracle import Oracle, demanded_rows
 
 NOISE = 1e-6
 """Gradients this much smaller than the largest are compared with that floor: many are zero but for rounding."""
@@ -84,8 +84,23 @@ def compare_outputs(rewritten: TaskGraph, mine: Results, reference: Results) -> 
         if leaf in rewritten.compact_outputs:
             rows = mine.outputs[rewritten.compact_outputs[leaf]]
             b = b[torch.arange(len(b), device=b.device).unsqueeze(1), rows]
-        worst = max(worst, Difference(_relative(a, b), f"output {leaf}"), key=_badness)
+        worst = max(worst, Difference(_relative(a, b), f"output {leaf}"), key=badness)
     return worst
+
+
+def missing_rows(rewritten: TaskGraph, mine: Results, reference: Results, facts: TaskFacts) -> Difference:
+    """An infinite difference at the first compact output that leaves out a demanded row, none where there is no such.
+
+    Outputs of another length than the token axis are not judged: which rows those are, the graph says and not the facts.
+    """
+    stream = next(node for node in rewritten.graph.nodes if node.name in (facts.entry, facts.visual.entry))
+    demanded = demanded_rows(visual_mask(rewritten, facts.visual, stream, facts.demand.tokens), facts.demand.reads)
+    for leaf, position in rewritten.compact_outputs.items():
+        if reference.outputs[leaf].shape[1] == facts.demand.tokens:
+            there = torch.zeros_like(demanded).scatter(1, mine.outputs[position].cpu(), True)
+            if (demanded & ~there).any():
+                return Difference(float("inf"), f"output {leaf}")
+    return Difference(0.0, "")
 
 
 def compare_gradients(mine: Results, reference: Results) -> Difference:
@@ -95,11 +110,12 @@ def compare_gradients(mine: Results, reference: Results) -> Difference:
     for name in reference.gradients.keys() | mine.gradients.keys():
         a, b = mine.gradients.get(name), reference.gradients.get(name)
         a, b = torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b  # type: ignore[arg-type]
-        worst = max(worst, Difference(_relative(a, b, NOISE * scale), name), key=_badness)
+        worst = max(worst, Difference(_relative(a, b, NOISE * scale), name), key=badness)
     return worst
 
 
-def _badness(difference: Difference) -> tuple[float, str]:
+def badness(difference: Difference) -> tuple[float, str]:
+    """Orders differences; a NaN is worse than any number."""
     return (float("inf") if difference.error != difference.error else difference.error, difference.where)
 
 
