@@ -121,7 +121,7 @@ def build(
             "generation": tg.Task(
                 forward=generation_loss,
                 inputs=generation_batch(dims, batch, seed),
-                dynamic={"input_ids": rows, "image_codes": {0: "batch"}},
+                dynamic={"input_ids": rows, "image_codes": {0: "batch", 1: "visual"}},
                 visual=None,
                 visual_inputs=("image_codes",),
                 reads="visual",

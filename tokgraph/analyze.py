@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .facts import Facts, TaskFacts
+from .passes.analysis.attribution import task_cost
 from .passes.analysis.facts import task_facts
-from .passes.analysis.pathways import Pathways, pathways
-from .passes.pipeline import Pipeline
-from .passes.rewrite import Sink
-from .passes.rewrite.pipeline import seeds
+from .passes.analysis.pathways import Pathways, lean_graph, pathways
 from .program import Program, TaskGraph
 
 
 def analyze(program: Program) -> Facts:
-    """Analyse a captured program: visual flow, blocks, attention, demand and pathway profile of each task.
+    """Analyse a captured program: visual flow, blocks, attention, demand and pathway profile of each task, and cost.
 
     Raises:
         AnalysisError: a task shows no residual stream with attention, or its visual tokens cannot be found.
@@ -22,10 +20,11 @@ def analyze(program: Program) -> Facts:
     facts = {}
     for name, graph in program.items():
         found = task_facts(graph)
-        facts[name] = replace(found, profile=demanded_pathways(graph, found).profile)
+        profile = demanded_pathways(graph, found).profile
+        facts[name] = replace(found, profile=profile, cost=task_cost(graph, found))
     return Facts(facts)
 
 
 def demanded_pathways(graph: TaskGraph, facts: TaskFacts) -> Pathways:
     """Pathways of a captured graph without the work that no demanded output reads."""
-    return pathways(Pipeline([*seeds(facts, (), exact=True), Sink()]).run_task(graph), facts)
+    return pathways(lean_graph(graph, facts), facts)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .cost import TaskCost
 from .program import Dimension
 
 
@@ -145,6 +146,7 @@ class TaskFacts:
         windows: slices of the token axis after the last block.
         token_axes: node -> its axes that are the token axis (query and key axes alike).
         profile: parameter name -> share of the task's demanded-reaching visual tokens that it transforms, in ``[0, 1]``.
+        cost: what a training step of the captured graph costs, symbolic in batch, tokens and visual tokens.
         dimensions: dimensions asked to be dynamic.
         unruled: ``(node, operator)`` of operators inside blocks that have no rule.
     """
@@ -158,6 +160,7 @@ class TaskFacts:
     windows: tuple[Window, ...]
     token_axes: Mapping[str, tuple[int, ...]] = field(repr=False)
     profile: Mapping[str, float] = field(repr=False, default_factory=dict)
+    cost: TaskCost | None = field(repr=False, default=None)
     dimensions: tuple[Dimension, ...] = ()
     unruled: tuple[tuple[str, str], ...] = ()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .errors import InternalError, Where
 
@@ -143,13 +143,13 @@ def call(
 def refresh_value(node: fx.Node) -> None:
     """Recompute the fake value of a call from those of its inputs."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    with _fake_mode(node.graph):
+    with fake_mode(node.graph) or nullcontext():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _fake_mode(graph: fx.Graph) -> AbstractContextManager[object]:
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode that the graph's values live in; operators without tensor inputs need it."""
     for node in graph.nodes:
         if isinstance(val := value(node), FakeTensor):
             return val.fake_mode
-    return nullcontext()
+    return None

@@ -85,6 +85,9 @@ class Task:
         reads: what the loss predicts (``"text"``, ``"visual"`` or ``"all"`` positions).
         outputs: ``"loss"``: returned tensors other than the loss may hold the demanded rows only;
             ``"full"``: every returned tensor keeps its shape, every row is demanded.
+        segments: ``(**inputs) -> {name: [batch, tokens] bool}``, parts of the sequence between which attention is
+            measured, disjoint; positions in none of them are the segment ``"other"``. ``None``: system, image,
+            instruction and output are found from the visual tokens and the labels.
 
     Raises:
         SpecError: a field contradicts another.
@@ -97,6 +100,7 @@ class Task:
     visual_inputs: tuple[str, ...] = ()
     reads: Reads = "all"
     outputs: Outputs = "loss"
+    segments: Callable[..., Mapping[str, torch.Tensor]] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.visual_inputs, str):
@@ -113,6 +117,8 @@ class Task:
             )
         if not callable(self.forward):
             raise SpecError(f"forward must be callable as forward(model, **inputs), got {type(self.forward).__name__}")
+        if self.segments is not None and not callable(self.segments):
+            raise SpecError(f"segments must be callable as segments(**inputs), got {type(self.segments).__name__}")
 
     def check(self, name: str) -> None:
         """Raise :class:`SpecError` where names in this task do not fit its inputs or its forward's signature."""
@@ -136,14 +142,21 @@ class Task:
                     raise SpecError(f"task {name!r}: dynamic dimension {dim} of input {key!r} ({shape}) does not exist")
 
     def _check_signature(self, name: str) -> None:
+        self._check_call(
+            name,
+            "forward",
+            (None,),
+            "inputs= must hold every required argument of forward(model, **inputs), and no other",
+        )
+        if self.segments is not None:
+            self._check_call(name, "segments", (), "segments(**inputs) is called with every input of the task, by name")
+
+    def _check_call(self, name: str, field: str, before: tuple[None, ...], help: str) -> None:
         try:
-            inspect.signature(self.forward).bind(None, **self.inputs)
+            inspect.signature(getattr(self, field)).bind(*before, **self.inputs)
         except TypeError as error:
-            raise SpecError(
-                f"task {name!r}: the example inputs do not fit its forward: {error}",
-                help="inputs= must hold every required argument of forward(model, **inputs), and no other",
-            ) from None
-        except ValueError:  # no signature to inspect (a C callable): export will tell
+            raise SpecError(f"task {name!r}: the example inputs do not fit its {field}: {error}", help=help) from None
+        except ValueError:  # no signature to inspect (a C callable): calling it will tell
             return
 
 

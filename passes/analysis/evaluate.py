@@ -6,12 +6,13 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import AnalysisError
-from tokgraph.fxnode import ancestors, tensor, where
+from tokgraph.fxnode import ancestors, dims, tensor, where
 from tokgraph.program import TaskGraph
 
 
@@ -62,3 +63,38 @@ def size_hint(node: fx.Node, axis: int) -> int:
     assert val is not None
     size = val.shape[axis]
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
+def actual_size(graph: TaskGraph, node: fx.Node, axis: int) -> int:
+    """The size of an axis for the task's inputs, which may be others than those that the graph was captured with.
+
+    Raises:
+        AnalysisError: the inputs differ in size from the captured ones, and do not tell the size of this axis.
+    """
+    dim = dims(node)[axis]
+    if isinstance(dim, int):
+        return dim
+    sizes, captured = _input_sizes(graph)
+    size = sympy.sympify(dim).subs(list(sizes.items()))
+    if size.is_Integer:
+        return int(size)
+    if sizes == captured:
+        return size_hint(node, axis)
+    raise AnalysisError(
+        f"task {graph.name!r}: the inputs do not tell the size of dimension {axis} ({dim})",
+        where=where(node),
+        help="pass a batch of the captured sizes, or capture the task with dimensions that are sizes of its inputs",
+    )
+
+
+def _input_sizes(graph: TaskGraph) -> tuple[dict[sympy.Symbol, int], dict[sympy.Symbol, int]]:
+    """Symbols that are sizes of inputs -> their values in the task's inputs, and when the graph was captured."""
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    sizes: dict[sympy.Symbol, int] = {}
+    captured: dict[sympy.Symbol, int] = {}
+    for node, leaf in zip(placeholders, example_leaves(graph), strict=True):
+        if isinstance(leaf, torch.Tensor) and tensor(node) is not None:
+            for axis, (dim, size) in enumerate(zip(dims(node), leaf.shape, strict=True)):
+                if isinstance(dim, sympy.Symbol):
+                    sizes[dim], captured[dim] = size, size_hint(node, axis)
+    return sizes, captured

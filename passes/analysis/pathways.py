@@ -1,7 +1,7 @@
 """Pathway profiles: for each parameter, the share of the visual tokens that it transforms, read off a graph.
 
 The rows of every value are followed through the graph's selections and restores; which of them are visual is counted on
-the example batch. Work that no demanded output reads must be gone from the graph already (``exact`` removes it).
+the example batch. Work that no demanded output reads must be gone from the graph already: :func:`lean_graph`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from tokgraph.facts import TaskFacts
 from tokgraph.fxnode import rank, tensor, tensor_inputs
 from tokgraph.program import TaskGraph
 
-from ..rewrite.nodes import VISUAL_ROWS, is_selection, selection
-from ..rewrite.sink import NARROWED
-from ..rules import axis_map
+from ..pipeline import Pipeline
+from ..rewrite.nodes import VISUAL_ROWS
+from ..rewrite.pipeline import seeds
+from ..rewrite.sink import Sink
 from ..rules.registry import Axis
-from .evaluate import evaluate
-from .visual import visual_mask
-
-aten = torch.ops.aten
-tokgraph = torch.ops.tokgraph
-Chain = tuple[fx.Node, ...]
+from .rows import Chain, row_spaces, visual_rows
+from .visual import MEETS, visual_mask
 
 
 @dataclass(frozen=True)
@@ -42,73 +39,30 @@ class Pathways:
     tokens_per_block: tuple[float, ...]
 
 
+def lean_graph(graph: TaskGraph, facts: TaskFacts) -> TaskGraph:
+    """A captured graph without the work that no demanded output reads: what profiles are read off and measured on."""
+    return Pipeline([*seeds(facts, (), exact=True), Sink()]).run_task(graph)
+
+
 def pathways(graph: TaskGraph, facts: TaskFacts) -> Pathways:
     """Profile a graph from which work that nobody demands is gone."""
     spaces = row_spaces(graph.graph, facts)
-    visual = _visual_rows(graph, facts, set(spaces.values()))
+    visual = visual_counts(graph, facts, set(spaces.values()))
     count = facts.visual.count
     profile: dict[str, float] = {}
     branch = set(facts.visual.branch)
-    for node, parameters in _parameter_uses(graph.graph).items():
+    for node, operands in parameter_uses(graph.graph).items():
         spaces_here = [spaces[axis] for axis in _axes(node) if axis in spaces]
         rows = max((visual[s] for s in spaces_here), default=count if node.name in branch else 0)
-        for name in parameters:
-            profile[name] = max(profile.get(name, 0.0), rows / count)
+        for operand, names in operands.items():
+            # where text and visual rows meet, a parameter's own rows (a token between them) are of one kind
+            meets = node.name == facts.visual.entry and node.target in MEETS and operand.name not in branch
+            for name in names:
+                profile[name] = max(profile.get(name, 0.0), 0.0 if meets else rows / count)
     nodes = {node.name: node for node in graph.graph.nodes}
     ends = [nodes.get(block.end) for block in facts.blocks]
     per_block = tuple(visual[spaces[end, 1]] if end is not None and (end, 1) in spaces else 0.0 for end in ends)
     return Pathways(profile, per_block)
-
-
-def row_spaces(graph: fx.Graph, facts: TaskFacts) -> dict[Axis, Chain]:
-    """The rows that token axes hold: chains of indices, each relative to the rows that the one before left.
-
-    Only values that hold rows of the stream are followed: from where visual and text rows are together, or from before,
-    where that is computed on fewer rows already.
-    """
-    nodes = {node.name: node for node in graph.nodes}
-    entry = nodes.get(facts.visual.entry, nodes.get(facts.entry))
-    spaces: dict[Axis, Chain] = dict.fromkeys(_whole(entry) if entry is not None else (), ())
-    for node in graph.nodes:
-        if tensor(node) is None or node.op != "call_function":
-            continue
-        if is_selection(node):
-            x, index, dim, _ = selection(node)
-            for axis in range(rank(x)):
-                if (x, axis) in spaces:
-                    spaces[node, axis] = (*spaces[x, axis], *((index,) if axis == dim else ()))
-        elif node.target is tokgraph.restore.default:
-            if (node.args[0], 1) in spaces:
-                spaces[node, 1] = spaces[node.args[0], 1]
-        else:
-            _follow(node, spaces)
-    return spaces
-
-
-def _whole(entry: fx.Node) -> set[Axis]:
-    """The nearest axes, at the entry or before it, that hold every row of the token axis."""
-    found: set[Axis] = set()
-    stack: list[Axis] = [(entry, 1)]
-    while stack:
-        node, axis = stack.pop()
-        described = axis_map(node)
-        if is_selection(node):
-            stack.append((selection(node)[0], axis))
-        elif described is not None and node.meta.get(NARROWED):
-            stack.extend(described.rows[axis] or ())
-        else:
-            found.add((node, axis))
-    return found
-
-
-def _follow(node: fx.Node, spaces: dict[Axis, Chain]) -> None:
-    described = axis_map(node)
-    if described is None:
-        return
-    sources = [(axis, source) for axis, rows in enumerate(described.rows) for source in rows or ()]
-    for axis, source in (*sources, *described.aligned):
-        if source in spaces:
-            spaces.setdefault((node, axis), spaces[source])
 
 
 def _axes(node: fx.Node) -> list[Axis]:
@@ -117,44 +71,44 @@ def _axes(node: fx.Node) -> list[Axis]:
     return mine or [(x, axis) for x in tensor_inputs(node) for axis in range(rank(x))]
 
 
-def _parameter_uses(graph: fx.Graph) -> dict[fx.Node, set[str]]:
-    """Nodes that combine parameters (or values made of parameters alone) with data -> the parameters' names."""
-    constant: dict[fx.Node, set[str]] = {}
-    uses: dict[fx.Node, set[str]] = {}
+def parameter_values(graph: fx.Graph) -> dict[fx.Node, set[str]]:
+    """Attributes, and values made of attributes and sizes alone -> the names of the parameters among them."""
+    found: dict[fx.Node, set[str]] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
-            val = tensor(node)
-            constant[node] = {str(node.target)} if isinstance(val, torch.nn.Parameter) or _trains(val) else set()
+            found[node] = {str(node.target)} if _trains(tensor(node)) else set()
         elif node.op == "call_function":
-            inputs = node.all_input_nodes
-            names = set().union(*(constant[x] for x in inputs if x in constant))
-            if inputs and all(x in constant for x in inputs):
-                constant[node] = names
-            elif names:
-                uses[node] = names
+            inputs = tensor_inputs(node)
+            if inputs and all(x in found for x in inputs):
+                found[node] = set().union(*(found[x] for x in inputs))
+    return found
+
+
+def parameter_uses(graph: fx.Graph) -> dict[fx.Node, dict[fx.Node, set[str]]]:
+    """Nodes that combine parameters with data -> the operands made of parameters alone -> the parameters' names."""
+    values = parameter_values(graph)
+    uses: dict[fx.Node, dict[fx.Node, set[str]]] = {}
+    for node in graph.nodes:
+        operands = {x: values[x] for x in node.all_input_nodes if values.get(x)}
+        if node.op == "call_function" and node not in values and operands:
+            uses[node] = operands
     return uses
 
 
 def _trains(val: torch.Tensor | None) -> bool:
-    return val is not None and val.requires_grad
+    return isinstance(val, torch.nn.Parameter) or (val is not None and val.requires_grad)
 
 
-def _visual_rows(graph: TaskGraph, facts: TaskFacts, chains: set[Chain]) -> dict[Chain, float]:
+def visual_counts(graph: TaskGraph, facts: TaskFacts, chains: set[Chain]) -> dict[Chain, float]:
     """Chain -> visual rows among its rows, averaged over the example batch."""
     entry = next(n for n in graph.graph.nodes if n.name in (facts.entry, facts.visual.entry))
     mask = visual_mask(graph, facts.visual, entry, facts.demand.tokens)
     counts: dict[Chain, float] = {(): float(facts.visual.count)}
-    indices = sorted({index for chain in chains for index in chain})
     try:
-        values = dict(zip(indices, evaluate(graph, indices), strict=True)) if indices else {}
+        found = visual_rows(graph, mask, chains)
     except AnalysisError:  # a selector that reads values, and a model without storage: what the rewrite noted
         return {chain: float(chain[-1].meta[VISUAL_ROWS]) if chain else counts[()] for chain in chains} | counts
-    for chain in chains:
-        seen = mask
-        for index in chain:
-            seen = seen.gather(1, values[index].to(seen.device))
-        counts[chain] = float(seen.sum(1).double().mean())
-    return counts
+    return counts | {chain: float(rows.sum(1).double().mean()) for chain, rows in found.items()}
 
 
 def sharing_index(

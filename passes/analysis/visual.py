@@ -14,10 +14,10 @@ from tokgraph.program import TaskGraph
 
 from ..rules.registry import Axis
 from .axes import AxisClasses
-from .evaluate import evaluate, size_hint
+from .evaluate import actual_size, evaluate, size_hint
 
 aten = torch.ops.aten
-_MEETS = (aten.cat.default, aten.masked_scatter.default, aten.where.self, aten.index_put.default)
+MEETS = (aten.cat.default, aten.masked_scatter.default, aten.where.self, aten.index_put.default)
 _THROUGH = (aten.unsqueeze.default, aten.expand.default, aten._to_copy.default, aten.clone.default)
 
 
@@ -48,7 +48,7 @@ def find_visual(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> Visu
 
 
 def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node, tokens: int | None = None) -> torch.Tensor:
-    """``[batch, tokens]`` bool on the CPU: the visual tokens of the example batch.
+    """``[batch, tokens]`` bool on the CPU: the visual tokens of the task's inputs (the example batch).
 
     Args:
         graph: the task graph.
@@ -58,11 +58,11 @@ def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node, tokens: int
     """
     nodes = {node.name: node for node in graph.graph.nodes}
     if flow.kind == "range":
-        tokens = size_hint(stream, 1) if tokens is None else tokens
-        offset = sum(size_hint(nodes[name], axis) for name, axis in flow.before)
+        tokens = actual_size(graph, stream, 1) if tokens is None else tokens
+        offset = sum(actual_size(graph, nodes[name], axis) for name, axis in flow.before)
         at = torch.arange(tokens)
         start, stop = range_bounds(flow, tokens, offset)
-        return ((at >= start) & (at < stop)).expand(size_hint(stream, 0), -1)
+        return ((at >= start) & (at < stop)).expand(actual_size(graph, stream, 0), -1)
     assert flow.source is not None
     found = evaluate(graph, [nodes[flow.source]])[0].cpu()
     if flow.kind == "ids" and flow.low is not None and flow.high is not None:
@@ -178,10 +178,10 @@ def _meeting_point(stream: fx.Node) -> fx.Node:
     embedded), else the embedding of all rows, else the stream's first value.
     """
     node = stream
-    while node.target not in _MEETS:
+    while node.target not in MEETS:
         if node.target is aten.embedding.default:
             ids: fx.Node = argument(node, "indices")
-            return ids if ids.target in _MEETS else node
+            return ids if ids.target in MEETS else node
         inputs = [x for x in tensor_inputs(node) if x.op != "get_attr"]
         if len(inputs) != 1:
             return stream

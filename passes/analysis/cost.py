@@ -1,0 +1,292 @@
+"""Cost of every node: FLOPs and bytes of its forward and backward, by running it once on symbolic shapes.
+
+Each distinct call (operator, shapes, what needs a gradient) runs once on fake tensors under ``FlopCounterMode``; the
+counter's formulas then give expressions in the graph's symbols. Attention counts as its MATH decomposition, because the
+counter knows no CPU flash kernel; its bytes are those of the fused kernel, which never writes the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from operator import attrgetter
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokgraph.cost import Work
+from tokgraph.fxnode import ancestors, fake_mode, value
+from tokgraph.program import TaskGraph
+
+from ..rules import axis_map
+from .evaluate import evaluate, example_leaves
+from .stream import loss_node
+
+aten = torch.ops.aten
+tokgraph = torch.ops.tokgraph
+_SDPA = aten.scaled_dot_product_attention.default
+_LOOKUPS = (
+    aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default,
+    tokgraph.select.default, tokgraph.drop.default,
+)  # fmt: skip
+"""Operators that read only the rows they return."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one call does, relative to its arguments.
+
+    Args:
+        forward: FLOPs.
+        backward: FLOPs.
+        aliases: for each output tensor the argument that it is a view of, or ``None``.
+        saved_arguments: arguments kept for the backward pass.
+        saved_outputs: outputs kept for the backward pass.
+        saved_bytes: bytes of other tensors kept for the backward pass.
+        needs_grad: whether an output requires a gradient.
+    """
+
+    forward: Any
+    backward: Any
+    aliases: tuple[int | None, ...]
+    saved_arguments: frozenset[int]
+    saved_outputs: frozenset[int]
+    saved_bytes: Any
+    needs_grad: bool
+
+
+def node_works(graph: TaskGraph) -> dict[fx.Node, Work]:
+    """The cost of every call that makes tensors, in expressions over the graph's symbols, for one training step."""
+    prober, counter = _Prober(fake_mode(graph.graph) or FakeTensorMode(), example_symbols(graph)), _Counter(graph)
+    calls = [n for n in graph.graph.nodes if n.op == "call_function" and tensors(value(n))]
+    return {node: counter.count(node, prober.probe(node, counter.needs_grad)) for node in calls}
+
+
+def uncounted(works: dict[fx.Node, Work]) -> tuple[tuple[str, str], ...]:
+    """``(node, operator)`` of calls without FLOPs of which it is not known that they multiply no matrices."""
+    return tuple((n.name, str(n.target)) for n, work in works.items() if work.forward_flops == 0 and not _is_free(n))
+
+
+def _is_free(node: fx.Node) -> bool:
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return True
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._can_decompose():
+        return True  # the counter saw its parts
+    described = axis_map(node)
+    return described is not None and not {"attention", "contraction", "window"} & {m.kind for m in described.mixes}
+
+
+def example_symbols(graph: TaskGraph) -> dict[sympy.Symbol, int]:
+    """Symbol -> its value in the example batch; sizes that depend on data are found by running what makes them.
+
+    Raises:
+        AnalysisError: such a size depends on values without storage.
+    """
+    found: dict[sympy.Symbol, int] = {}
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    for node, leaf in zip(placeholders, example_leaves(graph), strict=True):
+        for fake, size in zip(_shape(value(node)), _shape(leaf), strict=True):
+            if isinstance(fake, sympy.Expr) and fake.free_symbols:
+                symbol = next(iter(fake.free_symbols))
+                found.setdefault(symbol, int(sympy.solve(fake - size, symbol)[0]))
+    makers = [n for n in graph.graph.nodes if n.meta.get("unbacked_bindings")]
+    for node, made in zip(makers, evaluate(graph, makers), strict=True):
+        for symbol, path in node.meta["unbacked_bindings"].items():
+            found[symbol] = int(pytree.key_get(made, path))
+    return found
+
+
+def tensors(val: Any) -> list[torch.Tensor]:
+    """The tensors of a node's value."""
+    return [x for x in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(x, torch.Tensor)]
+
+
+def _plain(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _shape(x: Any) -> tuple[Any, ...]:
+    return tuple(_plain(size) for size in x.shape) if isinstance(x, torch.Tensor) else ()
+
+
+def _bytes(x: torch.Tensor) -> Any:
+    return prod(_shape(x), start=x.element_size())
+
+
+class _Prober:
+    """Runs each distinct call once.
+
+    Args:
+        mode: the mode that the graph's values live in.
+        example: symbol -> value, for calls that cannot run on symbolic shapes.
+    """
+
+    def __init__(self, mode: FakeTensorMode, example: dict[sympy.Symbol, int]) -> None:
+        self._mode = mode
+        self._example = example
+        self._known: dict[Any, Probe] = {}
+
+    def probe(self, node: fx.Node, needs_grad: Callable[[fx.Node], bool]) -> Probe:
+        """What the call does, given which of its inputs need gradients."""
+        key = (node.target, _key((node.args, node.kwargs), needs_grad))
+        if key not in self._known:
+            self._known[key] = self._run(node, needs_grad)
+        return self._known[key]
+
+    def _run(self, node: fx.Node, needs_grad: Callable[[fx.Node], bool]) -> Probe:
+        with _without_trace(self._mode):
+            try:
+                return _observe(node, lambda n: _fresh(value(n), needs_grad(n), list))
+            except RuntimeError:  # it asks for the value of a size that depends on data: those of the example batch
+                return _observe(node, lambda n: _fresh(value(n), needs_grad(n), self._numbers))
+
+    def _numbers(self, sizes: Iterable[Any]) -> list[int]:
+        return [int(sympy.sympify(_plain(size)).xreplace(self._example)) for size in sizes]
+
+
+def _key(x: Any, needs_grad: Callable[[fx.Node], bool]) -> Any:
+    """A hashable description of an argument: equal ones cost the same."""
+    if isinstance(x, fx.Node):
+        described = [(_shape(t), tuple(map(_plain, t.stride())), t.dtype) for t in tensors(value(x))]
+        return (tuple(described), needs_grad(x)) if described else _key(value(x), needs_grad)
+    if isinstance(x, (list, tuple)):
+        return tuple(_key(item, needs_grad) for item in x)
+    if isinstance(x, dict):
+        return tuple((name, _key(item, needs_grad)) for name, item in x.items())
+    return (type(x).__name__, _plain(x) if isinstance(x, torch.SymInt) else x)
+
+
+def _fresh(val: Any, needs_grad: bool, sizes: Callable[[Iterable[Any]], list[Any]]) -> Any:
+    """A tensor without storage like ``val``, on its own; other values as they are."""
+    if isinstance(val, (tuple, list)):
+        return type(val)(_fresh(x, needs_grad, sizes) for x in val)
+    if not isinstance(val, torch.Tensor):
+        return sizes([val])[0] if isinstance(val, torch.SymInt) else val
+    x = torch.empty_strided(sizes(val.shape), sizes(val.stride()), dtype=val.dtype, device=val.device)
+    return x.requires_grad_(needs_grad and x.is_floating_point())
+
+
+def _observe(node: fx.Node, make: Callable[[fx.Node], Any]) -> Probe:
+    made: dict[fx.Node, Any] = {n: make(n) for n in node.all_input_nodes}
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
+    inputs = [t for n in node.all_input_nodes for t in tensors(made[n])[:1]]
+    places = {_storage(t): i for i, t in enumerate(inputs)}
+    kept: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        return x
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            outputs = tensors(node.target(*args, **kwargs))  # type: ignore[operator]
+        forward = counter.get_total_flops()
+        ends, starts = [t for t in outputs if t.requires_grad], [t for t in inputs if t.requires_grad]
+        if ends:
+            torch.autograd.grad(ends, starts, [torch.ones_like(t) for t in ends], allow_unused=True)
+        backward = counter.get_total_flops() - forward
+    results = {_storage(t): i for i, t in enumerate(outputs)}
+    others = {_storage(t): t for t in kept if _storage(t) not in places and _storage(t) not in results}
+    return Probe(
+        _plain(forward),
+        _plain(backward),
+        tuple(places.get(_storage(t)) for t in outputs),
+        frozenset(places[_storage(t)] for t in kept if _storage(t) in places),
+        frozenset(results[_storage(t)] for t in kept if _storage(t) in results),
+        sum(_bytes(t) for t in others.values()),
+        bool(ends),
+    )
+
+
+@contextmanager
+def _without_trace(mode: FakeTensorMode) -> Iterator[None]:
+    """Run in a fake mode, and leave no guard on its symbols: a kernel's guard must not fix a size of the graph."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback where we try again
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with mode, mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext():
+            yield
+    finally:
+        logger.disabled = disabled
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+class _Counter:
+    """Turns probes into work, in graph order: follows views, gradients, and what is kept already.
+
+    Args:
+        graph: the task graph.
+    """
+
+    def __init__(self, graph: TaskGraph) -> None:
+        self._module = graph.graph_module
+        self._trained = ancestors([loss_node(graph)])
+        self._grads: set[fx.Node] = set()
+        self._roots: dict[fx.Node, fx.Node] = {}
+        self._kept: set[fx.Node] = set()
+
+    def needs_grad(self, node: fx.Node) -> bool:
+        """Whether a node's value requires a gradient."""
+        if node.op == "get_attr":
+            found = attrgetter(str(node.target))(self._module)
+            return isinstance(found, torch.Tensor) and found.requires_grad
+        return node in self._grads
+
+    def count(self, node: fx.Node, probe: Probe) -> Work:
+        """The work of a call."""
+        inputs, outputs = [n for n in node.all_input_nodes if tensors(value(n))], tensors(value(node))
+        if probe.needs_grad:
+            self._grads.add(node)
+        alias = probe.aliases[0] if probe.aliases else None
+        self._roots[node] = self._root(inputs[alias]) if alias is not None else node
+        fused = node.target is _SDPA
+        saved_from = inputs if fused and probe.needs_grad else [inputs[i] for i in sorted(probe.saved_arguments)]
+        if probe.saved_outputs or (fused and probe.needs_grad):
+            saved_from = [*saved_from, node]
+        fresh = _log_sum_exp(outputs[0]) if fused else probe.saved_bytes
+        trains = probe.needs_grad and node in self._trained
+        kept = self._keep(saved_from) + fresh if trains else 0
+        written = 0 if alias is not None else sum(map(_bytes, outputs))
+        read = 0 if alias is not None else self._read(node, inputs, written)
+        if not trains or alias is not None:
+            back_read = back_written = 0
+        else:
+            back_read = written + sum(_size(n) for n in saved_from) + fresh
+            back_written = sum(_size(n) for n in inputs if self.needs_grad(n))
+        backward = probe.backward if trains else 0
+        return Work(probe.forward, backward, read, written, back_read, back_written, kept)
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        return self._roots.get(node, node)
+
+    def _read(self, node: fx.Node, inputs: list[fx.Node], written: Any) -> Any:
+        if node.target in _LOOKUPS:
+            return written + sum(_size(n) for n in inputs[1:])
+        return sum(_size(n) for n in inputs)
+
+    def _keep(self, saved: list[fx.Node]) -> Any:
+        """Bytes that these add to what is kept; parameters and inputs are there anyway."""
+        new = {self._root(n) for n in saved if self._root(n).op == "call_function"} - self._kept
+        self._kept |= new
+        return sum(_size(n) for n in new)
+
+
+def _size(node: fx.Node) -> Any:
+    return sum(map(_bytes, tensors(value(node))))
+
+
+def _log_sum_exp(output: torch.Tensor) -> Any:
+    """Bytes of the float32 normaliser that fused attention keeps for each query and head."""
+    return prod(_shape(output)[:-1], start=4)

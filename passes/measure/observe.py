@@ -1,0 +1,130 @@
+"""Running a captured graph on batches while meters watch its values: one interpretation a batch serves all meters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from tokgraph.facts import TaskFacts
+from tokgraph.fxnode import ancestors
+from tokgraph.program import TaskGraph, model_device
+
+from ..verify.interpret import GraphInterpreter, in_dtype
+from .batch import on_batch
+from .segments import find_segments, visual_of
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a meter is told of a batch before the batch runs.
+
+    Args:
+        visual: ``[batch, tokens]`` bool on the CPU, the visual tokens.
+        segments: name -> ``[batch, tokens]`` bool on the CPU; every position is in exactly one.
+    """
+
+    visual: torch.Tensor
+    segments: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that a meter watches, as it happens.
+
+    Args:
+        node: the FX node.
+        args: values of its arguments.
+        kwargs: values of its keyword arguments.
+        result: what it gives.
+    """
+
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+
+    def named(self) -> dict[str, Any]:
+        """Arguments by their schema names; those left to their defaults are missing."""
+        assert isinstance(self.node.target, torch._ops.OpOverload)
+        names = [a.name for a in self.node.target._schema.arguments]
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+
+
+class Meter(Protocol):
+    """What adds up numbers over batches while graphs run."""
+
+    def nodes(self) -> Iterable[str]:
+        """Names of the nodes that :meth:`see` wants to see."""
+
+    def begin(self, batch: Watched) -> None:
+        """A batch is about to run."""
+
+    def see(self, call: Call) -> None:
+        """A watched node has run; keep no more of its values than is needed."""
+
+
+class ObservedRun(GraphInterpreter):
+    """Runs what watched nodes need of a graph, without dropout, and shows them to their meters.
+
+    Args:
+        graph: the task graph, its inputs the batch.
+        meters: what watches.
+        dtype: the type to compute in, ``None``: the model's own.
+    """
+
+    def __init__(self, graph: TaskGraph, meters: Sequence[Meter], dtype: torch.dtype | None = None) -> None:
+        device = model_device(graph.graph_module)
+        maps = in_dtype(dtype, device) if dtype is not None else (lambda x: x.detach().to(device), lambda x: x)
+        super().__init__(graph.graph_module, *maps)
+        self._meters: dict[str, list[Meter]] = {}
+        for meter in meters:
+            for name in meter.nodes():
+                self._meters.setdefault(name, []).append(meter)
+        # assertions on inputs run as well: a batch that the graph does not fit shall not pass unnoticed
+        wanted = [n for n in graph.graph.nodes if n.name in self._meters or (n.op != "placeholder" and n.is_impure())]
+        self._needed = ancestors(n for n in wanted if n.op != "output")
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node; vocabulary heads and losses, which nothing watched needs, are left out."""
+        if n.op in ("call_function", "get_attr") and n not in self._needed:
+            return None
+        result = super().run_node(n)
+        if n.name in self._meters:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            for meter in self._meters[n.name]:
+                meter.see(Call(n, args, kwargs, result))
+        return result
+
+
+def observe(
+    graph: TaskGraph,
+    facts: TaskFacts,
+    meters: Sequence[Meter],
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Run a captured task on batches under the eyes of meters, without gradients and without dropout.
+
+    Args:
+        graph: the captured task graph.
+        facts: its facts.
+        meters: what watches; their numbers add up.
+        batches: inputs by name, of any size where the graph's dimensions are dynamic; ``None``: the example batch.
+        dtype: the type to compute in; ``None``: the model's own.
+
+    Raises:
+        AnalysisError: the model is on the meta device.
+        BatchError: a batch does not fit the graph.
+        SpecError: declared segments are not what they must be.
+    """
+    for batch in [None] if batches is None else batches:
+        here = on_batch(graph, batch)
+        watched = Watched(visual_of(here, facts), find_segments(here, facts))
+        for meter in meters:
+            meter.begin(watched)
+        with torch.no_grad():
+            ObservedRun(here, meters, dtype).run(*here.flatten(here.task.inputs))

@@ -1,0 +1,239 @@
+"""What a training step costs, node by node, as data: FLOPs and bytes, symbolic in batch, tokens and visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import sympy
+
+from .errors import AnalysisError
+
+Amount = sympy.Expr | float
+Region = Literal["encoder", "input", "block", "head"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs (a multiply-add is two) and bytes of one training step. Views cost nothing.
+
+    Args:
+        forward_flops: of the forward pass.
+        backward_flops: of the backward pass, for the parameters that require gradients.
+        forward_read: bytes that the forward pass reads, parameters included.
+        forward_written: bytes that the forward pass writes.
+        backward_read: bytes that the backward pass reads.
+        backward_written: bytes that the backward pass writes.
+        saved: bytes of activations kept from the forward pass for the backward pass.
+    """
+
+    forward_flops: Any = 0
+    backward_flops: Any = 0
+    forward_read: Any = 0
+    forward_written: Any = 0
+    backward_read: Any = 0
+    backward_written: Any = 0
+    saved: Any = 0
+
+    @property
+    def flops(self) -> Any:
+        """Forward and backward FLOPs."""
+        return self.forward_flops + self.backward_flops
+
+    @property
+    def moved(self) -> Any:
+        """Bytes read and written, forward and backward."""
+        return self.forward_read + self.forward_written + self.backward_read + self.backward_written
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self.amounts(), other.amounts(), strict=True)))
+
+    def scaled(self, factor: Any) -> Work:
+        """Every amount times ``factor``."""
+        return Work(*(factor * amount for amount in self.amounts()))
+
+    def amounts(self) -> tuple[Any, ...]:
+        """The amounts in field order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    def rounded(self) -> Work:
+        """Every amount as an integer."""
+        return Work(*(round(float(amount)) if not isinstance(amount, int) else amount for amount in self.amounts()))
+
+    @classmethod
+    def sum(cls, works: Iterable[Work]) -> Work:
+        """The sum of some."""
+        columns = zip(*(work.amounts() for work in works), strict=True)
+        return cls(*(sum(column) for column in columns))
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """What one FX node costs.
+
+    Args:
+        node: the node's name.
+        op: the operator it calls.
+        module: module path, ``""`` for the task's own forward.
+        region: ``"encoder"`` (makes visual rows), ``"input"`` (before the first block), ``"block"``, ``"head"``.
+        block: the block's index, ``None`` outside blocks.
+        work: its amounts.
+        visual: share of the rows it computes that are visual tokens, in ``[0, 1]``.
+        text: share of the rows that are not; both shares are 0 for work without a token axis.
+    """
+
+    node: str
+    op: str
+    module: str
+    region: Region
+    block: int | None
+    work: Work
+    visual: Any
+    text: Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a task's named sizes are written in the symbols of its graph.
+
+    Args:
+        task: the task's name, for messages.
+        names: ``"batch"``, ``"tokens"`` (length of the residual stream), ``"visual"`` (visual tokens of a sample) and
+            other dimensions under the user's names -> expressions.
+        example: symbol -> its value in the example batch.
+    """
+
+    task: str
+    names: Mapping[str, sympy.Expr]
+    example: Mapping[sympy.Symbol, int]
+
+    def values(self, **asked: int) -> dict[sympy.Symbol, int]:
+        """The value of every symbol for the sizes asked for; the others are as in the example batch.
+
+        Where ``visual`` is given without ``tokens``, the text keeps its length.
+
+        Raises:
+            AnalysisError: no such size, or the captured graph fixes it to another value.
+        """
+        unknown = sorted(set(asked) - set(self.names))
+        if unknown:
+            raise AnalysisError(
+                f"task {self.task!r} has no size {unknown[0]!r}", help=f"its sizes are {', '.join(self.names)}"
+            )
+        wanted = {name: asked.get(name, self.example_of(name)) for name in ("batch", "tokens", "visual", *asked)}
+        if "visual" in asked and "tokens" not in asked:
+            wanted["tokens"] += asked["visual"] - self.example_of("visual")
+        if not 0 <= wanted["visual"] <= wanted["tokens"] or wanted["batch"] < 1:
+            raise AnalysisError(
+                f"task {self.task!r}: no sample has {wanted['visual']} visual tokens among {wanted['tokens']} "
+                f"(batch {wanted['batch']})",
+                help="ask for batch >= 1 and 0 <= visual <= tokens",
+            )
+        return {**self.example, **self._solve(wanted)}
+
+    def example_of(self, name: str) -> int:
+        """A named size in the example batch."""
+        return int(sympy.sympify(self.names[name]).xreplace(dict(self.example)))
+
+    def _solve(self, wanted: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+        solved: dict[sympy.Symbol, int] = {}
+        for name in sorted(wanted, key=lambda n: len(self.names[n].free_symbols)):
+            left = sympy.expand(self.names[name].xreplace(solved) - wanted[name])
+            free = sorted(left.free_symbols, key=str)
+            roots = sympy.solve(left, free[0]) if free else []
+            value = roots[0].xreplace(dict(self.example)) if roots else None
+            if value is not None and value.is_integer and value >= 0:
+                solved[free[0]] = int(value)
+            elif left != 0:
+                raise AnalysisError(
+                    f"task {self.task!r}: the captured graph fixes {name} to {self.example_of(name)}, so its cost at "
+                    f"{wanted[name]} cannot be told",
+                    help="make that dimension dynamic in the task (Task.dynamic), or capture with another example batch",
+                )
+        return solved
+
+
+@dataclass(frozen=True)
+class TaskCost:
+    """The cost of one task's training step.
+
+    Args:
+        task: the task.
+        nodes: cost of every call, in graph order; amounts are numbers or expressions in the graph's symbols.
+        sizes: what the symbols stand for; ``None`` when the amounts are numbers.
+        uncounted: ``(node, operator)`` of operators that may multiply matrices and whose FLOPs are not known.
+    """
+
+    task: str
+    nodes: tuple[NodeCost, ...] = field(repr=False)
+    sizes: Sizes | None = field(repr=False)
+    uncounted: tuple[tuple[str, str], ...] = ()
+
+    def at(self, **sizes: int) -> TaskCost:
+        """The cost in numbers.
+
+        Args:
+            sizes: ``batch``, ``tokens``, ``visual`` or the user's dimension names; default: those of the example batch.
+
+        Raises:
+            AnalysisError: no such size, or the captured graph fixes it to another value.
+        """
+        if self.sizes is None:
+            raise AnalysisError("these costs are numbers already", help="call .at(...) on the cost that analysis found")
+        values = self.sizes.values(**sizes)
+        known: dict[Any, Any] = {}
+
+        def number(amount: Any) -> Any:
+            if not isinstance(amount, sympy.Basic):
+                return amount
+            if amount not in known:
+                found = amount.xreplace(values)
+                known[amount] = int(found) if found.is_Integer else float(found)
+            return known[amount]
+
+        nodes = tuple(
+            NodeCost(
+                n.node, n.op, n.module, n.region, n.block,
+                Work(*map(number, n.work.amounts())), number(n.visual), number(n.text),
+            )
+            for n in self.nodes
+        )  # fmt: skip
+        return TaskCost(self.task, nodes, None, self.uncounted)
+
+    def total(self) -> Work:
+        """The whole step; amounts of a symbolic cost are summed as expressions."""
+        if self.sizes is None:
+            return Work.sum(n.work for n in self.nodes) if self.nodes else Work()
+        columns = zip(*(n.work.amounts() for n in self.nodes), strict=True)
+        return Work(*(sympy.Add(*column) for column in columns))
+
+    def by_region(self) -> dict[str, Work]:
+        """``"encoder"``, ``"input"``, ``"block 0"`` ..., ``"head"`` -> work, in this order."""
+        found: dict[str, list[Work]] = {"encoder": [], "input": []}
+        for n in sorted((n for n in self.nodes if n.block is not None), key=lambda n: n.block or 0):
+            found.setdefault(f"block {n.block}", [])
+        found["head"] = []
+        for n in self.nodes:
+            found[n.region if n.block is None else f"block {n.block}"].append(n.work)
+        return {name: Work.sum([Work(), *works]) for name, works in found.items()}
+
+    def by_block(self) -> tuple[Work, ...]:
+        """Work of each block."""
+        return tuple(work for name, work in self.by_region().items() if name.startswith("block "))
+
+    def by_module(self, depth: int | None = None) -> dict[str, Work]:
+        """Module path, cut to ``depth`` parts, -> work of the module and all below it."""
+        found: dict[str, list[Work]] = {}
+        for n in self.nodes:
+            path = ".".join(n.module.split(".")[:depth])
+            found.setdefault(path, []).append(n.work)
+        return {path: Work.sum(works) for path, works in found.items()}
+
+    def by_kind(self) -> dict[str, Work]:
+        """``"visual"``, ``"text"`` and ``"other"`` (work without a token axis) -> work; attention counts by its query."""
+        visual = Work.sum([Work(), *(n.work.scaled(n.visual) for n in self.nodes)])
+        text = Work.sum([Work(), *(n.work.scaled(n.text) for n in self.nodes)])
+        other = Work.sum([Work(), *(n.work.scaled(1 - n.visual - n.text) for n in self.nodes)])
+        kinds = {"visual": visual, "text": text, "other": other}
+        return {kind: work if self.sizes else work.rounded() for kind, work in kinds.items()}
