@@ -1,4 +1,4 @@
-"""What several commands share: the model argument, ``--set``, and progress on standard error."""
+"""What several commands share: the model argument, ``--set``, progress on standard error, and units."""
 
 from __future__ import annotations
 
@@ -31,18 +31,26 @@ def load_model(model: str, settings: tuple[str, ...]) -> ModelSpec:
     return load(model, **parse_settings(settings))
 
 
-def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
+def parse_settings(settings: tuple[str, ...], option: str = "--set") -> dict[str, Any]:
     """``("size=small", "layers=4")`` -> ``{"size": "small", "layers": 4}``: Python literals, else strings."""
     parsed: dict[str, Any] = {}
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator or not name.isidentifier():
-            raise click.BadParameter(f"{setting!r} is not NAME=VALUE", param_hint="--set")
+            raise click.BadParameter(f"{setting!r} is not NAME=VALUE", param_hint=option)
         try:
             parsed[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             parsed[name] = text
     return parsed
+
+
+def amount(number: float) -> str:
+    """A number of FLOPs or bytes with a decimal unit."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:g}"
 
 
 @contextmanager

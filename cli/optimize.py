@@ -21,7 +21,7 @@ from tokgraph.policies import policies
 from tokgraph.program import TaskGraph
 from tokgraph.runtime import Accelerated
 
-from .common import load_model, model_options, parse_settings, progress
+from .common import amount, load_model, model_options, parse_settings, progress
 
 
 def _span(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -152,14 +152,6 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def _change(flops: dict[str, dict[str, int]], phase: str) -> str:
     return f"{amount(flops['before'][phase])} -> {amount(flops['after'][phase])}"
-
-
-def amount(number: float) -> str:
-    """A FLOP count with a unit."""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number:g}"
 
 
 def runs(values: list[float]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .cost import TaskCost
+from .errors import AnalysisError
 from .program import Dimension
 
 
@@ -189,3 +190,14 @@ class Facts(Mapping[str, TaskFacts]):
         """Names of the parameters that every task's visual tokens pass."""
         names = [{p for p, share in facts.profile.items() if share > 0} for facts in self.values()]
         return tuple(sorted(set.intersection(*names))) if names else ()
+
+
+def known_cost(task: TaskFacts) -> TaskCost:
+    """The cost that analysis found.
+
+    Raises:
+        AnalysisError: these facts were made without it.
+    """
+    if task.cost is None:
+        raise AnalysisError(f"the facts of task {task.name!r} hold no cost", help="use tokgraph.analyze")
+    return task.cost

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .facts import Facts
-from .passes.analysis.flops import Flops, count_flops
+from .cost import Work
+from .facts import Facts, known_cost
+from .passes.analysis.attribution import task_cost
 from .passes.analysis.pathways import Pathways, coverage, pathways, sharing_index
 from .passes.pipeline import Pipeline
 from .passes.rewrite.pipeline import rewrite_passes
@@ -19,8 +20,8 @@ SCHEMA = 1
 def make_report(program: Program, accelerated: Accelerated) -> dict[str, Any]:
     """The report (schema 1) of an accelerated program against the captured one.
 
-    FLOPs are of one training step on the example batch. ``tokens_per_block`` counts the visual rows whose residual a
-    block computes. Sharing index and coverage are read off the rewritten graphs.
+    FLOPs and activation bytes (kept for the backward pass) are of one training step on the example batch.
+    ``tokens_per_block`` counts the visual rows whose residual a block computes. Sharing index and coverage are read off the rewritten graphs.
     """
     facts, plan = accelerated.facts, accelerated.plan
     after = {name: _pathways_after(program[name], accelerated, facts) for name in program}
@@ -52,19 +53,20 @@ def _pathways_after(captured: TaskGraph, accelerated: Accelerated, facts: Facts)
 
 def _task_report(captured: TaskGraph, rewritten: TaskGraph, facts: Facts, after: Pathways) -> dict[str, Any]:
     task = facts[captured.name]
-    before, now = count_flops(captured), count_flops(rewritten)
+    before, now = known_cost(task).at().total(), task_cost(rewritten, task).at().total()
     return {
         "nodes": {"before": len(captured.graph.nodes), "after": len(rewritten.graph.nodes)},
         "blocks": len(task.blocks),
         "visual_tokens": task.visual.count,
         "tokens_per_block": {"before": [task.visual.count] * len(task.blocks), "after": list(after.tokens_per_block)},
-        "flops": {"before": _flops(before), "after": _flops(now), "ratio": now.total / before.total},
+        "flops": {"before": _flops(before), "after": _flops(now), "ratio": now.flops / before.flops},
+        "activation_bytes": {"before": before.saved, "after": now.saved, "ratio": now.saved / before.saved},
         "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},
     }
 
 
-def _flops(flops: Flops) -> dict[str, int]:
-    return {"forward": flops.forward, "backward": flops.backward, "total": flops.total}
+def _flops(work: Work) -> dict[str, int]:
+    return {"forward": work.forward_flops, "backward": work.backward_flops, "total": work.flops}
 
 
 def _verification_report(verification: Verification | None) -> dict[str, Any]:

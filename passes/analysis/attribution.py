@@ -140,4 +140,3 @@ class _Shares:
                 if found is not None:
                     return found
         return None
-

@@ -48,8 +48,9 @@ class GradientSplit:
     """The gradient of a task's loss, split by the rows it flows through.
 
     Args:
-        visual: parameter name -> the part through visual rows, of the parameter's shape. Parameters that the loss does
-            not depend on are left out; a tied parameter appears once, under the name that the graph gives it.
+        visual: parameter name -> the part through visual rows, of the parameter's shape. Frozen parameters and those that
+            the task's demanded outputs are not computed from are left out; a tied parameter appears once, under the name
+            that the graph gives it.
         text: the part through all other rows.
     """
 

@@ -1,0 +1,135 @@
+"""Measured facts: what batches show of a captured model that its graph does not. Attention, redundancy, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .errors import AnalysisError, BatchError
+from .facts import Facts
+from .passes.measure import Allocation, Redundancy, measure_forward
+from .passes.measure.attention import MAX_BYTES
+from .passes.measure.gradients import BlockCosine, GradientNorms, gradient_cosines, measure_gradients
+from .program import Program, is_meta
+from .spec import ModelSpec
+
+Batches = Mapping[str, Iterable[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class TaskMeasures:
+    """What was measured of one task.
+
+    Args:
+        allocation: attention mass between segments, by block and head.
+        redundancy: change and effective rank of the visual rows, by block.
+        gradients: parameter name -> norms of its gradient through visual rows and through all others.
+    """
+
+    allocation: Allocation
+    redundancy: Redundancy
+    gradients: Mapping[str, GradientNorms] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured of a program.
+
+    Args:
+        tasks: task -> its measures.
+        cosines: how much the tasks' gradients agree, block by block.
+    """
+
+    tasks: Mapping[str, TaskMeasures]
+    cosines: tuple[BlockCosine, ...]
+
+
+def measure(
+    program: Program, facts: Facts, batches: Batches | None = None, *, max_bytes: int = MAX_BYTES
+) -> Measurements:
+    """Measure a captured program on calibration batches.
+
+    Args:
+        program: the captured program.
+        facts: its facts.
+        batches: task -> inputs by name, of any size where the task's dimensions are dynamic; tasks that are left out are
+            measured on their example batch, and so are all with ``None``.
+        max_bytes: attention weights held at once, in bytes.
+
+    Raises:
+        AnalysisError: the model is on the meta device.
+        BatchError: a batch does not fit its task, or a task is unknown.
+    """
+    if is_meta(program.model):
+        raise AnalysisError(
+            "the model is on the meta device, so there is nothing to measure",
+            help="build the model with storage (a smaller size), or ask for the static facts only",
+        )
+    given = {name: list(of_task) for name, of_task in (batches or {}).items()}
+    _known_tasks(given, program)
+    tasks, splits = {}, {}
+    for name, graph in program.items():
+        forward = measure_forward(graph, facts[name], given.get(name), max_bytes=max_bytes)
+        splits[name] = measure_gradients(graph, facts[name], given.get(name))
+        tasks[name] = TaskMeasures(forward.allocation, forward.redundancy, splits[name].norms())
+    return Measurements(tasks, gradient_cosines(splits, facts))
+
+
+def save_batches(path: Path, batches: Batches) -> None:
+    """Write calibration batches: one safetensors file, tensors named ``task/number/input``."""
+    tensors = {
+        f"{task}/{number}/{name}": value.contiguous()
+        for task, of_task in batches.items()
+        for number, batch in enumerate(of_task)
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor)
+    }
+    save_file(tensors, path)
+
+
+def load_batches(path: Path, spec: ModelSpec) -> dict[str, list[dict[str, Any]]]:
+    """Read calibration batches; inputs that are no tensors are those of the task's example batch.
+
+    Raises:
+        BatchError: the file is not as :func:`save_batches` writes it, or names another model's tasks or inputs.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BatchError(f"{path} is no safetensors file: {error}") from error
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for key in sorted(tensors):
+        task, number, name = key.split("/") if key.count("/") == 2 else ("", "", "")
+        if not number.isdigit():
+            raise BatchError(
+                f"{path}: tensor {key!r} is not named TASK/NUMBER/INPUT", help="as understanding/0/input_ids"
+            )
+        found.setdefault(task, {}).setdefault(int(number), {})[name] = tensors[key]
+    _known_tasks(found, spec.tasks)
+    batches: dict[str, list[dict[str, Any]]] = {}
+    for task, numbered in found.items():
+        inputs = spec.tasks[task].inputs
+        plain = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
+        batches[task] = [plain | numbered[number] for number in sorted(numbered)]
+        for batch in batches[task]:
+            if set(batch) != set(inputs):
+                odd = sorted(set(batch) ^ set(inputs))
+                raise BatchError(
+                    f"{path}: a batch of task {task!r} lacks or adds the inputs {', '.join(odd)}",
+                    help=f"the task takes {', '.join(inputs)}",
+                )
+    return batches
+
+
+def _known_tasks(named: Iterable[str], known: Mapping[str, Any]) -> None:
+    for name in named:
+        if name not in known:
+            raise BatchError(
+                f"batches are for a task {name!r}, which the model does not have", help=f"it has {', '.join(known)}"
+            )
