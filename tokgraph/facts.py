@@ -134,6 +134,21 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """Where the labels of a task are: they tell its prompt from its answer.
+
+    Args:
+        targets: node of the labels, ``[batch, rows]`` int64, already shifted: row ``i`` says what comes after it.
+        ignore_index: the label of rows that have none.
+        first: position on the token axis of the labels' first row.
+    """
+
+    targets: str
+    ignore_index: int
+    first: int
+
+
+@dataclass(frozen=True)
 class TaskFacts:
     """Everything analysis knows of one task.
 
@@ -147,6 +162,7 @@ class TaskFacts:
         windows: slices of the token axis after the last block.
         token_axes: node -> its axes that are the token axis (query and key axes alike).
         profile: parameter name -> share of the task's demanded-reaching visual tokens that it transforms, in ``[0, 1]``.
+        prompt: where the labels are, ``None`` when no loss over rows of the token axis was recognised.
         cost: what a training step of the captured graph costs, symbolic in batch, tokens and visual tokens.
         dimensions: dimensions asked to be dynamic.
         unruled: ``(node, operator)`` of operators inside blocks that have no rule.
@@ -161,6 +177,7 @@ class TaskFacts:
     windows: tuple[Window, ...]
     token_axes: Mapping[str, tuple[int, ...]] = field(repr=False)
     profile: Mapping[str, float] = field(repr=False, default_factory=dict)
+    prompt: Prompt | None = None
     cost: TaskCost | None = field(repr=False, default=None)
     dimensions: tuple[Dimension, ...] = ()
     unruled: tuple[tuple[str, str], ...] = ()

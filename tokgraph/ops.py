@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from .errors import BatchError
 
@@ -273,6 +274,97 @@ def random_score(candidates: Tensor, seed: int) -> Tensor:
     return _random_score(candidates, seed)
 
 
+def _prompt_mask(targets: Tensor, like: Tensor, ignore_index: int, first: int) -> Tensor:
+    labelled = targets != ignore_index
+    end = torch.where(labelled.any(1), labelled.to(torch.uint8).argmax(1), targets.shape[1] - 1) + first
+    return torch.arange(like.shape[1], device=like.device).unsqueeze(0) == end.unsqueeze(1)
+
+
+def _prompt_attention(query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
+    return scores.softmax(-1)
+
+
+def _similarity_score(rows: Tensor, pivots: int) -> Tensor:
+    pivots = min(pivots, rows.shape[1])
+    found = rows.norm(dim=-1).sort(dim=1, descending=True, stable=True).indices[:, :pivots]
+    unit = F.normalize(rows, dim=-1)
+    alike = unit @ unit.gather(1, expand_index(found, unit.shape, 1, 0)).transpose(1, 2)
+    return (-alike.amax(-1)).scatter(1, found, torch.inf)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::prompt_mask", mutates_args=())
+def prompt_mask(targets: Tensor, like: Tensor, ignore_index: int, first: int) -> Tensor:
+    """The last prompt token: the row that predicts the first label.
+
+    Args:
+        targets: ``[batch, rows]`` int64 labels, already shifted.
+        like: ``[batch, tokens, ...]``.
+        ignore_index: the label of rows that have none.
+        first: position of the labels' first row; a sample without labels has its last row.
+
+    Returns:
+        ``[batch, tokens]`` bool, true once in each sample.
+    """
+    return _prompt_mask(targets, like, ignore_index, first)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::prompt_attention", mutates_args=())
+def prompt_attention(query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attention weights of a few query rows, beside a fused attention that keeps its weights to itself.
+
+    Args:
+        query: ``[batch, heads, rows, head]``.
+        key: ``[batch, key heads, keys, head]``; groups of query heads share one.
+        attn_mask: bool (true: seen) or additive, broadcastable to ``[batch, heads, rows, keys]``.
+        scale: factor of the scores; ``None``: ``head ** -0.5``.
+
+    Returns:
+        ``[batch, heads, rows, keys]``.
+    """
+    return _prompt_attention(query, key, attn_mask, scale)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::similarity_score", mutates_args=())
+def similarity_score(rows: Tensor, pivots: int) -> Tensor:
+    """How little a row repeats others: minus its largest cosine similarity to a pivot; pivots score infinity.
+
+    Args:
+        rows: ``[batch, m, hidden]``.
+        pivots: how many rows of largest L2 norm are pivots.
+
+    Returns:
+        ``[batch, m]``.
+
+    Source: DART (Wen et al., arXiv 2502.11494): tokens are kept by their duplication with a few pivots.
+    """
+    return _similarity_score(rows, pivots)
+
+
+prompt_mask.register_fake(
+    lambda targets, like, ignore_index, first: like.new_empty(like.shape[:2], dtype=torch.bool, requires_grad=False)
+)
+prompt_attention.register_fake(
+    lambda query, key, attn_mask, scale: query.new_empty((*query.shape[:3], key.shape[2]), requires_grad=False)
+)
+similarity_score.register_fake(lambda rows, pivots: rows.new_empty(rows.shape[:2], requires_grad=False))
+
+
+@register_flop_formula(torch.ops.tokgraph.prompt_attention)  # type: ignore[untyped-decorator]
+def _prompt_attention_flop(query: Any, key: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    batch, heads, rows, head = query
+    return 2 * batch * heads * rows * head * key[2]  # type: ignore[no-any-return]
+
+
+@register_flop_formula(torch.ops.tokgraph.similarity_score)  # type: ignore[untyped-decorator]
+def _similarity_score_flop(rows: Any, pivots: int, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    batch, count, hidden = rows
+    return 2 * batch * count * hidden * pivots  # type: ignore[no-any-return]
+
+
 @torch.library.custom_op(f"{NAMESPACE}::select_targets", mutates_args=())
 def select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
     """Targets of a loss at the demanded rows.
@@ -328,5 +420,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
         ops.keep_rows.default: _keep_rows,
         ops.uniform_score.default: _uniform_score,
         ops.random_score.default: _random_score,
+        ops.prompt_mask.default: _prompt_mask,
+        ops.prompt_attention.default: _prompt_attention,
+        ops.similarity_score.default: _similarity_score,
         ops.select_targets.default: _select_targets,
     }

@@ -12,7 +12,7 @@ from .plan import DropSite, Plan
 from .policies import Policy, policy
 from .program import Program
 
-CAUSAL = {"uniform": True, "random": True, "norm": False}
+CAUSAL = {"uniform": True, "random": True, "norm": False, "attention": False, "similarity": False}
 """Selector -> whether position ``i`` stays regardless of positions after ``i``."""
 
 

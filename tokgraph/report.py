@@ -21,7 +21,8 @@ def make_report(program: Program, accelerated: Accelerated) -> dict[str, Any]:
     """The report (schema 1) of an accelerated program against the captured one.
 
     FLOPs and activation bytes (kept for the backward pass) are of one training step on the example batch.
-    ``tokens_per_block`` counts the visual rows whose residual a block computes. Sharing index and coverage are read off the rewritten graphs.
+    ``tokens_per_block`` counts the visual rows whose residual a block computes. Sharing index and coverage are read off
+    the rewritten graphs.
     """
     facts, plan = accelerated.facts, accelerated.plan
     after = {name: _pathways_after(program[name], accelerated, facts) for name in program}

@@ -10,6 +10,7 @@ from ..rules import has_rule
 from .axes import AxisClasses
 from .blocks import find_blocks, token_axis
 from .demand import find_demand, find_windows
+from .prompt import find_prompt
 from .stream import residual_segments
 from .visual import find_visual, visual_mask
 
@@ -29,6 +30,7 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
     flow = find_visual(graph, entry, classes)
     visual = visual_mask(graph, flow, entry)
     demand = find_demand(graph, visual)
+    windows = find_windows(graph, last, classes, visual, demand.reads)
     inside = [nodes[name] for block in blocks for name in block.nodes]
     return TaskFacts(
         name=graph.name,
@@ -37,7 +39,8 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
         visual=flow,
         demand=demand,
         exits=tuple(user.name for user in last.users),
-        windows=find_windows(graph, last, classes, visual, demand.reads),
+        windows=windows,
+        prompt=find_prompt(graph, last, classes, windows),
         token_axes={node.name: axes for node, axes in classes.members(tokens).items()},
         dimensions=graph.dimensions,
         unruled=tuple((n.name, str(n.target)) for n in inside if tensor(n) is not None and not has_rule(n)),

@@ -155,7 +155,7 @@ class _Follow:
                     self._note((node, axis), self._narrowed((x, axis), index if axis == dim else None))
             elif node.target is tokgraph.restore.default:
                 for axis in (0, 1):
-                    self._note((node, axis), self.found.get((node.args[0], axis)))  # type: ignore[arg-type]
+                    self._note((node, axis), self.found.get((first_input(node), axis)))
             else:
                 if node.target in VIEWS:
                     self._merge(first_input(node), node)
@@ -182,17 +182,20 @@ class _Follow:
             self.found.setdefault(axis, parts)
 
     def _narrowed(self, axis: Axis, index: fx.Node | None) -> Held | None:
+        """What is left of an axis after a selection by ``index``, if it is one along that axis."""
         parts = self.found.get(axis)
         if parts is None or index is None:
             return parts
-        return ((*parts[0], index),) if parts != (SAMPLES,) and len(parts) == 1 else None  # type: ignore[return-value]
+        chain = _only_rows(parts)
+        return None if chain is None else ((*chain, index),)
 
     def _widened(self, axis: Axis, index: fx.Node | None) -> Held | None:
+        """What an axis was before a selection by ``index``, if it is one along that axis."""
         parts = self.found.get(axis)
         if parts is None or index is None:
             return parts
-        *outer, last = parts[0] or (None,)
-        return (tuple(outer),) if last is index else None  # type: ignore[return-value]
+        chain = _only_rows(parts)
+        return (chain[:-1],) if chain and chain[-1] is index else None
 
     def _row_by_row(self, node: fx.Node) -> list[tuple[int, Axis]]:
         described = self._rule(node)
@@ -227,6 +230,12 @@ class _Follow:
             if len(parts) == 2 and same_size(dims(y)[first + parts.index(SAMPLES)], self._samples):
                 for offset, part in enumerate(parts):
                     self._note((y, first + offset), (part,))
+
+
+def _only_rows(parts: Held) -> Chain | None:
+    """The chain of an axis that holds nothing else."""
+    (part,) = parts if len(parts) == 1 else (SAMPLES,)
+    return None if part == SAMPLES else part
 
 
 def _merges(apart: fx.Node, merged: fx.Node) -> list[tuple[int, int]]:

@@ -97,9 +97,9 @@ def measure_gradients(
 
     It is measured on the graph that profiles are read off, without work that no demanded output reads, and by the same
     rows: a node that holds rows of the token axis is split by them; one that makes visual rows before they meet the text
-    (image encoder, aligner) is visual; one that holds no rows (a pooled value, a loss) is text. A convolution over the
-    token axis goes by the row it computes, though it reads the neighbours; a score of a query and a key goes by the query.
-    Dropout is left out.
+    (image encoder, aligner) is visual; one that holds no rows (a pooled value, a loss, what an operator without a rule
+    gives) is text. A convolution over the token axis goes by the row it computes, though it reads the neighbours; a score
+    of a query and a key goes by the query. Dropout is left out.
 
     Args:
         graph: the captured task graph.
@@ -110,8 +110,8 @@ def measure_gradients(
 
     Raises:
         AnalysisError: the model is on the meta device.
-        BatchError: a batch does not fit the graph, its samples hold other numbers of visual tokens than those that the
-            graph was analysed with, or there is no batch.
+        BatchError: a batch does not fit the graph, a sample has more demanded rows than those of the example batch, or
+            there is no batch.
     """
     lean = lean_graph(graph, facts)
     plan = _Plan.of(lean, facts)

@@ -71,7 +71,7 @@ def weight_chunks(call: Call, asked: torch.Tensor, max_bytes: int) -> Iterator[C
                 if fused:
                     yield Chunk(sample, part, rows, _recomputed(call.named(), sample, part, rows, width))
                 else:
-                    yield Chunk(sample, part, rows, _by_head(call.result[sample])[part, rows].to(width))
+                    yield Chunk(sample, part, rows, _widened(_by_head(call.result[sample])[part, rows], width))
 
 
 def _pieces(heads: int, row: int, max_bytes: int) -> tuple[int, int]:
@@ -83,6 +83,14 @@ def _pieces(heads: int, row: int, max_bytes: int) -> tuple[int, int]:
             help="give a larger max_bytes",
         )
     return min(heads, fit), max(fit // heads, 1)
+
+
+def _widened(weights: torch.Tensor, width: torch.dtype) -> torch.Tensor:
+    """Weights in a type of at least float32, their rows summing to 1 again where half precision had rounded them."""
+    if weights.dtype is width:
+        return weights
+    wide = weights.to(width)
+    return wide.div_(wide.sum(-1, keepdim=True).clamp_min_(torch.finfo(width).tiny))
 
 
 def _recomputed(

@@ -9,14 +9,19 @@ import torch
 from torch import fx
 
 from tokgraph.errors import IllegalRewriteError, InternalError, PlanError
-from tokgraph.facts import TaskFacts
-from tokgraph.fxnode import rank
+from tokgraph.facts import Attention, TaskFacts
+from tokgraph.fxnode import argument, rank
 from tokgraph.plan import DropSite
 
-from .nodes import VISUAL_ROWS, Emitter
+from ..rules.registry import is_one
+from .nodes import VISUAL_ROWS, Emitter, hoist
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
+
+
+PIVOTS = 8
+"""Pivots of the ``"similarity"`` selector."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,16 @@ class IndexBuilder:
     def _bound(self, bound: int, offset: fx.Node | int, tokens: fx.Node | int) -> fx.Node | int:
         return self._emit.add(tokens if bound < 0 else offset, bound, self.entry)
 
-    def site(self, site: DropSite, around: tuple[Frame, ...], stream: fx.Node) -> Frame:
+    def site(
+        self, site: DropSite, around: tuple[Frame, ...], stream: fx.Node, attention: Attention | None = None
+    ) -> Frame:
         """The rows that ``site`` keeps.
 
         Args:
             site: a resolved drop site.
             around: the frames of the sites that enclose it.
             stream: the residual stream at the start of its span, in the space of ``around``.
+            attention: the attention of the block before the span, which the ``"attention"`` selector reads.
 
         Raises:
             PlanError: demanded rows must stay, and samples hold different numbers of them.
@@ -112,7 +120,7 @@ class IndexBuilder:
         keep = min(max(site.kept(self._facts.visual.count) - protected, 0), width)
         candidates = self._call(tokgraph.rows.default, free, width, True)
         candidates.meta[VISUAL_ROWS] = width
-        score = self._score(site, candidates, keep, stream)
+        score = self._score(site, candidates, keep, stream, around, attention)
         index = self._call(tokgraph.keep_rows.default, candidates, score, keep, self._emit.size(free, 1))
         index.meta[VISUAL_ROWS] = alive - (width - keep)
         return Frame(site, index, width - keep, alive - (width - keep))
@@ -126,7 +134,15 @@ class IndexBuilder:
             )
         return self._facts.demand.visual
 
-    def _score(self, site: DropSite, candidates: fx.Node, keep: int, stream: fx.Node) -> fx.Node:
+    def _score(
+        self,
+        site: DropSite,
+        candidates: fx.Node,
+        keep: int,
+        stream: fx.Node,
+        around: tuple[Frame, ...],
+        attention: Attention | None,
+    ) -> fx.Node:
         if site.selector == "uniform":
             return self._call(tokgraph.uniform_score.default, candidates, keep)
         if site.selector == "random":
@@ -134,7 +150,39 @@ class IndexBuilder:
         if site.selector == "norm":
             rows = self._call(tokgraph.select.default, stream, candidates, 1, 0)
             return self._call(aten.linalg_vector_norm.default, rows, 2, [-1])
+        if site.selector == "similarity":
+            rows = self._call(tokgraph.select.default, stream, candidates, 1, 0)
+            return self._call(tokgraph.similarity_score.default, rows, PIVOTS)
+        if site.selector == "attention":
+            mass = self._call(aten.mean.dim, self._prompt_weights(site, around, attention), [1, 2])
+            return self._call(aten.gather.default, mass, 1, candidates)
         raise InternalError(f"selector {site.selector!r} passed the plan's check but has no scores")
+
+    def _prompt_weights(self, site: DropSite, around: tuple[Frame, ...], attention: Attention | None) -> fx.Node:
+        """``[batch, heads, 1, keys]``: weights of the last prompt token in the block before the span."""
+        prompt = self._facts.prompt
+        if prompt is None or attention is None:
+            missing = "its loss shows no labels" if prompt is None else f"block {site.start} has no block before it"
+            raise PlanError(
+                f"task {site.task!r}: selector 'attention' scores by the last prompt token at the block before the span, "
+                f"but {missing}",
+                help="start the span at block 1 or later, and compute the loss by cross entropy over [batch, tokens] labels",
+            )
+        targets = self._nodes[prompt.targets]
+        hoist(self._emit.graph, targets)  # labels are read by the loss only, at the graph's end
+        mask = self._call(tokgraph.prompt_mask.default, targets, self.entry, prompt.ignore_index, prompt.first)
+        outer = [frame.index for frame in around]
+        row = self._call(tokgraph.rows.default, self._emit.chain(mask, outer), 1, True)
+        node = self._nodes[attention.node]
+        if attention.kind == "eager":
+            return self._emit.chain(node, [*outer, row], rank(node) - 2, 0)
+        query, seen = argument(node, "query"), argument(node, "attn_mask")
+        query = self._emit.chain(query, [*outer, row], rank(query) - 2, 0)
+        if seen is not None and not is_one(seen, rank(seen) - 2):
+            seen = self._emit.with_batch(seen, rank(query), 0, row)
+            seen = self._emit.chain(seen, [*outer, row], rank(query) - 2, 0)
+        scale = argument(node, "scale")
+        return self._call(tokgraph.prompt_attention.default, query, argument(node, "key"), seen, scale)
 
     def demand(self, around: tuple[Frame, ...], window: tuple[fx.Node, int, int] | None = None) -> fx.Node | None:
         """The demanded rows, in the space of ``around`` (and of ``window``, an index of a slice of the token axis).

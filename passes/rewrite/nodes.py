@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokgraph.fxnode import Dim, call, dims, rank, refresh_value, same_size, tensor, value
+from tokgraph.fxnode import Dim, ancestors, call, dims, rank, refresh_value, same_size, tensor, value
 
 from ..rules.registry import is_one
 
@@ -116,6 +116,15 @@ def _nodes(tree: Any) -> list[fx.Node]:
 
 def _hashable(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tuple(v) if isinstance(v, list) else v for v in values)
+
+
+def hoist(graph: fx.Graph, node: fx.Node) -> None:
+    """Move a node, and what it is computed from, to right after the inputs: it can then be read anywhere."""
+    above = ancestors([node])
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for n in [n for n in graph.nodes if n in above and n.op != "placeholder"]:
+        last.append(n)
+        last = n
 
 
 def remove_dead_code(graph: fx.Graph) -> None:

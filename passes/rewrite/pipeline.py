@@ -17,6 +17,7 @@ def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[Grap
     touched = {
         block for s in sites for block in range(s.start, len(facts.blocks) if not s.restore or s.end is None else s.end)
     }
+    touched |= {s.start - 1 for s in sites if s.selector == "attention" and s.start}
     if exact and facts.demand.reads != "all":
         touched.add(len(facts.blocks) - 1)
     return [

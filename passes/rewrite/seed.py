@@ -141,7 +141,8 @@ class SeedSites(GraphPass):
         for site in self.sites:
             if site.start == block:
                 inner = emit.chain(stream, [f.index for f in frames])
-                frames = (*frames, build.site(site, frames, inner))
+                before = self.facts.blocks[block - 1].attention[0] if block else None
+                frames = (*frames, build.site(site, frames, inner, before))
         hidden = [_hides(f.site, block) for f in frames]
         if hidden != sorted(hidden, reverse=True):
             raise PlanError(

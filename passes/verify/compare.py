@@ -12,7 +12,7 @@ from tokgraph.facts import TaskFacts
 from tokgraph.plan import DropSite
 from tokgraph.program import TaskGraph, model_device
 
-from ..analysis.evaluate import example_leaves
+from ..analysis.evaluate import evaluate, example_leaves
 from ..analysis.stream import loss_node, output_args
 from ..analysis.visual import visual_mask
 from .interpret import GraphInterpreter, in_dtype
@@ -59,7 +59,19 @@ def run_oracle(graph: TaskGraph, facts: TaskFacts, sites: Sequence[DropSite], dt
     device = model_device(graph.graph_module)
     nodes = {node.name: node for node in graph.graph.nodes}
     visual = visual_mask(graph, facts.visual, nodes[facts.entry]).to(device)
-    return _run(Oracle(graph, facts, sites, visual, *in_dtype(dtype, device)), graph)
+    prompt = _prompt_ends(graph, facts) if any(s.selector == "attention" for s in sites) else None
+    return _run(Oracle(graph, facts, sites, visual, *in_dtype(dtype, device), prompt=prompt), graph)
+
+
+def _prompt_ends(graph: TaskGraph, facts: TaskFacts) -> list[int]:
+    """Position of each sample's last prompt token: the row whose label is the first of the sample."""
+    assert facts.prompt is not None
+    nodes = {node.name: node for node in graph.graph.nodes}
+    ends = []
+    for row in evaluate(graph, [nodes[facts.prompt.targets]])[0].tolist():
+        labelled = [i for i, label in enumerate(row) if label != facts.prompt.ignore_index]
+        ends.append(facts.prompt.first + (labelled[0] if labelled else len(row) - 1))
+    return ends
 
 
 def _run(interpreter: GraphInterpreter, graph: TaskGraph) -> Results:

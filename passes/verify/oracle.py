@@ -18,6 +18,7 @@ from tokgraph.program import TaskGraph
 from .interpret import GraphInterpreter
 
 aten = torch.ops.aten
+_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class Oracle(GraphInterpreter):
@@ -33,6 +34,7 @@ class Oracle(GraphInterpreter):
         visual: ``[batch, tokens]`` bool, the visual tokens of the batch.
         tensors: as in :class:`GraphInterpreter`.
         constants: as in :class:`GraphInterpreter`.
+        prompt: position of each sample's last prompt token, where a site selects by attention.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class Oracle(GraphInterpreter):
         visual: torch.Tensor,
         tensors: Callable[[torch.Tensor], torch.Tensor],
         constants: Callable[[Any], Any],
+        prompt: Sequence[int] | None = None,
     ) -> None:
         super().__init__(graph.graph_module, tensors, constants)
+        self._prompt = prompt
+        self._mass = torch.empty(0)
         self._facts = facts
         self._sites = sorted(sites, key=lambda s: (s.start, -(s.end or 0)))
         self._visual = visual
@@ -73,7 +78,9 @@ class Oracle(GraphInterpreter):
         for number, site in enumerate(self._sites):
             if site.start == block:
                 gone = self._frozen(block)
-                self._dropped[number] = drop_mask(site, self._visual, gone, self._demanded(), stream.detach())
+                self._dropped[number] = drop_mask(
+                    site, self._visual, gone, self._demanded(), stream.detach(), self._mass
+                )
 
     def _active(self, block: int) -> list[int]:
         return [i for i in self._dropped if not self._sites[i].restore or block < (self._sites[i].end or 0)]
@@ -105,14 +112,35 @@ class Oracle(GraphInterpreter):
                 args, kwargs = _mask_fused(args, kwargs, seen)
             else:
                 args = (args[0].masked_fill(~seen, -math.inf), *args[1:])
-        return self.call_function(n.target, tuple(args), kwargs)
+        result = self.call_function(n.target, tuple(args), kwargs)
+        if any(s.selector == "attention" and s.start == block + 1 for s in self._sites):
+            self._mass = self._prompt_mass(result if kind == "eager" else _weights(args, kwargs))
+        return result
+
+    def _prompt_mass(self, weights: torch.Tensor) -> torch.Tensor:
+        """``[batch, tokens]``: what the last prompt token pays each key, the mean over heads."""
+        assert self._prompt is not None
+        return torch.stack([w.detach()[:, row].mean(0) for w, row in zip(weights, self._prompt, strict=True)])
+
+
+def _weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The weights of a fused attention, by its definition, one query head after the other."""
+    given = {**dict(zip(_SDPA_ARGUMENTS, args, strict=False)), **kwargs}
+    query, key, mask, scale = given["query"], given["key"], given.get("attn_mask"), given.get("scale")
+    group = query.shape[1] // key.shape[1]
+    heads = [query[:, h] @ key[:, h // group].mT for h in range(query.shape[1])]
+    scores = torch.stack(heads, 1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if given.get("is_causal", False):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+    return scores.softmax(-1)
 
 
 def _mask_fused(
     args: tuple[Any, ...], kwargs: dict[str, Any], seen: torch.Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(_SDPA_ARGUMENTS, args, strict=False)), **kwargs}
     mask = given.pop("attn_mask", None)
     if given.pop("is_causal", False):
         mask = torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
@@ -136,7 +164,12 @@ def demanded_rows(visual: torch.Tensor, reads: str) -> torch.Tensor:
 
 
 def drop_mask(
-    site: DropSite, visual: torch.Tensor, gone: torch.Tensor, demanded: torch.Tensor, stream: torch.Tensor
+    site: DropSite,
+    visual: torch.Tensor,
+    gone: torch.Tensor,
+    demanded: torch.Tensor,
+    stream: torch.Tensor,
+    mass: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[batch, tokens]`` bool: the positions that a site drops.
 
@@ -146,6 +179,7 @@ def drop_mask(
         gone: positions that enclosing sites dropped.
         demanded: the demanded rows, which stay when the site does not restore.
         stream: ``[batch, tokens, hidden]`` at the start of the span.
+        mass: ``[batch, tokens]`` attention of the last prompt token in the block before.
     """
     result = torch.zeros_like(visual)
     for b in range(visual.shape[0]):
@@ -153,20 +187,35 @@ def drop_mask(
         alive = [i for i in of_sample if not gone[b, i]]
         free = [i for i in alive if site.restore or not demanded[b, i]]
         wanted = math.floor(site.keep * len(of_sample) + 0.5) - (len(alive) - len(free))
-        stay = _stay(site, free, max(0, min(wanted, len(free))), b, stream[b])
+        paid = mass[b] if site.selector == "attention" and mass is not None else None
+        stay = _stay(site, free, max(0, min(wanted, len(free))), b, stream[b], paid)
         for i in free:
             result[b, i] = i not in stay
     return result
 
 
-def _stay(site: DropSite, free: list[int], keep: int, sample: int, stream: torch.Tensor) -> set[int]:
+def _stay(
+    site: DropSite, free: list[int], keep: int, sample: int, stream: torch.Tensor, mass: torch.Tensor | None
+) -> set[int]:
     if site.selector == "uniform":
         return {free[j * len(free) // keep] for j in range(keep)}
     if site.selector == "norm":
         norms = [float(stream[i].norm()) for i in free]
         return {free[j] for j in sorted(range(len(free)), key=lambda j: (-norms[j], j))[:keep]}
+    if site.selector == "attention" and mass is not None:
+        return set(sorted(free, key=lambda i: (-float(mass[i]), i))[:keep])
+    if site.selector == "similarity":
+        return set(sorted(free, key=lambda i: (_repeats(i, free, stream), i))[:keep])
     scores = [_hash(sample, j, site.seed) for j in range(len(free))]
     return {free[j] for j in sorted(range(len(free)), key=lambda j: (-scores[j], j))[:keep]}
+
+
+def _repeats(i: int, free: list[int], stream: torch.Tensor) -> float:
+    """The largest cosine similarity of a row to one of the eight rows of largest norm, less than any for these."""
+    pivots = sorted(free, key=lambda j: (-float(stream[j].norm()), j))[:8]
+    if i in pivots:
+        return -math.inf
+    return max(float(torch.nn.functional.cosine_similarity(stream[i], stream[j], dim=0)) for j in pivots)
 
 
 def _hash(sample: int, rank: int, seed: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tokgraph as tg
+from tests.harness import Captured
 
 HIDDEN, HEADS, IMAGE_ID, VOCABULARY = 16, 4, 9, 24
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -92,6 +95,18 @@ def spec(
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@cache
+def captured(attend: Attend = causal, forward: Callable[..., Any] = shifted_loss, **fields: Any) -> Captured:
+    """The decoder, captured once a set of arguments."""
+    return Captured.of(spec(attend, forward, **fields))
+
+
+def declaring(found: Captured, segments: Callable[..., Any] | None) -> tg.TaskGraph:
+    """The task graph as if the task had declared these segments: capture does not look at them."""
+    graph = found.program["t"]
+    return replace(graph, task=replace(graph.task, segments=segments))
 
 
 def weights_by_hand(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tokgraph as tg
 from tests import tiny
 from tests.harness import Captured
-from tests.passes.measure.models import Decoder, batch, causal, shifted_loss, spec
+from tests.passes.measure.models import Decoder, batch, captured, causal, declaring, shifted_loss, spec
 from tokgraph.errors import AnalysisError, BatchError, SpecError
 from tokgraph.passes.measure import find_segments
 
@@ -30,8 +30,8 @@ def letters(segments: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def of(captured: Captured, task: str, batch: dict[str, Any] | None = None) -> list[str]:
-    return letters(find_segments(captured.program[task], captured.facts[task], batch))
+def of(found: Captured, task: str, batch: dict[str, Any] | None = None) -> list[str]:
+    return letters(find_segments(found.program[task], found.facts[task], batch))
 
 
 def test_digits(digits_example: Captured) -> None:
@@ -61,8 +61,8 @@ def test_labelled_text_before_the_image_is_output() -> None:
     """A loss on all text, as in pretraining: nothing is left for system or instruction but the first token, unpredicted."""
     model = tiny.build(layers=1)
     task = model.tasks["understanding"]
-    captured = Captured.of(tg.ModelSpec(model.model, {"t": task}))
-    assert of(captured, "t") == ["siiiiiioooo", "soiiiiiiooo"]
+    found = Captured.of(tg.ModelSpec(model.model, {"t": task}))
+    assert of(found, "t") == ["siiiiiioooo", "soiiiiiiooo"]
 
 
 # ------------------------------------------------------------------ where the labels are
@@ -114,13 +114,13 @@ def by_hand(model: Decoder, ids: Tensor, labels: Tensor) -> Tensor:
     ],
 )
 def test_ways_to_write_a_loss(forward: Callable[..., Tensor]) -> None:
-    captured = Captured.of(spec(causal, forward))
-    assert of(captured, "t") == ["siiiiinnnooo", "ssiiiiiooo.."]
-    assert of(captured, "t", batch(3, tokens=14))[::2] == ["siiiiinnnnnooo"] * 2
+    found = captured(causal, forward)
+    assert of(found, "t") == ["siiiiinnnooo", "ssiiiiiooo.."]
+    assert of(found, "t", batch(3, tokens=14))[::2] == ["siiiiinnnnnooo"] * 2
 
 
 def test_a_loss_that_is_not_understood_leaves_the_answer_in_the_instruction() -> None:
-    assert of(Captured.of(spec(causal, by_hand)), "t") == ["siiiiinnnnnn", "ssiiiiinnnnn"]
+    assert of(captured(causal, by_hand), "t") == ["siiiiinnnnnn", "ssiiiiinnnnn"]
 
 
 # ------------------------------------------------------------------ declared segments
@@ -132,26 +132,30 @@ def halves(ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {"first": first, "last": ~first}
 
 
-def test_declared_segments_win_and_the_rest_is_other() -> None:
-    captured = Captured.of(spec(causal, segments=halves))
-    assert of(captured, "t") == ["ffffffllllll"] * 2
-    assert of(captured, "t", batch(3, tokens=14)) == ["fffffff" + 7 * "l"] * 3
-
-    def first_only(ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"first": halves(ids, labels)["first"]}
-
-    assert of(Captured.of(spec(causal, segments=first_only)), "t") == ["ffffff......"] * 2
+def first_half(ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    return {"first": halves(ids, labels)["first"]}
 
 
-def test_a_declared_other_keeps_its_positions() -> None:
-    def named(ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        whole = torch.zeros_like(ids, dtype=torch.bool)
-        image, other = whole.clone(), whole.clone()
-        image[:, 2:4] = True
-        other[:, :1] = True
-        return {"other": other, "image": image}
+def with_other(ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    image, other = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    image[:, 2:4] = True
+    other[:, :1] = True
+    return {"other": other, "image": image}
 
-    assert of(Captured.of(spec(causal, segments=named)), "t") == ["..ii........"] * 2
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [(halves, "ffffffllllll"), (first_half, "ffffff......"), (with_other, "..ii........")],
+)
+def test_declared_segments_win_and_the_rest_is_other(segments: Callable[..., Any], expected: str) -> None:
+    found = captured()
+    assert letters(find_segments(declaring(found, segments), found.facts["t"])) == [expected] * 2
+
+
+def test_declared_segments_of_another_batch() -> None:
+    found = captured()
+    segments = find_segments(declaring(found, halves), found.facts["t"], batch(3, tokens=14))
+    assert letters(segments) == ["fffffff" + 7 * "l"] * 3
 
 
 @pytest.mark.parametrize(
@@ -165,9 +169,9 @@ def test_a_declared_other_keeps_its_positions() -> None:
     ],
 )
 def test_declared_segments_that_are_none(segments: Callable[..., Any], message: str) -> None:
-    captured = Captured.of(spec(causal, segments=segments))
+    found = captured()
     with pytest.raises(SpecError, match=message):
-        of(captured, "t")
+        find_segments(declaring(found, segments), found.facts["t"])
 
 
 @pytest.mark.parametrize(
@@ -196,13 +200,13 @@ def test_batches_that_do_not_fit(digits_example: Captured) -> None:
 
 
 def test_a_static_capture_takes_its_own_sizes_only() -> None:
-    captured = Captured.of(spec(causal, dynamic=False))
+    found = captured(causal, dynamic=False)
     with pytest.raises(BatchError, match=r"input 'ids' is \(3, 12\), and the captured graph takes \(2, 12\)"):
-        of(captured, "t", batch(3))
+        of(found, "t", batch(3))
 
 
 def test_a_model_without_storage() -> None:
     given = spec(causal)
-    captured = Captured.of(tg.ModelSpec(given.model.to("meta"), given.tasks))
+    found = Captured.of(tg.ModelSpec(given.model.to("meta"), given.tasks))
     with pytest.raises(AnalysisError, match="on the meta device"):
-        of(captured, "t")
+        of(found, "t")

@@ -1,0 +1,46 @@
+"""Where a task's labels are, and so where its prompt ends: read off its cross entropy."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tokgraph.facts import Prompt, Window
+from tokgraph.fxnode import argument, descendants
+from tokgraph.program import TaskGraph
+
+from ..rewrite.readers import LossRows, loss_rows
+from ..rules.registry import norm_dim
+from .axes import AxisClasses
+
+
+def find_prompt(graph: TaskGraph, after: fx.Node, classes: AxisClasses, windows: tuple[Window, ...]) -> Prompt | None:
+    """The labels of the first cross entropy over rows of the token axis, or of a slice of it that starts at a fixed row.
+
+    Args:
+        graph: the task graph.
+        after: the stream after the last block.
+        classes: the graph's axes.
+        windows: slices of the token axis.
+    """
+    later = descendants([after])
+    for node in graph.graph.nodes:
+        rows = loss_rows(node) if node in later else None
+        first = None if rows is None else _first_row(graph, rows, after, classes, windows)
+        if rows is not None and first is not None:
+            return Prompt(rows.targets.name, argument(node, "ignore_index", -100), first)
+    return None
+
+
+def _first_row(
+    graph: TaskGraph, rows: LossRows, after: fx.Node, classes: AxisClasses, windows: tuple[Window, ...]
+) -> int | None:
+    mine = (rows.logits, rows.axis)
+    if classes.same(mine, (after, 1)):
+        return 0
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for window in windows:
+        node = nodes[window.node]
+        axis, start = norm_dim(argument(node, "dim", 0), node.meta["val"].dim()), argument(node, "start") or 0
+        if classes.same(mine, (node, axis)) and isinstance(start, int) and start >= 0:
+            return start
+    return None
