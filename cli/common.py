@@ -13,6 +13,8 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from tokgraph.measure import load_batches
+from tokgraph.policies import policies
 from tokgraph.spec import ModelSpec, load
 
 
@@ -22,6 +24,65 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Argument of the build function; repeatable."
     )(command)
     return click.argument("model", metavar="MODEL")(command)
+
+
+def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that choose a policy and set its options; :func:`chosen_options` collects them."""
+    options = (
+        click.option("--policy", type=click.Choice(list(policies())), help="How to thin.  [default: shared]"),
+        click.option("--span", callback=_span, metavar="START:END", help="Blocks START to END-1."),
+        click.option("--keep", type=click.FloatRange(0, 1), help="Ratio of visual tokens that stay."),
+        click.option("--selector", help="Which visual tokens stay: uniform, random, norm, attention, similarity."),
+        click.option("--mode", type=click.Choice(["hide", "freeze"]), help="What dropped tokens are inside the span."),
+        click.option("--seed", type=int, help="Seed of the random selector."),
+        click.option(
+            "--exact/--no-exact", default=None, help="Also remove work that no output reads.  [default: exact]"
+        ),
+        click.option("--target-flops", type=click.FloatRange(0, 1, min_open=True), help="FLOPs ratio to plan for."),
+        click.option("--mix", callback=_mix, metavar="TASK=WEIGHT,...", help="Weights of the tasks in the target."),
+        click.option(
+            "--option", "others", multiple=True, metavar="NAME=VALUE", help="Any option of the policy; repeatable."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def chosen_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The policy options that the user gave, by name."""
+    others = parse_settings(given.pop("others"), "--option")
+    return {name: value for name, value in given.items() if value is not None} | others
+
+
+def _span(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    start, separator, end = text.partition(":")
+    try:
+        if not separator:
+            raise ValueError
+        return int(start), int(end)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not START:END, as 1:7") from None
+
+
+def _mix(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    found = parse_settings(tuple(part.strip() for part in text.split(",")), "--mix")
+    if not all(isinstance(weight, (int, float)) for weight in found.values()):
+        raise click.BadParameter(f"{text!r} is not TASK=WEIGHT,..., as understanding=0.5,generation=0.5")
+    return found
+
+
+def calibration(source: str | None, spec: ModelSpec) -> dict[str, list[dict[str, Any]]] | None:
+    """The batches of ``--calibrate FILE``; ``None`` stands for the example batch."""
+    if source in (None, "example"):
+        return None
+    if not Path(str(source)).is_file():
+        raise click.BadParameter(f"no such file: {source}", param_hint="--calibrate")
+    return load_batches(Path(str(source)), spec)
 
 
 def load_model(model: str, settings: tuple[str, ...]) -> ModelSpec:

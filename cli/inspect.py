@@ -13,10 +13,10 @@ from tokgraph.analyze import analyze
 from tokgraph.capture import capture
 from tokgraph.conventions import NAMES
 from tokgraph.files import write_atomically
-from tokgraph.measure import load_batches, measure
+from tokgraph.measure import measure
 from tokgraph.summary import summarise, with_nodes
 
-from .common import load_model, model_options, parse_settings, progress
+from .common import calibration, load_model, model_options, parse_settings, progress
 from .tables import print_summary
 
 
@@ -50,12 +50,10 @@ def inspect(
 ) -> None:
     """Show where the visual tokens of MODEL flow, what they cost by block and task, and what the tasks share."""
     asked = [_sizes(text) for text in sizes]
-    if calibrate not in (None, "example") and not Path(calibrate).is_file():
-        raise click.BadParameter(f"no such file: {calibrate}", param_hint="--calibrate")
     with progress() as stage:
         stage("load")
         spec = load_model(model, settings)
-        batches = load_batches(Path(calibrate), spec) if calibrate not in (None, "example") else None
+        batches = calibration(calibrate, spec)
         stage("capture")
         program = capture(spec)
         stage("analyse")

@@ -12,6 +12,7 @@ from tokgraph.errors import TokgraphError, VerificationError
 
 from .inspect import inspect
 from .optimize import optimize
+from .plan import compare, diff, plan
 from .policies import policies
 
 
@@ -38,4 +39,7 @@ def main() -> None:
 
 main.add_command(optimize)
 main.add_command(inspect)
+main.add_command(plan)
+main.add_command(diff)
+main.add_command(compare)
 main.add_command(policies)

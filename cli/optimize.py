@@ -17,33 +17,15 @@ from tokgraph.ir import format_graph
 from tokgraph.optimize import optimize as run
 from tokgraph.passes.pipeline import PassDelta
 from tokgraph.plan import Plan
-from tokgraph.policies import policies
 from tokgraph.program import TaskGraph
 from tokgraph.runtime import Accelerated
 
-from .common import amount, load_model, model_options, parse_settings, progress
-
-
-def _span(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    start, separator, end = text.partition(":")
-    try:
-        if not separator:
-            raise ValueError
-        return int(start), int(end)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not START:END, as 1:7") from None
+from .common import amount, chosen_options, load_model, model_options, parse_settings, policy_options, progress
 
 
 @click.command()
 @model_options
-@click.option("--policy", type=click.Choice(list(policies())), help="How to thin.  [default: shared]")
-@click.option("--span", callback=_span, metavar="START:END", help="Blocks START to END-1.")
-@click.option("--keep", type=click.FloatRange(0, 1), help="Ratio of visual tokens that stay.")
-@click.option("--selector", help="Which visual tokens stay: uniform, random, norm.")
-@click.option("--mode", type=click.Choice(["hide", "freeze"]), help="What dropped tokens are inside the span.")
-@click.option("--seed", type=int, help="Seed of the random selector.")
+@policy_options
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="A plan file to apply.")
 @click.option("--verify/--no-verify", default=True, help="Compare with the oracle; exit 3 if they disagree.")
 @click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
@@ -64,9 +46,9 @@ def optimize(
 
     OUT gets plan.json, report.json, and the IR of every task before and after.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given = chosen_options(options)
     if plan_file is not None and (policy is not None or given):
-        clash = "--policy" if policy is not None else "--" + next(iter(given))
+        clash = "--policy" if policy is not None else "--" + next(iter(given)).replace("_", "-")
         raise click.UsageError(f"--plan and {clash} exclude each other")
     chosen: str | Plan = Plan.load(plan_file) if plan_file is not None else policy or "shared"
     dumps: dict[str, str] = {}

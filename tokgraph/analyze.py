@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .facts import Facts, TaskFacts
+from .facts import Facts
 from .passes.analysis.attribution import task_cost
 from .passes.analysis.facts import task_facts
-from .passes.analysis.pathways import Pathways, lean_graph, pathways
-from .program import Program, TaskGraph
+from .passes.analysis.pathways import lean_graph, pathways
+from .program import Program
 
 
 def analyze(program: Program) -> Facts:
@@ -20,11 +20,11 @@ def analyze(program: Program) -> Facts:
     facts = {}
     for name, graph in program.items():
         found = task_facts(graph)
-        profile = demanded_pathways(graph, found).profile
-        facts[name] = replace(found, profile=profile, cost=task_cost(graph, found))
+        lean = lean_graph(graph, found)
+        facts[name] = replace(
+            found,
+            profile=pathways(lean, found).profile,
+            cost=task_cost(graph, found),
+            exact_cost=task_cost(lean, found),
+        )
     return Facts(facts)
-
-
-def demanded_pathways(graph: TaskGraph, facts: TaskFacts) -> Pathways:
-    """Pathways of a captured graph without the work that no demanded output reads."""
-    return pathways(lean_graph(graph, facts), facts)

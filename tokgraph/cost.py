@@ -81,6 +81,7 @@ class NodeCost:
         work: its amounts.
         visual: share of the rows it computes that are visual tokens, in ``[0, 1]``.
         text: share of the rows that are not; both shares are 0 for work without a token axis.
+        degree: the power of the number of tokens that its FLOPs grow with: 0, 1, or 2 (scores of queries and keys).
     """
 
     node: str
@@ -91,6 +92,7 @@ class NodeCost:
     work: Work
     visual: Any
     text: Any
+    degree: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,19 @@ class Sizes:
         names: ``"batch"``, ``"tokens"`` (length of the residual stream), ``"visual"`` (visual tokens of a sample) and
             other dimensions under the user's names -> expressions.
         example: symbol -> its value in the example batch.
+        planned: whether rows are dropped, for the number of visual tokens of the example batch and no other.
     """
 
     task: str
     names: Mapping[str, sympy.Expr]
     example: Mapping[sympy.Symbol, int]
+    planned: bool = False
 
     def values(self, **asked: int) -> dict[sympy.Symbol, int]:
         """The value of every symbol for the sizes asked for; the others are as in the example batch.
 
-        Where ``visual`` is given without ``tokens``, the text keeps its length.
+        Where the number of visual tokens changes and ``tokens`` is not given, the text keeps its length. A sample keeps
+        its visual tokens unless ``visual`` or a dimension that they depend on is given.
 
         Raises:
             AnalysisError: no such size, or the captured graph fixes it to another value.
@@ -121,37 +126,55 @@ class Sizes:
             raise AnalysisError(
                 f"task {self.task!r} has no size {unknown[0]!r}", help=f"its sizes are {', '.join(self.names)}"
             )
-        wanted = {name: asked.get(name, self.example_of(name)) for name in ("batch", "tokens", "visual", *asked)}
-        if "visual" in asked and "tokens" not in asked:
-            wanted["tokens"] += asked["visual"] - self.example_of("visual")
-        if not 0 <= wanted["visual"] <= wanted["tokens"] or wanted["batch"] < 1:
-            raise AnalysisError(
-                f"task {self.task!r}: no sample has {wanted['visual']} visual tokens among {wanted['tokens']} "
-                f"(batch {wanted['batch']})",
-                help="ask for batch >= 1 and 0 <= visual <= tokens",
-            )
-        return {**self.example, **self._solve(wanted)}
+        wanted = {name: asked.get(name, self.example_of(name)) for name in ("batch", "visual", *asked)}
+        found = self._solve(wanted, asked, {})
+        if "tokens" not in asked:
+            tokens = self.example_of("tokens") + self._at("visual", found) - self.example_of("visual")
+            found = self._solve({"tokens": int(tokens)}, asked, found)
+        values = {**self.example, **found}
+        self._check(values)
+        return values
 
     def example_of(self, name: str) -> int:
         """A named size in the example batch."""
         return int(sympy.sympify(self.names[name]).xreplace(dict(self.example)))
 
-    def _solve(self, wanted: Mapping[str, int]) -> dict[sympy.Symbol, int]:
-        solved: dict[sympy.Symbol, int] = {}
-        for name in sorted(wanted, key=lambda n: len(self.names[n].free_symbols)):
+    def _at(self, name: str, values: Mapping[sympy.Symbol, int]) -> sympy.Expr:
+        return sympy.sympify(sympy.sympify(self.names[name]).xreplace({**self.example, **values}))
+
+    def _solve(
+        self, wanted: Mapping[str, int], asked: Mapping[str, int], known: Mapping[sympy.Symbol, int]
+    ) -> dict[sympy.Symbol, int]:
+        """The symbols that give the wanted sizes; what nobody asked for and others decide already is let go."""
+        solved = dict(known)
+        for name in sorted(wanted, key=lambda n: (len(self.names[n].free_symbols), n not in asked)):
             left = sympy.expand(self.names[name].xreplace(solved) - wanted[name])
             free = sorted(left.free_symbols, key=str)
             roots = sympy.solve(left, free[0]) if free else []
-            value = roots[0].xreplace(dict(self.example)) if roots else None
+            value = sympy.sympify(roots[0].xreplace(dict(self.example))) if roots else None
             if value is not None and value.is_integer and value >= 0:
                 solved[free[0]] = int(value)
-            elif left != 0:
+            elif left != 0 and (free or name in asked):
                 raise AnalysisError(
                     f"task {self.task!r}: the captured graph fixes {name} to {self.example_of(name)}, so its cost at "
                     f"{wanted[name]} cannot be told",
                     help="make that dimension dynamic in the task (Task.dynamic), or capture with another example batch",
                 )
         return solved
+
+    def _check(self, values: Mapping[sympy.Symbol, int]) -> None:
+        batch, tokens, visual = (self._at(name, values) for name in ("batch", "tokens", "visual"))
+        if not (visual.is_integer and 0 <= visual <= tokens and batch >= 1):
+            raise AnalysisError(
+                f"task {self.task!r}: no sample has {visual} visual tokens among {tokens} (batch {batch})",
+                help="ask for batch >= 1 and 0 <= visual <= tokens",
+            )
+        if self.planned and visual != self.example_of("visual"):
+            raise AnalysisError(
+                f"task {self.task!r}: rows are dropped for {self.example_of('visual')} visual tokens a sample, so the cost "
+                f"at {visual} cannot be told",
+                help="capture with an example batch of that many, and plan for it",
+            )
 
 
 @dataclass(frozen=True)
@@ -195,7 +218,7 @@ class TaskCost:
         nodes = tuple(
             NodeCost(
                 n.node, n.op, n.module, n.region, n.block,
-                Work(*map(number, n.work.amounts())), number(n.visual), number(n.text),
+                Work(*map(number, n.work.amounts())), number(n.visual), number(n.text), n.degree,
             )
             for n in self.nodes
         )  # fmt: skip
@@ -233,7 +256,8 @@ class TaskCost:
     def by_kind(self) -> dict[str, Work]:
         """``"visual"``, ``"text"`` and ``"other"`` (work without a token axis) -> work; attention counts by its query."""
         visual = Work.sum([Work(), *(n.work.scaled(n.visual) for n in self.nodes)])
-        text = Work.sum([Work(), *(n.work.scaled(n.text) for n in self.nodes)])
         other = Work.sum([Work(), *(n.work.scaled(1 - n.visual - n.text) for n in self.nodes)])
-        kinds = {"visual": visual, "text": text, "other": other}
-        return {kind: work if self.sizes else work.rounded() for kind, work in kinds.items()}
+        if self.sizes is None:
+            visual, other = visual.rounded(), other.rounded()
+        text = self.total() + (visual + other).scaled(-1)  # what is left: the kinds sum to the whole
+        return {"visual": visual, "text": text, "other": other}

@@ -164,6 +164,7 @@ class TaskFacts:
         profile: parameter name -> share of the task's demanded-reaching visual tokens that it transforms, in ``[0, 1]``.
         prompt: where the labels are, ``None`` when no loss over rows of the token axis was recognised.
         cost: what a training step of the captured graph costs, symbolic in batch, tokens and visual tokens.
+        exact_cost: the same without work that no demanded output reads.
         dimensions: dimensions asked to be dynamic.
         unruled: ``(node, operator)`` of operators inside blocks that have no rule.
     """
@@ -179,6 +180,7 @@ class TaskFacts:
     profile: Mapping[str, float] = field(repr=False, default_factory=dict)
     prompt: Prompt | None = None
     cost: TaskCost | None = field(repr=False, default=None)
+    exact_cost: TaskCost | None = field(repr=False, default=None)
     dimensions: tuple[Dimension, ...] = ()
     unruled: tuple[tuple[str, str], ...] = ()
 

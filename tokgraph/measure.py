@@ -81,6 +81,22 @@ def measure(
     return Measurements(tasks, gradient_cosines(splits, facts))
 
 
+def image_mass(measured: Measurements, facts: Facts) -> dict[str, tuple[float, ...]]:
+    """Task -> attention mass on image keys by block, from the queries that matter: the answer's, or the image's own.
+
+    Args:
+        measured: what :func:`measure` found.
+        facts: facts of the same program.
+    """
+    found = {}
+    for name, task in facts.items():
+        allocation = measured.tasks[name].allocation
+        wanted = "image" if task.demand.reads == "visual" else "output"
+        query = wanted if wanted in allocation.queries else allocation.queries[-1]
+        found[name] = tuple(allocation.between(query, "image").tolist())
+    return found
+
+
 def save_batches(path: Path, batches: Batches) -> None:
     """Write calibration batches: one safetensors file, tensors named ``task/number/input``."""
     tensors = {

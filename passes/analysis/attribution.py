@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from tokgraph.cost import NodeCost, Region, Sizes, TaskCost
-from tokgraph.facts import TaskFacts
-from tokgraph.fxnode import dims, module_path, rank, tensor, tensor_inputs
+from tokgraph.facts import TaskFacts, Window
+from tokgraph.fxnode import argument, dims, module_path, rank, tensor, tensor_inputs, value
 from tokgraph.program import TaskGraph
 
 from ..rules import axis_map
@@ -18,6 +20,7 @@ from .cost import example_symbols, node_works, uncounted
 from .pathways import visual_counts
 from .rows import Chain, row_spaces
 
+aten = torch.ops.aten
 VISUAL = sympy.Symbol("visual", integer=True, nonnegative=True)
 """Visual tokens of a sample, where no symbol of the graph says how many there are."""
 
@@ -31,17 +34,18 @@ def task_cost(graph: TaskGraph, facts: TaskFacts) -> TaskCost:
     Raises:
         AnalysisError: a size depends on values that have no storage.
     """
-    works = node_works(graph)
     sizes = _sizes(graph, facts)
+    works = node_works(graph, _Encoder(graph, facts, sizes).resize)
     locate = _Locator(graph, facts)
-    share = _Shares(graph, facts, sizes.names["visual"])
-    grows = sizes.names["visual"] / facts.visual.count if facts.visual.kind != "range" else sympy.Integer(1)
+    share = _Shares(graph, facts, sizes)
     nodes = []
     for node, work in works.items():
         region, block = locate.of(node)
         visual, text = share.of(node, region)
-        scaled = work.scaled(grows) if region == "encoder" and grows != 1 else work
-        nodes.append(NodeCost(node.name, str(node.target), module_path(node), region, block, scaled, visual, text))
+        path, op = module_path(node), str(node.target)
+        nodes.append(NodeCost(node.name, op, path, region, block, work, visual, text, share.degree(node)))
+    if share.planned:
+        sizes = replace(sizes, planned=True)
     return TaskCost(graph.name, tuple(nodes), sizes, uncounted(works))
 
 
@@ -50,10 +54,8 @@ def _sizes(graph: TaskGraph, facts: TaskFacts) -> Sizes:
     stream = next(n for name in (facts.entry, facts.visual.entry) if (n := nodes.get(name)) is not None)
     batch, tokens = (sympy.sympify(d) for d in dims(stream)[:2])
     example = example_symbols(graph)
-    visual: sympy.Expr = sympy.Integer(facts.visual.count)
-    if facts.visual.kind == "range":
-        visual = _range_length(nodes, facts, tokens)
-    else:
+    visual = _range_length(nodes, facts, tokens) if facts.visual.kind == "range" else _images(nodes, facts, example)
+    if visual is None:
         visual, example = VISUAL, {**example, VISUAL: facts.visual.count}
     by_symbol = {str(symbol): symbol for symbol in example}
     named = {name: by_symbol[symbol] for symbol, name in graph.symbol_names().items() if symbol in by_symbol}
@@ -66,6 +68,43 @@ def _range_length(nodes: dict[str, fx.Node], facts: TaskFacts, tokens: sympy.Exp
     if flow.stop is not None or flow.start < 0 or any(name not in nodes for name, _ in flow.before):
         return sympy.Integer(flow.count)
     return sympy.expand(tokens - flow.start - sum(sympy.sympify(dims(nodes[n])[axis]) for n, axis in flow.before))
+
+
+def _images(nodes: dict[str, fx.Node], facts: TaskFacts, example: dict[sympy.Symbol, int]) -> sympy.Expr | None:
+    """Visual tokens of a sample, where the encoder's rows have a symbol of their own (as many images as there are)."""
+    entry = nodes.get(facts.visual.entry)
+    made = [] if entry is None else [x for x in tensor_inputs(entry) if x.name in facts.visual.branch]
+    if entry is None or not made:
+        return None
+    batch, tokens, width = (sympy.sympify(d) for d in dims(entry)[:3])
+    rows = sympy.cancel(sympy.prod([sympy.sympify(d) for d in dims(made[-1])]) / (width * batch))
+    own = rows.free_symbols - batch.free_symbols - tokens.free_symbols
+    return rows if own and rows.xreplace(example) == facts.visual.count else None
+
+
+class _Encoder:
+    """Lets the encoder grow with the visual tokens where its shapes do not say how many images there are.
+
+    As many images as the batch has samples stand for one image a sample; each brings the example batch's visual tokens.
+    Where the batch is fixed, all amounts grow alike.
+    """
+
+    def __init__(self, graph: TaskGraph, facts: TaskFacts, sizes: Sizes) -> None:
+        branch = {node for node in graph.graph.nodes if node.name in facts.visual.branch}
+        pixels = {x for node in branch if tensor(node) is not None for x in node.all_input_nodes if x.op == "placeholder"}
+        self._nodes = branch | pixels if sizes.names["visual"] is VISUAL else set()
+        self._grows = VISUAL / facts.visual.count
+        self._images = {symbol: symbol * self._grows for symbol in sizes.names["batch"].free_symbols}
+        self._known: dict[Any, Any] = {}
+
+    def resize(self, node: fx.Node, amount: Any) -> Any:
+        """An amount of the node: FLOPs or bytes."""
+        if node not in self._nodes or amount == 0:
+            return amount
+        if amount not in self._known:
+            grown = sympy.sympify(amount).xreplace(self._images) if self._images else amount * self._grows
+            self._known[amount] = grown
+        return self._known[amount]
 
 
 class _Locator:
@@ -96,12 +135,14 @@ class _Locator:
 class _Shares:
     """Tells which share of a node's rows is visual, and which is not."""
 
-    def __init__(self, graph: TaskGraph, facts: TaskFacts, visual: sympy.Expr) -> None:
+    def __init__(self, graph: TaskGraph, facts: TaskFacts, sizes: Sizes) -> None:
         self._spaces = row_spaces(graph.graph, facts)
         self._known: dict[Any, tuple[Any, Any]] = {}
         counts = visual_counts(graph, facts, set(self._spaces.values()))
         self._counts: dict[Chain, Any] = {chain: sympy.nsimplify(count) for chain, count in counts.items()}
-        self._counts[()] = visual
+        self._counts[()] = sizes.names["visual"]
+        self._sizes = sizes
+        self.planned = any(self._counts)
         self._spaces |= self._windows(graph.graph, facts)
 
     def _windows(self, graph: fx.Graph, facts: TaskFacts) -> dict[Axis, Chain]:
@@ -111,13 +152,24 @@ class _Shares:
         for node in graph.nodes:
             if node.name in slices and (node, 1) not in self._spaces:
                 found[node, 1] = (node,)
-                self._counts[node,] = sympy.Integer(slices[node.name].visual)
+                self._counts[node,] = self._in_window(node, slices[node.name], facts)
             described = axis_map(node) if found and node.op == "call_function" and tensor(node) is not None else None
             for axis, rows in enumerate(described.rows if described else ()):
                 source = next((found[x] for x in rows or () if x in found), None)
                 if source is not None:
                     found.setdefault((node, axis), source)
         return found
+
+    def _in_window(self, node: fx.Node, window: Window, facts: TaskFacts) -> sympy.Expr:
+        """Visual rows of a slice, where their number grows with the sequence."""
+        visual, tokens = self._sizes.names["visual"], self._sizes.names["tokens"]
+        length = sympy.sympify(dims(node)[1])
+        if self.planned or not visual.free_symbols or not length.free_symbols:
+            return sympy.Integer(window.visual)
+        if facts.visual.kind != "range":  # where they are is not known: the slice leaves out as many as in the example
+            return sympy.Max(0, visual - (facts.visual.count - window.visual))
+        start, end = _bound(argument(node, "start"), 0, tokens), _bound(argument(node, "end"), tokens, tokens)
+        return sympy.Max(0, sympy.Min(end, tokens) - sympy.Max(start, tokens - visual))
 
     def of(self, node: fx.Node, region: Region) -> tuple[Any, Any]:
         """``(visual, text)``; both 0 without a token axis."""
@@ -132,6 +184,13 @@ class _Shares:
             self._known[rows, count] = (share, 1 - share)
         return self._known[rows, count]
 
+    def degree(self, node: fx.Node) -> int:
+        """The power of the number of tokens that a node's FLOPs grow with."""
+        if node.target is aten.scaled_dot_product_attention.default:
+            return 2  # it makes scores on its way
+        held = [sum((x, axis) in self._spaces for axis in range(rank(x))) for x in (node, *tensor_inputs(node))]
+        return min(2, max(held))
+
     def _row_axis(self, node: fx.Node) -> Axis | None:
         """The first axis that holds rows of the stream: the node's own, or (a contraction) its inputs'."""
         for x in (node, *tensor_inputs(node)):
@@ -140,3 +199,13 @@ class _Shares:
                 if found is not None:
                     return found
         return None
+
+
+def _bound(bound: Any, default: Any, tokens: sympy.Expr) -> sympy.Expr:
+    """A bound of a slice of the token axis as a position."""
+    if isinstance(bound, fx.Node):
+        bound = value(bound)
+    if bound is None or (isinstance(bound, int) and bound >= 2**31):
+        return sympy.sympify(default if bound is None else tokens)
+    found = sympy.sympify(bound.node.expr if isinstance(bound, torch.SymInt) else bound)
+    return tokens + found if found.is_negative else found

@@ -64,9 +64,17 @@ class Probe:
     needs_grad: bool
 
 
-def node_works(graph: TaskGraph) -> dict[fx.Node, Work]:
-    """The cost of every call that makes tensors, in expressions over the graph's symbols, for one training step."""
-    prober, counter = _Prober(fake_mode(graph.graph) or FakeTensorMode(), example_symbols(graph)), _Counter(graph)
+def node_works(
+    graph: TaskGraph, resize: Callable[[fx.Node, Any], Any] = lambda _, amount: amount
+) -> dict[fx.Node, Work]:
+    """The cost of every call that makes tensors, in expressions over the graph's symbols, for one training step.
+
+    Args:
+        graph: the task graph.
+        resize: ``(node, amount) -> amount``, what FLOPs and sizes of a node are where its shape does not tell.
+    """
+    mode = fake_mode(graph.graph) or FakeTensorMode()
+    prober, counter = _Prober(mode, example_symbols(graph)), _Counter(graph, resize)
     calls = [n for n in graph.graph.nodes if n.op == "call_function" and tensors(value(n))]
     return {node: counter.count(node, prober.probe(node, counter.needs_grad)) for node in calls}
 
@@ -119,7 +127,9 @@ def _shape(x: Any) -> tuple[Any, ...]:
 
 
 def _bytes(x: torch.Tensor) -> Any:
-    return prod(_shape(x), start=x.element_size())
+    """Bytes that a tensor has of its own; what it repeats (an expanded axis) counts once."""
+    sizes = zip(_shape(x), x.stride(), strict=True)
+    return prod((1 if _plain(stride) == 0 else size for size, stride in sizes), start=x.element_size())
 
 
 class _Prober:
@@ -228,10 +238,12 @@ class _Counter:
 
     Args:
         graph: the task graph.
+        resize: as in :func:`node_works`.
     """
 
-    def __init__(self, graph: TaskGraph) -> None:
+    def __init__(self, graph: TaskGraph, resize: Callable[[fx.Node, Any], Any]) -> None:
         self._module = graph.graph_module
+        self._resize = resize
         self._trained = ancestors([loss_node(graph)])
         self._grads: set[fx.Node] = set()
         self._roots: dict[fx.Node, fx.Node] = {}
@@ -255,36 +267,35 @@ class _Counter:
         saved_from = inputs if fused and probe.needs_grad else [inputs[i] for i in sorted(probe.saved_arguments)]
         if probe.saved_outputs or (fused and probe.needs_grad):
             saved_from = [*saved_from, node]
-        fresh = _log_sum_exp(outputs[0]) if fused else probe.saved_bytes
+        fresh = self._resize(node, _log_sum_exp(outputs[0]) if fused else probe.saved_bytes)
         trains = probe.needs_grad and node in self._trained
         kept = self._keep(saved_from) + fresh if trains else 0
-        written = 0 if alias is not None else sum(map(_bytes, outputs))
+        written = 0 if alias is not None else self._size(node)
         read = 0 if alias is not None else self._read(node, inputs, written)
         if not trains or alias is not None:
             back_read = back_written = 0
         else:
-            back_read = written + sum(_size(n) for n in saved_from) + fresh
-            back_written = sum(_size(n) for n in inputs if self.needs_grad(n))
-        backward = probe.backward if trains else 0
-        return Work(probe.forward, backward, read, written, back_read, back_written, kept)
+            back_read = written + sum(map(self._size, saved_from)) + fresh
+            back_written = sum(self._size(n) for n in inputs if self.needs_grad(n))
+        forward, backward = self._resize(node, probe.forward), self._resize(node, probe.backward) if trains else 0
+        return Work(forward, backward, read, written, back_read, back_written, kept)
 
     def _root(self, node: fx.Node) -> fx.Node:
         return self._roots.get(node, node)
 
     def _read(self, node: fx.Node, inputs: list[fx.Node], written: Any) -> Any:
         if node.target in _LOOKUPS:
-            return written + sum(_size(n) for n in inputs[1:])
-        return sum(_size(n) for n in inputs)
+            return written + sum(map(self._size, inputs[1:]))
+        return sum(map(self._size, inputs))
 
     def _keep(self, saved: list[fx.Node]) -> Any:
         """Bytes that these add to what is kept; parameters and inputs are there anyway."""
         new = {self._root(n) for n in saved if self._root(n).op == "call_function"} - self._kept
         self._kept |= new
-        return sum(_size(n) for n in new)
+        return sum(map(self._size, new))
 
-
-def _size(node: fx.Node) -> Any:
-    return sum(map(_bytes, tensors(value(node))))
+    def _size(self, node: fx.Node) -> Any:
+        return self._resize(node, sum(map(_bytes, tensors(value(node)))))
 
 
 def _log_sum_exp(output: torch.Tensor) -> Any:

@@ -152,7 +152,7 @@ class IndexBuilder:
             return self._call(aten.linalg_vector_norm.default, rows, 2, [-1])
         if site.selector == "similarity":
             rows = self._call(tokgraph.select.default, stream, candidates, 1, 0)
-            return self._call(tokgraph.similarity_score.default, rows, PIVOTS)
+            return self._call(tokgraph.similarity_score.default, self._call(aten.detach.default, rows), PIVOTS)
         if site.selector == "attention":
             mass = self._call(aten.mean.dim, self._prompt_weights(site, around, attention), [1, 2])
             return self._call(aten.gather.default, mass, 1, candidates)
@@ -181,8 +181,8 @@ class IndexBuilder:
         if seen is not None and not is_one(seen, rank(seen) - 2):
             seen = self._emit.with_batch(seen, rank(query), 0, row)
             seen = self._emit.chain(seen, [*outer, row], rank(query) - 2, 0)
-        scale = argument(node, "scale")
-        return self._call(tokgraph.prompt_attention.default, query, argument(node, "key"), seen, scale)
+        query, key = (self._call(aten.detach.default, x) for x in (query, argument(node, "key")))  # no gradient flows
+        return self._call(tokgraph.prompt_attention.default, query, key, seen, argument(node, "scale"))
 
     def demand(self, around: tuple[Frame, ...], window: tuple[fx.Node, int, int] | None = None) -> fx.Node | None:
         """The demanded rows, in the space of ``around`` (and of ``window``, an index of a slice of the token axis).

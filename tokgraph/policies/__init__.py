@@ -3,6 +3,22 @@
 from .base import Policy, policies, policy
 from .exact import Exact
 from .none import NoDrop
+from .published import Dart, FastV, HiMix, HMGen, PyramidDrop, RandomLTD, ShareAll, TaskSpecific
 from .shared import Shared
 
-__all__ = ["Exact", "NoDrop", "Policy", "Shared", "policies", "policy"]
+__all__ = [
+    "Dart",
+    "Exact",
+    "FastV",
+    "HMGen",
+    "HiMix",
+    "NoDrop",
+    "Policy",
+    "PyramidDrop",
+    "RandomLTD",
+    "ShareAll",
+    "Shared",
+    "TaskSpecific",
+    "policies",
+    "policy",
+]

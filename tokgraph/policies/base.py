@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from ..errors import PlanError
 from ..facts import Facts
-from ..plan import Plan
+from ..plan import DropSite, Plan
 
+GROUP = "tokgraph.policies"
+"""Entry point group in which other packages declare policies."""
 _POLICIES: dict[str, type[Policy]] = {}
 
 
@@ -35,14 +40,41 @@ class Policy(abc.ABC):
             PlanError: an option does not fit the model.
         """
 
+    def made(self, sites: Iterable[DropSite], exact: bool) -> Plan:
+        """A plan of these sites that records this policy and its options."""
+        return Plan(tuple(sites), exact=exact, policy=self.name, options=self.options())
+
     def options(self) -> dict[str, Any]:
         """The policy's options, as plain data for the plan's record."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
 def policies() -> dict[str, type[Policy]]:
-    """Policy name -> class, by name."""
+    """Policy name -> class, by name; those of installed packages (entry points of the group ``tokgraph.policies``) too."""
+    _load_plugins()
     return dict(sorted(_POLICIES.items()))
+
+
+@cache
+def _load_plugins() -> None:
+    """Import what other packages declare; defining a policy's class registers it.
+
+    Raises:
+        PlanError: an entry point cannot be loaded, or is no policy.
+    """
+    for point in entry_points(group=GROUP):
+        try:
+            loaded = point.load()
+        except Exception as error:
+            raise PlanError(
+                f"policy plugin {point.name!r} ({point.value}) cannot be loaded: {type(error).__name__}: {error}",
+                help="fix or uninstall the package that declares it",
+            ) from error
+        if not (isinstance(loaded, type) and issubclass(loaded, Policy)):
+            raise PlanError(
+                f"policy plugin {point.name!r} ({point.value}) is no subclass of tokgraph.policies.Policy",
+                help="let the entry point name the policy's class",
+            )
 
 
 def policy(name: str, **options: Any) -> Policy:
@@ -51,7 +83,7 @@ def policy(name: str, **options: Any) -> Policy:
     Raises:
         PlanError: no such policy, or it has no such option.
     """
-    cls = _POLICIES.get(name)
+    cls = policies().get(name)
     if cls is None:
         raise PlanError(f"no policy is named {name!r}", help=f"the policies are {', '.join(policies())}")
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -10,6 +11,7 @@ from typing import ClassVar
 from ..errors import PlanError
 from ..facts import Facts
 from ..plan import DropSite, Mode, Plan
+from ..planner import Search, search
 from .base import Policy
 
 
@@ -26,6 +28,10 @@ class Shared(Policy):
         mode: ``"hide"`` or ``"freeze"``.
         seed: seed of the ``"random"`` selector.
         exact: also remove work that no demanded output reads.
+        target_flops: FLOPs of the training step relative to the captured program; the planner then chooses span,
+            alternation and keep ratio (:mod:`tokgraph.planner`), and ``span`` and ``keep`` must be left alone.
+        mix: task -> weight of its step in the target; default: all alike.
+        mass: task -> attention mass on image keys by block, measured; default: the planner's prior.
     """
 
     name: ClassVar[str] = "shared"
@@ -36,13 +42,19 @@ class Shared(Policy):
     mode: Mode = "hide"
     seed: int = 0
     exact: bool = True
+    target_flops: float | None = None
+    mix: Mapping[str, float] | None = None
+    mass: Mapping[str, Sequence[float]] | None = None
 
     def plan(self, facts: Facts) -> Plan:
-        """One site a task.
+        """One site a task, or what the planner finds.
 
         Raises:
-            PlanError: the span reaches the last block, or no ratio near ``keep`` thins the tasks alike.
+            PlanError: the target cannot be met, the span reaches the last block, or no ratio near ``keep`` thins the
+                tasks alike.
         """
+        if self.target_flops is not None:
+            return self.made(self.search(facts).best.sites(facts), self.exact)
         if not 0.0 <= self.keep <= 1.0:
             raise PlanError(f"keep={self.keep} is outside [0, 1]", help="keep is the ratio of visual tokens that stay")
         blocks = min(len(task.blocks) for task in facts.values())
@@ -64,6 +76,24 @@ class Shared(Policy):
         )
         options = {**self.options(), "span": [start, end]}
         return Plan(sites, exact=self.exact, policy=self.name, options=options)
+
+    def search(self, facts: Facts) -> Search:
+        """What the planner finds for the target.
+
+        Raises:
+            PlanError: there is no target, it cannot be met, or an option contradicts it.
+        """
+        if self.target_flops is None or not 0.0 < self.target_flops <= 1.0:
+            raise PlanError(f"target_flops={self.target_flops} is outside (0, 1]")
+        fixed = {"span": None, "keep": 0.5, "selector": "uniform", "mode": "hide"}
+        given = [name for name, default in fixed.items() if getattr(self, name) != default]
+        if given:
+            raise PlanError(
+                f"target_flops and {given[0]} exclude each other: the planner chooses the span and the keep ratio of "
+                "uniform hide sites",
+                help="leave one of them out",
+            )
+        return search(facts, self.target_flops, mix=self.mix, mass=self.mass, exact=self.exact)
 
     def _common_ratio(self, facts: Facts) -> float:
         """The ratio nearest to ``keep`` that leaves every task the same share of its visual tokens."""

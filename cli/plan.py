@@ -1,0 +1,147 @@
+"""``tokgraph plan``, ``diff`` and ``compare``: plans without a rewrite, and plans and policies side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from tokgraph.analyze import analyze
+from tokgraph.capture import capture
+from tokgraph.comparison import compare as run_compare
+from tokgraph.comparison import diff as run_diff
+from tokgraph.measure import image_mass, measure
+from tokgraph.plan import Plan
+from tokgraph.planning import check_plan
+from tokgraph.policies import Shared, policies
+from tokgraph.policies import policy as named
+
+from .common import calibration, chosen_options, load_model, model_options, policy_options, progress
+
+
+@click.command()
+@model_options
+@policy_options
+@click.option("--calibrate", metavar="FILE", help="Measure attention mass on these batches, or on the 'example' batch.")
+@click.option("--explain", is_flag=True, help="Say why the planner chose this plan, and why others lost.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan here.")
+def plan(
+    model: str,
+    settings: tuple[str, ...],
+    policy: str | None,
+    calibrate: str | None,
+    explain: bool,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Plan MODEL with a policy and print the plan, without rewriting anything."""
+    given = chosen_options(options)
+    with progress() as stage:
+        stage("load")
+        spec = load_model(model, settings)
+        batches = calibration(calibrate, spec)
+        stage("capture")
+        program = capture(spec)
+        stage("analyse")
+        facts = analyze(program)
+        if calibrate is not None:
+            stage("measure")
+            given["mass"] = image_mass(measure(program, facts, batches), facts)
+        chosen = named(policy or "shared", **given)
+        made = check_plan(chosen.plan(facts), facts)
+    if out is not None:
+        made.save(out)
+    else:
+        click.echo(made.to_json(), nl=False)
+    if explain:
+        lines = (
+            chosen.search(facts).explain() if isinstance(chosen, Shared) and chosen.target_flops else _reason(chosen)
+        )
+        click.echo("\n".join(lines), err=True)
+
+
+def _reason(chosen: Any) -> list[str]:
+    return [f"policy {chosen.name} makes one plan for these options; --target-flops makes 'shared' choose"]
+
+
+@click.command()
+@click.argument("plan_a", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("plan_b", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def diff(plan_a: Path, plan_b: Path, as_json: bool) -> None:
+    """Show how two plan files differ: sites of one and not of the other, and fields."""
+    found = run_diff(Plan.load(plan_a), Plan.load(plan_b))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for mark, key in (("-", "only_a"), ("+", "only_b")):
+        for site in found[key]:
+            click.echo(f"{mark} {_site(site)}")
+    for name, (a, b) in found["fields"].items():
+        click.echo(f"~ {name}: {json.dumps(a)} -> {json.dumps(b)}")
+    if not (found["only_a"] or found["only_b"] or found["fields"]):
+        click.echo("the plans are equal")
+
+
+def _site(site: dict[str, Any]) -> str:
+    after = "restored" if site["restore"] else "gone for good"
+    return f"{site['task']} [{site['start']}, {site['end']}) keep {site['keep']:g} {site['selector']} {site['mode']}, {after}"
+
+
+@click.command()
+@model_options
+@click.option(
+    "--policies", "names", required=True, metavar="A,B,C", help="Policies or plan files, separated by commas."
+)
+@click.option("--verify/--no-verify", default=True, help="Compare each with the oracle.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def compare(model: str, settings: tuple[str, ...], names: str, verify: bool, as_json: bool) -> None:
+    """Show what several policies do to MODEL, in one table.
+
+    Exits with 3 when a result disagrees with the oracle.
+    """
+    chosen: list[str | Plan] = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name not in policies() and not Path(name).is_file():
+            raise click.BadParameter(f"{name!r} is no policy and no plan file", param_hint="--policies")
+        chosen.append(name if name in policies() else Plan.load(name))
+    with progress() as stage:
+        stage("load")
+        spec = load_model(model, settings)
+        found = run_compare(spec, chosen, verify=verify, progress=stage)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        _print(found, Console())
+    if any(row.get("verified") is False for row in found["rows"]):
+        click.get_current_context().exit(3)
+
+
+def _print(found: dict[str, Any], console: Console) -> None:
+    tasks = list(found["mix"])
+    mix = ", ".join(f"{name} {weight:g}" for name, weight in found["mix"].items())
+    table = Table(title=f"relative to the captured program; mix: {mix}")
+    table.add_column("policy", no_wrap=True)
+    for column in (
+        *(f"FLOPs {t}" for t in tasks),
+        "FLOPs mixed",
+        "activations",
+        "sharing",
+        "coverage",
+        "new params",
+        "verified",
+    ):
+        table.add_column(column, justify="right")
+    for row in found["rows"]:
+        if "error" in row:
+            table.add_row(row["policy"], row["error"])
+            continue
+        ratios = [*(row["flops_ratio"][t] for t in tasks), row["mixed_flops_ratio"], row["activation_ratio"]]
+        verdict = {True: "yes", False: "NO", None: "not tried"}[row["verified"]]
+        cells = [*(f"{r:.3f}x" for r in ratios), f"{row['sharing_index']:.3f}", f"{row['coverage']:.3f}"]
+        table.add_row(row["policy"], *cells, str(row["new_parameters"]), verdict)
+    console.print(table)

@@ -1,0 +1,119 @@
+"""Policies side by side on one model, and plans side by side: plain data for tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from .analyze import analyze
+from .capture import capture
+from .errors import TokgraphError
+from .facts import Facts
+from .optimize import Progress
+from .plan import DropSite, Plan
+from .planning import make_plan
+from .policies import Policy
+from .program import Program, is_meta
+from .report import make_report
+from .rewrite import apply
+from .spec import ModelSpec
+from .verification import verify as run_verification
+
+SCHEMA = 1
+
+
+def compare(
+    spec: ModelSpec,
+    policies: Sequence[str | Policy | Plan],
+    *,
+    mix: Mapping[str, float] | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What each policy does to one model, captured once.
+
+    Args:
+        spec: the model and its tasks.
+        policies: names, policies or plans.
+        mix: task -> weight of its training step in the mixed ratio; default: all alike.
+        verify: compare each result with the oracle, where the model has values.
+        progress: called with what is done next.
+
+    Returns:
+        Schema 1: ``{"schema", "mix", "rows": [...]}``, a row a policy: FLOPs ratio by task and mixed, activation bytes
+        ratio, sharing index, coverage, new parameters, whether it was verified; a policy that refuses the model has its
+        ``error`` instead.
+
+    Raises:
+        TokgraphError: the model cannot be captured or analysed.
+    """
+    tell = progress or (lambda stage: None)
+    tell("capture")
+    program = capture(spec)
+    tell("analyse")
+    facts = analyze(program)
+    weights = {name: 1.0 / len(facts) if mix is None else mix.get(name, 0.0) / sum(mix.values()) for name in facts}
+    rows = []
+    for policy in policies:
+        label = policy if isinstance(policy, str) else getattr(policy, "name", getattr(policy, "policy", "plan"))
+        tell(label)
+        try:
+            rows.append({"policy": label, **_row(program, facts, policy, weights, verify)})
+        except TokgraphError as error:
+            rows.append({"policy": label, "error": error.message})
+    return {"schema": SCHEMA, "mix": weights, "rows": rows}
+
+
+def _row(
+    program: Program, facts: Facts, policy: str | Policy | Plan, weights: Mapping[str, float], verify: bool
+) -> dict[str, Any]:
+    plan = policy if isinstance(policy, Plan) else make_plan(program, policy, facts=facts)
+    accelerated = apply(program, plan, facts=facts)
+    if verify and not is_meta(program.model):
+        accelerated.verification = run_verification(program, accelerated)
+    report = make_report(program, accelerated)
+    tasks = report["tasks"]
+    return {
+        "flops_ratio": {name: task["flops"]["ratio"] for name, task in tasks.items()},
+        "mixed_flops_ratio": _mixed(tasks, weights, "flops", "total"),
+        "activation_ratio": _mixed(tasks, weights, "activation_bytes", None),
+        "sharing_index": report["sharing_index"],
+        "coverage": report["coverage"],
+        "new_parameters": 0,
+        "verified": report["verification"]["passed"],
+    }
+
+
+def _mixed(tasks: Mapping[str, Any], weights: Mapping[str, float], what: str, part: str | None) -> float:
+    def amount(task: str, when: str) -> float:
+        found = tasks[task][what][when]
+        return float(found if part is None else found[part])
+
+    return sum(w * amount(t, "after") for t, w in weights.items()) / sum(
+        w * amount(t, "before") for t, w in weights.items()
+    )
+
+
+def diff(a: Plan, b: Plan) -> dict[str, Any]:
+    """How two plans differ.
+
+    Returns:
+        ``{"only_a": sites, "only_b": sites, "common": sites, "fields": {name: [in a, in b]}}``.
+    """
+    mine, others = set(a.sites), set(b.sites)
+    fields = {
+        name: [getattr(a, name), getattr(b, name)]
+        for name in ("exact", "policy", "options")
+        if getattr(a, name) != getattr(b, name)
+    }
+    return {
+        "only_a": _sites(mine - others),
+        "only_b": _sites(others - mine),
+        "common": _sites(mine & others),
+        "fields": fields,
+    }
+
+
+def _sites(sites: set[DropSite]) -> list[dict[str, Any]]:
+    return [asdict(site) for site in sorted(sites, key=lambda s: (s.task, s.start, -(s.end or 0), repr(s)))]
