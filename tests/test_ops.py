@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -59,7 +60,22 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         (NOTHING, torch.empty(2, 0), 0, 4),
     ],
     TOKGRAPH.uniform_score.default: [(index([1, 3, 4], [0, 2, 3]), 2), (index([1, 3]), 0), (NOTHING, 0)],
-    TOKGRAPH.random_score.default: [(index([1, 3, 4], [0, 2, 3]), 5), (index([1, 3]), 0), (NOTHING, 1)],
+    TOKGRAPH.random_score.default: [
+        (index([1, 3, 4], [0, 2, 3]), 5),
+        (index([1, 3]), 0),
+        (NOTHING, 1),
+        (index([1, 3, 4], [0, 2, 3]), 5, torch.tensor(7)),
+    ],
+    TOKGRAPH.prompt_mask.default: [
+        (index([-100, 4, 5, -100], [6, -100, -100, 7]), numbers(2, 4, 3), -100, 0),
+        (index([-100, -100], [-100, 2]), numbers(2, 4), -100, 2),
+    ],
+    TOKGRAPH.prompt_attention.default: [
+        (numbers(2, 4, 1, 3), numbers(2, 4, 5, 3), None, None),
+        (numbers(2, 4, 1, 3), numbers(2, 2, 5, 3), numbers(2, 1, 1, 5) > 0.1, 0.5),
+        (numbers(1, 2, 3, 3), numbers(1, 2, 5, 3), numbers(3, 5), None),
+    ],
+    TOKGRAPH.similarity_score.default: [(numbers(2, 5, 3), 2), (numbers(1, 2, 3), 8)],
     TOKGRAPH.select_targets.default: [
         (index([-100, 4, 5, -100], [6, -100, -100, 7]), index([1, 2], [0, 3]), -100),
         (index([3, 1]), index([0, 1]), 2),
@@ -90,6 +106,37 @@ def test_decomposition_agrees(op, args):
 def test_gradients(op, args):
     if args[0].is_floating_point():
         assert torch.autograd.gradcheck(op, args)
+
+
+def test_the_prompt_ends_where_the_labels_begin():
+    """Row ``i`` of the labels says what follows position ``i + first``; a sample without labels ends at its last row."""
+    labels = index([-100, -100, 4, 5], [-100, 6, -100, 7], [-100, -100, -100, -100])
+    like = torch.zeros(3, 6)
+    assert ops.prompt_mask(labels, like, -100, 0).nonzero().tolist() == [[0, 2], [1, 1], [2, 3]]
+    assert ops.prompt_mask(labels, like, -100, 2).nonzero().tolist() == [[0, 4], [1, 3], [2, 5]]
+
+
+def test_prompt_attention_is_what_fused_attention_weighs_by():
+    query, key, mask = numbers(2, 4, 3, 8), numbers(2, 2, 5, 8), torch.ones(3, 5, dtype=torch.bool).tril(2)
+    weights = ops.prompt_attention(query, key, mask, None)
+    value = torch.eye(5).expand(2, 2, 5, 5)  # the weighted sum of unit vectors is the weights
+    fused = F.scaled_dot_product_attention(query, key, value.to(query.dtype), mask, enable_gqa=True)
+    torch.testing.assert_close(weights, fused)
+
+
+def test_similarity_keeps_pivots_and_what_is_unlike_them():
+    rows = torch.tensor([[[3.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 1.0]]])
+    score = ops.similarity_score(rows, 1)[0]
+    assert score.argsort(descending=True).tolist() == [0, 2, 3, 1]
+    assert score[0] == torch.inf
+
+
+def test_random_scores_change_with_the_step():
+    candidates = index(range(32), range(32))
+    scores = [ops.random_score(candidates, 3, torch.tensor(step)) for step in (0, 1, 2**30)]
+    assert torch.equal(scores[0], ops.random_score(candidates, 3))
+    assert (scores[0] != scores[1]).float().mean() > 0.9
+    assert torch.equal(scores[0], scores[2])  # steps count modulo 2**30, so that the hash cannot overflow
 
 
 def test_select_takes_and_restore_puts_back_rows_sample_by_sample():

@@ -202,11 +202,13 @@ def _uniform_score(candidates: Tensor, keep: int) -> Tensor:
     return score.unsqueeze(0).expand(candidates.shape[0], -1).clone()
 
 
-def _random_score(candidates: Tensor, seed: int) -> Tensor:
+def _random_score(candidates: Tensor, seed: int, step: Tensor | None = None) -> Tensor:
     samples, width = candidates.shape
     device = candidates.device
     x = torch.arange(samples, device=device).unsqueeze(1) * 0x9E3779B1 + torch.arange(width, device=device)
     x = (x + (seed * 0x85EBCA6B & 0xFFFFFFFF)) & 0xFFFFFFFF  # reduced first: a large seed would overflow int64
+    if step is not None:
+        x = (x + (step & 0x3FFFFFFF) * 0xC2B2AE35) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x
@@ -266,12 +268,17 @@ def uniform_score(candidates: Tensor, keep: int) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::random_score", mutates_args=())
-def random_score(candidates: Tensor, seed: int) -> Tensor:
-    """``[batch, m]`` int64 in ``[0, 2**32)``: a hash of sample, rank and seed, the same on every device.
+def random_score(candidates: Tensor, seed: int, step: Tensor | None = None) -> Tensor:
+    """``[batch, m]`` int64 in ``[0, 2**32)``: a hash of sample, rank, seed and step, the same on every device.
+
+    Args:
+        candidates: ``[batch, m]``.
+        seed: another seed, another choice.
+        step: int64 scalar tensor, the number of training steps so far; ``None``: 0.
 
     Source: the 32-bit integer finaliser with constants ``7feb352d``/``846ca68b`` (C. Wellons, hash-prospector).
     """
-    return _random_score(candidates, seed)
+    return _random_score(candidates, seed, step)
 
 
 def _prompt_mask(targets: Tensor, like: Tensor, ignore_index: int, first: int) -> Tensor:
@@ -353,16 +360,16 @@ prompt_attention.register_fake(
 similarity_score.register_fake(lambda rows, pivots: rows.new_empty(rows.shape[:2], requires_grad=False))
 
 
-@register_flop_formula(torch.ops.tokgraph.prompt_attention)  # type: ignore[untyped-decorator]
-def _prompt_attention_flop(query: Any, key: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+@register_flop_formula(torch.ops.tokgraph.prompt_attention)
+def _prompt_attention_flop(query: Any, key: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> Any:
     batch, heads, rows, head = query
-    return 2 * batch * heads * rows * head * key[2]  # type: ignore[no-any-return]
+    return 2 * batch * heads * rows * head * key[2]
 
 
-@register_flop_formula(torch.ops.tokgraph.similarity_score)  # type: ignore[untyped-decorator]
-def _similarity_score_flop(rows: Any, pivots: int, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+@register_flop_formula(torch.ops.tokgraph.similarity_score)
+def _similarity_score_flop(rows: Any, pivots: int, *args: Any, out_shape: Any = None, **kwargs: Any) -> Any:
     batch, count, hidden = rows
-    return 2 * batch * count * hidden * pivots  # type: ignore[no-any-return]
+    return 2 * batch * count * hidden * pivots
 
 
 @torch.library.custom_op(f"{NAMESPACE}::select_targets", mutates_args=())
@@ -398,7 +405,7 @@ keep_rows.register_fake(
     )
 )
 uniform_score.register_fake(lambda candidates, keep: candidates.new_empty(candidates.shape, dtype=torch.float32))
-random_score.register_fake(lambda candidates, seed: torch.empty_like(candidates))
+random_score.register_fake(lambda candidates, seed, step=None: torch.empty_like(candidates))
 select_targets.register_fake(lambda targets, index, ignore_index: targets.new_empty(index.shape))
 
 

@@ -32,7 +32,7 @@ class DropSite:
         mode: ``"hide"``: dropped rows are invisible in the span; ``"freeze"``: they do not change there, but still
             serve as keys and values.
         restore: the dropped rows take their places again after the span; else they are gone for good.
-        seed: seed of the ``"random"`` selector.
+        seed: seed of the ``"random"`` selector, which draws anew at every training step.
 
     Raises:
         PlanError: a field is out of range.

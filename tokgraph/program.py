@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from .errors import BatchError
 from .spec import ModelSpec, Task
 
+STEP = "tokgraph_step"
+"""Attribute of a graph module whose plan draws at random: int64 scalar tensor, the training steps so far."""
 COMPACT_OUTPUTS = "tokgraph.compact_outputs"
 """Key of ``GraphModule.meta``: ``{output leaf: position of its row index among the outputs}``."""
 

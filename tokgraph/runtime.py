@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .facts import Facts
 from .plan import Plan
-from .program import Program, TaskGraph
+from .program import STEP, Program, TaskGraph
 from .verdict import Verification
 
 
@@ -26,9 +26,28 @@ class TaskModule(nn.Module):
         super().__init__()
         self.task_graph = graph
         self.graph_module = graph.graph_module
+        self.train(graph.graph_module.training)
+
+    @property
+    def step(self) -> int:
+        """Training steps so far: a plan that drops at random draws anew at each; 0 for other plans."""
+        return int(getattr(self.graph_module, STEP, 0))
+
+    @step.setter
+    def step(self, number: int) -> None:
+        if hasattr(self.graph_module, STEP):
+            getattr(self.graph_module, STEP).fill_(number)
+
+    def _run(self, inputs: Mapping[str, Any]) -> Any:
+        outputs = self.graph_module(*self.task_graph.flatten(inputs))
+        if self.training and hasattr(self.graph_module, STEP):
+            getattr(self.graph_module, STEP).add_(1)
+        return outputs
 
     def forward(self, **inputs: Any) -> Any:
         """What the task's forward returns; tensors beside the loss may hold the demanded rows only.
+
+        In training mode each call counts as a step (:attr:`step`).
 
         Args:
             inputs: the task's inputs, by name.
@@ -36,7 +55,7 @@ class TaskModule(nn.Module):
         Raises:
             BatchError: the inputs are not those of the example batch, or hold another number of visual tokens.
         """
-        return self.task_graph.unflatten(self.graph_module(*self.task_graph.flatten(inputs)))
+        return self.task_graph.unflatten(self._run(inputs))
 
     def with_rows(self, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         """The result, and the row index of every compact tensor in it.
@@ -45,7 +64,7 @@ class TaskModule(nn.Module):
             ``(result, {path in the result: [batch, rows] int64})``: row ``j`` of the compact tensor is row
             ``index[:, j]`` of the tensor that the task's forward returns.
         """
-        outputs = self.graph_module(*self.task_graph.flatten(inputs))
+        outputs = self._run(inputs)
         result = self.task_graph.unflatten(outputs)
         paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(result)[0]]
         rows = {paths[leaf]: outputs[position] for leaf, position in self.task_graph.compact_outputs.items()}

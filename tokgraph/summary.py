@@ -157,7 +157,7 @@ def _work(work: Work) -> dict[str, int]:
 
 def _measured(task: TaskMeasures) -> dict[str, Any]:
     allocation = task.allocation
-    return _plain(
+    found: dict[str, Any] = _plain(
         {
             "allocation": {
                 "queries": list(allocation.queries),
@@ -169,6 +169,7 @@ def _measured(task: TaskMeasures) -> dict[str, Any]:
             "gradients": {name: asdict(norms) for name, norms in task.gradients.items()},
         }
     )
+    return found
 
 
 def _plain(x: Any) -> Any:

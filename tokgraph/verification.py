@@ -13,7 +13,7 @@ from .passes.rewrite.pipeline import rewrite_passes
 from .passes.verify import badness, compare_gradients, compare_outputs, missing_rows, run_oracle, run_rewritten
 from .passes.verify.interpret import trains_with_dropout
 from .plan import Plan
-from .program import Program, TaskGraph, is_meta
+from .program import STEP, Program, TaskGraph, is_meta
 from .runtime import Accelerated
 from .spec import split_outputs
 from .verdict import TOLERANCE, TaskVerification, Verification
@@ -49,7 +49,8 @@ def _verify_task(
     captured: TaskGraph, rewritten: TaskGraph, facts: TaskFacts, plan: Plan, program: Program, dtype: torch.dtype
 ) -> TaskVerification:
     sites = plan.for_task(facts.name)
-    mine, reference = run_rewritten(rewritten, dtype), run_oracle(captured, facts, sites, dtype)
+    step = int(getattr(rewritten.graph_module, STEP, 0))
+    mine, reference = run_rewritten(rewritten, dtype), run_oracle(captured, facts, sites, dtype, step)
     output = max(
         missing_rows(rewritten, mine, reference, facts), compare_outputs(rewritten, mine, reference), key=badness
     )

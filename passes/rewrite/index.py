@@ -12,6 +12,7 @@ from tokgraph.errors import IllegalRewriteError, InternalError, PlanError
 from tokgraph.facts import Attention, TaskFacts
 from tokgraph.fxnode import argument, rank
 from tokgraph.plan import DropSite
+from tokgraph.program import STEP
 
 from ..rules.registry import is_one
 from .nodes import VISUAL_ROWS, Emitter, hoist
@@ -146,7 +147,8 @@ class IndexBuilder:
         if site.selector == "uniform":
             return self._call(tokgraph.uniform_score.default, candidates, keep)
         if site.selector == "random":
-            return self._call(tokgraph.random_score.default, candidates, site.seed)
+            step = self._emit.state(STEP, torch.zeros((), dtype=torch.int64), self.entry)
+            return self._call(tokgraph.random_score.default, candidates, site.seed, step)
         if site.selector == "norm":
             rows = self._call(tokgraph.select.default, stream, candidates, 1, 0)
             return self._call(aten.linalg_vector_norm.default, rows, 2, [-1])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokgraph.fxnode import Dim, ancestors, call, dims, rank, refresh_value, same_size, tensor, value
+from tokgraph.fxnode import Dim, ancestors, call, dims, fake_mode, rank, refresh_value, same_size, tensor, value
 
 from ..rules.registry import is_one
 
@@ -56,6 +56,20 @@ class Emitter:
             with self.graph.inserting_after(last):
                 self._cache[key] = call(self.graph, target, *args, origin=origin, made_by=self.made_by, **kwargs)
         return self._cache[key]
+
+    def state(self, name: str, initial: torch.Tensor, origin: fx.Node) -> fx.Node:
+        """A tensor of the graph's own, read before everything else; made on the device of ``origin`` when it is new."""
+        for node in self.graph.find_nodes(op="get_attr", target=name):
+            return node  # type: ignore[no-any-return]
+        module = self.graph.owning_module
+        assert module is not None
+        val = origin.meta["val"]
+        module.register_buffer(name, initial.to(val.device), persistent=False)
+        with self.graph.inserting_after(self._inputs[-1] if self._inputs else None):
+            node = self.graph.get_attr(name)
+        mode = fake_mode(self.graph)
+        node.meta["val"] = initial if mode is None else mode.from_tensor(initial.to(val.device))
+        return node
 
     def size(self, node: fx.Node, axis: int) -> fx.Node | int:
         """The size of an axis: a number, or a node that computes it from as early a value as there is."""

@@ -54,13 +54,23 @@ def run_rewritten(graph: TaskGraph, dtype: torch.dtype) -> Results:
     return _run(GraphInterpreter(graph.graph_module, *in_dtype(dtype, device)), graph)
 
 
-def run_oracle(graph: TaskGraph, facts: TaskFacts, sites: Sequence[DropSite], dtype: torch.dtype) -> Results:
-    """Run the undropped graph with the semantics of ``sites`` on its example batch, with gradients."""
+def run_oracle(
+    graph: TaskGraph, facts: TaskFacts, sites: Sequence[DropSite], dtype: torch.dtype, step: int = 0
+) -> Results:
+    """Run the undropped graph with the semantics of ``sites`` on its example batch, with gradients.
+
+    Args:
+        graph: the captured graph.
+        facts: its facts.
+        sites: resolved drop sites.
+        dtype: the type to compute in.
+        step: training steps so far, which random choices depend on.
+    """
     device = model_device(graph.graph_module)
     nodes = {node.name: node for node in graph.graph.nodes}
     visual = visual_mask(graph, facts.visual, nodes[facts.entry]).to(device)
     prompt = _prompt_ends(graph, facts) if any(s.selector == "attention" for s in sites) else None
-    return _run(Oracle(graph, facts, sites, visual, *in_dtype(dtype, device), prompt=prompt), graph)
+    return _run(Oracle(graph, facts, sites, visual, *in_dtype(dtype, device), prompt=prompt, step=step), graph)
 
 
 def _prompt_ends(graph: TaskGraph, facts: TaskFacts) -> list[int]:

@@ -35,6 +35,7 @@ class Oracle(GraphInterpreter):
         tensors: as in :class:`GraphInterpreter`.
         constants: as in :class:`GraphInterpreter`.
         prompt: position of each sample's last prompt token, where a site selects by attention.
+        step: training steps so far, which random choices depend on.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Oracle(GraphInterpreter):
         tensors: Callable[[torch.Tensor], torch.Tensor],
         constants: Callable[[Any], Any],
         prompt: Sequence[int] | None = None,
+        step: int = 0,
     ) -> None:
         super().__init__(graph.graph_module, tensors, constants)
         self._prompt = prompt
+        self._step = step
         self._mass = torch.empty(0)
         self._facts = facts
         self._sites = sorted(sites, key=lambda s: (s.start, -(s.end or 0)))
@@ -79,7 +82,7 @@ class Oracle(GraphInterpreter):
             if site.start == block:
                 gone = self._frozen(block)
                 self._dropped[number] = drop_mask(
-                    site, self._visual, gone, self._demanded(), stream.detach(), self._mass
+                    site, self._visual, gone, self._demanded(), stream.detach(), self._mass, self._step
                 )
 
     def _active(self, block: int) -> list[int]:
@@ -170,6 +173,7 @@ def drop_mask(
     demanded: torch.Tensor,
     stream: torch.Tensor,
     mass: torch.Tensor | None = None,
+    step: int = 0,
 ) -> torch.Tensor:
     """``[batch, tokens]`` bool: the positions that a site drops.
 
@@ -180,6 +184,7 @@ def drop_mask(
         demanded: the demanded rows, which stay when the site does not restore.
         stream: ``[batch, tokens, hidden]`` at the start of the span.
         mass: ``[batch, tokens]`` attention of the last prompt token in the block before.
+        step: training steps so far.
     """
     result = torch.zeros_like(visual)
     for b in range(visual.shape[0]):
@@ -188,14 +193,20 @@ def drop_mask(
         free = [i for i in alive if site.restore or not demanded[b, i]]
         wanted = math.floor(site.keep * len(of_sample) + 0.5) - (len(alive) - len(free))
         paid = mass[b] if site.selector == "attention" and mass is not None else None
-        stay = _stay(site, free, max(0, min(wanted, len(free))), b, stream[b], paid)
+        stay = _stay(site, free, max(0, min(wanted, len(free))), b, stream[b], paid, step)
         for i in free:
             result[b, i] = i not in stay
     return result
 
 
 def _stay(
-    site: DropSite, free: list[int], keep: int, sample: int, stream: torch.Tensor, mass: torch.Tensor | None
+    site: DropSite,
+    free: list[int],
+    keep: int,
+    sample: int,
+    stream: torch.Tensor,
+    mass: torch.Tensor | None,
+    step: int,
 ) -> set[int]:
     if site.selector == "uniform":
         return {free[j * len(free) // keep] for j in range(keep)}
@@ -206,7 +217,7 @@ def _stay(
         return set(sorted(free, key=lambda i: (-float(mass[i]), i))[:keep])
     if site.selector == "similarity":
         return set(sorted(free, key=lambda i: (_repeats(i, free, stream), i))[:keep])
-    scores = [_hash(sample, j, site.seed) for j in range(len(free))]
+    scores = [_hash(sample, j, site.seed, step) for j in range(len(free))]
     return {free[j] for j in sorted(range(len(free)), key=lambda j: (-scores[j], j))[:keep]}
 
 
@@ -218,8 +229,8 @@ def _repeats(i: int, free: list[int], stream: torch.Tensor) -> float:
     return max(float(torch.nn.functional.cosine_similarity(stream[i], stream[j], dim=0)) for j in pivots)
 
 
-def _hash(sample: int, rank: int, seed: int) -> int:
-    x = (sample * 0x9E3779B1 + rank + seed * 0x85EBCA6B) % 2**32
+def _hash(sample: int, rank: int, seed: int, step: int) -> int:
+    x = (sample * 0x9E3779B1 + rank + seed * 0x85EBCA6B + step % 2**30 * 0xC2B2AE35) % 2**32
     x = (x ^ x >> 16) * 0x7FEB352D % 2**32
     x = (x ^ x >> 15) * 0x846CA68B % 2**32
     return x ^ x >> 16

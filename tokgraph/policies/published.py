@@ -121,8 +121,8 @@ class PyramidDrop(Policy):
 class RandomLTD(Policy):
     """Every middle block of every task skips its own random choice of visual tokens.
 
-    Source: Yao et al., arXiv 2211.11586. Departures: visual tokens only (the paper drops any), a constant ratio instead
-    of a schedule, and the choice is drawn once, from the seed, not anew at every step.
+    Source: Yao et al., arXiv 2211.11586. Departures: visual tokens only (the paper drops any), and a constant ratio
+    instead of a schedule. As in the paper, each training step draws anew.
 
     Args:
         keep: ratio of visual tokens that a middle block computes.
