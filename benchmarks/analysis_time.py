@@ -42,7 +42,10 @@ def spread(values: list[float], unit: str) -> str:
 
 def table(times: dict[int, list[tuple[float, float]]]) -> str:
     """A Markdown table: a row a depth."""
-    lines = ["| blocks | capture (range) | analysis (range) | analysis / capture (range) |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| blocks | capture (range) | analysis (range) | analysis / capture (range) |",
+        "| --- | --- | --- | --- |",
+    ]
     for layers, pairs in times.items():
         captures, analyses = [c for c, _ in pairs], [a for _, a in pairs]
         ratios = [a / c for c, a in pairs]

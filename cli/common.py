@@ -26,10 +26,22 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("model", metavar="MODEL")(command)
 
 
+class _PolicyName(click.ParamType):  # type: ignore[type-arg]
+    """A policy's name. Policies are looked up when one is given: a broken plugin must not break other commands."""
+
+    name = "policy"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The name, if there is such a policy."""
+        return click.Choice(list(policies())).convert(value, param, ctx)
+
+
 def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that choose a policy and set its options; :func:`chosen_options` collects them."""
     options = (
-        click.option("--policy", type=click.Choice(list(policies())), help="How to thin.  [default: shared]"),
+        click.option(
+            "--policy", type=_PolicyName(), metavar="NAME", help="One of `tokgraph policies`.  [default: shared]"
+        ),
         click.option("--span", callback=_span, metavar="START:END", help="Blocks START to END-1."),
         click.option("--keep", type=click.FloatRange(0, 1), help="Ratio of visual tokens that stay."),
         click.option("--selector", help="Which visual tokens stay: uniform, random, norm, attention, similarity."),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -89,7 +90,8 @@ def diff(plan_a: Path, plan_b: Path, as_json: bool) -> None:
 
 def _site(site: dict[str, Any]) -> str:
     after = "restored" if site["restore"] else "gone for good"
-    return f"{site['task']} [{site['start']}, {site['end']}) keep {site['keep']:g} {site['selector']} {site['mode']}, {after}"
+    end = "end" if site["end"] is None else site["end"]
+    return f"{site['task']} [{site['start']}, {end}) keep {site['keep']:g} {site['selector']} {site['mode']}, {after}"
 
 
 @click.command()
@@ -109,6 +111,8 @@ def compare(model: str, settings: tuple[str, ...], names: str, verify: bool, as_
         if name not in policies() and not Path(name).is_file():
             raise click.BadParameter(f"{name!r} is no policy and no plan file", param_hint="--policies")
         chosen.append(name if name in policies() else Plan.load(name))
+    if not chosen:
+        raise click.BadParameter("names no policy", param_hint="--policies")
     with progress() as stage:
         stage("load")
         spec = load_model(model, settings)
@@ -124,24 +128,22 @@ def compare(model: str, settings: tuple[str, ...], names: str, verify: bool, as_
 def _print(found: dict[str, Any], console: Console) -> None:
     tasks = list(found["mix"])
     mix = ", ".join(f"{name} {weight:g}" for name, weight in found["mix"].items())
-    table = Table(title=f"relative to the captured program; mix: {mix}")
+    table = Table(
+        title=f"relative to the captured program; mix: {mix}", box=SIMPLE_HEAD, padding=0, collapse_padding=True
+    )
     table.add_column("policy", no_wrap=True)
-    for column in (
-        *(f"FLOPs {t}" for t in tasks),
-        "FLOPs mixed",
-        "activations",
-        "sharing",
-        "coverage",
-        "new params",
-        "verified",
-    ):
-        table.add_column(column, justify="right")
+    rest = ("FLOPs mixed", "activations", "sharing", "coverage", "new params", "verified")
+    for column in (*(f"FLOPs {t}" for t in tasks), *rest):
+        table.add_column(column, justify="right", overflow="fold", min_width=len("0.123"))
     for row in found["rows"]:
         if "error" in row:
-            table.add_row(row["policy"], row["error"])
+            table.add_row(row["policy"], "-")
             continue
         ratios = [*(row["flops_ratio"][t] for t in tasks), row["mixed_flops_ratio"], row["activation_ratio"]]
         verdict = {True: "yes", False: "NO", None: "not tried"}[row["verified"]]
-        cells = [*(f"{r:.3f}x" for r in ratios), f"{row['sharing_index']:.3f}", f"{row['coverage']:.3f}"]
+        cells = [f"{x:.3f}" for x in (*ratios, row["sharing_index"], row["coverage"])]
         table.add_row(row["policy"], *cells, str(row["new_parameters"]), verdict)
     console.print(table)
+    for row in found["rows"]:
+        if "error" in row:
+            console.print(f"{row['policy']}: {row['error']}", markup=False, highlight=False)

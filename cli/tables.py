@@ -27,7 +27,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 def _print_tasks(tasks: dict[str, Any], console: Console) -> None:
     table = Table(title="tasks")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in tasks:
         table.add_column(name, overflow="fold")
     each = list(tasks.values())
@@ -43,8 +43,8 @@ def _print_tasks(tasks: dict[str, Any], console: Console) -> None:
         "blocks": [_blocks(t["blocks"]) for t in each],
         "leave at": [", ".join(t["exits"]) for t in each],
         "loss reads": [f"{t['demand']['reads']}: {t['demand']['rows']} of {t['demand']['tokens']} rows" for t in each],
-        "operators without a rule": [", ".join(t["operators_without_rule"]) or "-" for t in each],
-        "FLOPs not known of": [", ".join(t["cost"]["uncounted"]) or "-" for t in each],
+        "without a rule": [", ".join(t["operators_without_rule"]) or "-" for t in each],
+        "FLOPs unknown": [", ".join(t["cost"]["uncounted"]) or "-" for t in each],
     }
     for label, cells in rows.items():
         table.add_row(label, *cells)
@@ -65,9 +65,13 @@ def _print_cost(costs: dict[str, Any], console: Console) -> None:
     """One table for one set of sizes: a row a region (equal neighbouring blocks together) and a kind of token."""
     for name, cost in costs.items():
         sizes = cost["sizes"]
-        table = Table(title=f"{name}: batch {sizes['batch']}, {sizes['tokens']} tokens, {sizes['visual']} visual")
-        for column in ("", "FLOPs, forward", "FLOPs, backward", "bytes moved", "activations kept", "of the FLOPs"):
-            table.add_column(column, justify="left" if column == "" else "right")
+        table = Table(
+            title=f"{name}: batch {sizes['batch']}, {sizes['tokens']} tokens, {sizes['visual']} visual",
+            caption="FLOPs; bytes moved; bytes kept for backward; share of FLOPs",
+        )
+        table.add_column("", no_wrap=True)
+        for column in ("forward", "backward", "moved", "kept", "share"):
+            table.add_column(column, justify="right", no_wrap=True)
         total = cost["total"]
         for label, work in _grouped(cost["by_region"]):
             table.add_row(label, *_cells(work, total))
@@ -77,7 +81,7 @@ def _print_cost(costs: dict[str, Any], console: Console) -> None:
         table.add_section()
         table.add_row("training step", *_cells(total, total))
         if "convention" in cost:
-            label = f"decoder, as {cost['convention']['name']} counts"
+            label = f"{cost['convention']['name']}, one sample"
             table.add_row(label, amount(cost["convention"]["forward_flops"]), "-", "-", "-", "-")
         console.print(table)
 
@@ -112,24 +116,20 @@ def _cells(work: dict[str, int], total: dict[str, int]) -> list[str]:
 
 
 def _print_measured(tasks: dict[str, Any], console: Console) -> None:
+    """One table a task: a row a block."""
     for name, task in tasks.items():
         allocation, redundancy = task["measured"]["allocation"], task["measured"]["redundancy"]
-        table = Table(title=f"{name}: attention from each segment to image keys (mean over heads), and visual rows")
-        table.add_column("block", justify="right")
-        for query in allocation["queries"]:
-            table.add_column(f"{query} -> image", justify="right")
-        table.add_column("cosine in, out", justify="right")
-        table.add_column("effective rank", justify="right")
+        table = Table(title=f"{name}: attention to the image, visual rows")
+        table.add_column("block", justify="right", no_wrap=True)
+        for column in (*allocation["queries"], "cosine", "rank"):
+            table.add_column(column, justify="right")
         image = allocation["keys"].index("image") if "image" in allocation["keys"] else None
         for block, heads in enumerate(allocation["mass"]):
-            cells = [_share(heads, q, image) for q in range(len(allocation["queries"]))]
-            table.add_row(
-                str(block),
-                *cells,
-                _number(redundancy["cosine"][block]),
-                _number(redundancy["effective_rank"][block], 1),
-            )
+            shares = [_share(heads, query, image) for query in range(len(allocation["queries"]))]
+            change, rank = redundancy["cosine"][block], redundancy["effective_rank"][block]
+            table.add_row(str(block), *shares, _number(change), _number(rank, 1))
         console.print(table)
+    console.print("attention: of each segment, mean over heads; visual rows: cosine before and after, rank")
 
 
 def _share(heads: list[list[list[float | None]]], query: int, key: int | None) -> str:
@@ -142,12 +142,15 @@ def _number(x: float | None, digits: int = 3) -> str:
 
 
 def _print_cosines(cosines: list[dict[str, Any]], console: Console) -> None:
-    if not cosines:
-        return
-    table = Table(title="cosine between the tasks' gradients")
-    for column in ("tasks", "block", "whole", "through visual rows", "through text rows"):
-        table.add_column(column, justify="right")
-    for c in cosines:
-        numbers = [_number(c[part]) for part in ("whole", "visual", "text")]
-        table.add_row(" / ".join(c["tasks"]), str(c["block"]), *numbers)
-    console.print(table)
+    """One table a pair of tasks: a row a block."""
+    for pair in dict.fromkeys(tuple(c["tasks"]) for c in cosines):
+        table = Table(
+            title=f"gradient cosines: {pair[0]}, {pair[1]}",
+            caption="whole; through visual rows; through others",
+        )
+        for column in ("block", "whole", "visual", "text"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for c in cosines:
+            if tuple(c["tasks"]) == pair:
+                table.add_row(str(c["block"]), *(_number(c[part]) for part in ("whole", "visual", "text")))
+        console.print(table)

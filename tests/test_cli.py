@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import tokgraph as tg
+from tests import tiny
 from tokgraph.cli import main
 
 TINY = str(Path(__file__).with_name("tiny.py"))
@@ -44,6 +45,8 @@ def test_optimize_writes_plan_report_and_ir(run, tmp_path):
     for task in ("understanding", "generation"):
         entry = report["tasks"][task]
         assert entry["flops"]["ratio"] == entry["flops"]["after"]["total"] / entry["flops"]["before"]["total"] < 1
+        kept = entry["activation_bytes"]
+        assert kept["ratio"] == kept["after"] / kept["before"] < 1
         assert entry["tokens_per_block"]["before"] == [6] * 4
         assert entry["tokens_per_block"]["after"][1:3] == [3, 3]
         assert "drop(" in (tmp_path / f"results/ir/{task}.after.txt").read_text()
@@ -77,16 +80,93 @@ def test_no_verify_says_so(run, tmp_path):
     assert json.loads((tmp_path / "results/report.json").read_text())["verification"]["passed"] is None
 
 
-def test_inspect_shows_the_flow(run):
-    result = run("inspect", TINY, "--json")
+def test_inspect_shows_the_flow(run, tmp_path):
+    """As JSON, and in ``facts.json`` with the cost of every node."""
+    sizes = ("--at", "batch=8", "--at", "batch=1")
+    result = run("inspect", TINY, "--json", *sizes, "--flops-convention", "pdrop", "-o", "results/facts")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
+    assert facts["schema"] == 2
     assert [len(facts["tasks"][t]["blocks"]) for t in ("understanding", "generation")] == [3, 3]
     assert facts["tasks"]["understanding"]["visual"]["kind"] == "ids"
     assert facts["tasks"]["generation"]["visual"]["kind"] == "range"
     assert facts["tasks"]["generation"]["visual"]["count"] == 6
     assert facts["shared_parameters"]["elements"] > 0
-    assert "6 of 11" in run("inspect", TINY).output
+    assert facts["gradient_cosines"] is None
+    for task in facts["tasks"].values():
+        example, eight, one = task["cost"]["at"]
+        assert [cost["sizes"]["batch"] for cost in (example, eight, one)] == [2, 8, 1]
+        assert eight["total"]["forward_flops"] == 4 * example["total"]["forward_flops"] > 0
+        assert one["total"]["backward_flops"] == example["total"]["backward_flops"] / 2
+        assert example["by_kind"]["visual"]["forward_flops"] < example["total"]["forward_flops"]
+        assert example["convention"]["name"] == "pdrop"
+        assert task["measured"] is None
+    written = json.loads((tmp_path / "results/facts/facts.json").read_text())
+    assert written["tasks"]["generation"]["nodes"][0]["node"]
+    assert written["shared_parameters"] == facts["shared_parameters"]
+
+
+def test_inspect_measures_batches_of_a_file(run, tmp_path, monkeypatch):
+    """In tables that fit a terminal of 80 columns."""
+    tg.save_batches(tmp_path / "batches.safetensors", {t: [dict(x.inputs)] for t, x in five().tasks.items()})
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run("inspect", TINY, "--at", "batch=4,tokens=12", "--calibrate", "batches.safetensors")
+    assert result.exit_code == 0, result.output
+    text = result.stdout
+    assert "6 of 11" in text
+    for title in (
+        "understanding: batch 2, 11 tokens, 6 visual",
+        "understanding: batch 4, 12 tokens, 6 visual",
+        "generation: batch 4, 12 tokens, 6 visual",
+        "understanding: attention to the image, visual rows",
+        "gradient cosines: understanding, generation",
+    ):
+        assert title in text
+    rows = [line.strip("│ ").split() for line in text.splitlines()]
+    assert any(row[:3] == ["blocks", "0-2,", "each"] for row in rows)
+    assert any(row[:2] == ["visual", "tokens"] and row[-1].endswith("%") for row in rows)
+    for headings in (["forward", "backward", "moved", "kept", "share"], ["whole", "visual", "text"]):
+        assert any(row[-len(headings) :] == headings for row in header_rows(text))
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def header_rows(text: str) -> list[list[str]]:
+    return [line.replace("┃", " ").split() for line in text.splitlines() if line.startswith("┃")]
+
+
+def five() -> tg.ModelSpec:
+    return tiny.build(batch=5)
+
+
+def test_inspect_measures_the_example(run):
+    result = run("inspect", TINY, "--calibrate", "example", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    for task in facts["tasks"].values():
+        assert len(task["measured"]["redundancy"]["cosine"]) == 3
+        assert task["measured"]["gradients"]
+    assert [c["block"] for c in facts["gradient_cosines"]] == [0, 1, 2]
+
+
+INSPECT_REFUSED = {
+    "no such file": (["nowhere.py"], 2, "no such file: nowhere.py"),
+    "size without value": ([TINY, "--at", "batch"], 2, "'batch' is not NAME=VALUE"),
+    "size of zero": ([TINY, "--at", "batch=0"], 2, "batch=0 is no positive whole number"),
+    "size that is no number": ([TINY, "--at", "tokens=many"], 2, "tokens=many is no positive whole number"),
+    "unknown convention": ([TINY, "--flops-convention", "mine"], 2, "'mine' is not one of"),
+    "no such batches": ([TINY, "--calibrate", "b.safetensors"], 2, "no such file: b.safetensors"),
+    "batches of another kind": ([TINY, "--calibrate", TINY], 1, "is no safetensors file"),
+    "unknown size": ([TINY, "--at", "pixels=3"], 1, "has no size 'pixels'"),
+}
+
+
+@pytest.mark.parametrize("case", INSPECT_REFUSED)
+def test_inspect_refuses(run, tmp_path, case):
+    arguments, code, message = INSPECT_REFUSED[case]
+    result = run("inspect", *arguments, "-o", "results")
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_policies_are_listed(run):

@@ -177,6 +177,14 @@ def test_visual_share_of_a_head_that_reads_a_slice(janus_example: Captured, visu
     assert [n.visual for n in head] == pytest.approx([share] * len(head))
 
 
+@pytest.mark.parametrize(("task", "share"), [("understanding", 16 / 25), ("generation", 16 / 20)])
+def test_visual_share_of_samples_and_rows_in_one_axis(digits_example: Captured, task: str, share: float) -> None:
+    """The loss sees ``[batch * tokens, classes]``."""
+    for sizes in ({}, {"batch": 9}):
+        found = [n for n in cost_of(digits_example, task).at(**sizes).nodes if "cross_entropy" in n.op]
+        assert [n.visual for n in found] == pytest.approx([share])
+
+
 def test_everything_in_the_encoder_is_visual(janus_example: Captured) -> None:
     cost = cost_of(janus_example, "understanding").at()
     encoder = [n for n in cost.nodes if n.region == "encoder"]
@@ -209,9 +217,14 @@ def test_fixed_sizes_are_refused(tiny_example: Captured) -> None:
     assert cost.at(visual=6).total() == cost.at().total()
 
 
-@pytest.mark.parametrize("sizes", [{"visual": 9, "tokens": 8}, {"batch": 0}, {"tokens": 5}])
-def test_sizes_that_no_batch_has_are_refused(tiny_example: Captured, sizes: dict[str, int]) -> None:
-    with pytest.raises(tg.AnalysisError, match="no sample has"):
+@pytest.mark.parametrize(("sizes", "message"), [
+    ({"visual": 9, "tokens": 8}, "no sample has 9 visual tokens among 8"),
+    ({"tokens": 5}, "no sample has 6 visual tokens among 5"),
+    ({"batch": 0}, "batch cannot be 0"),
+    ({"visual": -1}, "visual cannot be -1"),
+])  # fmt: skip
+def test_sizes_that_no_batch_has_are_refused(tiny_example: Captured, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(tg.AnalysisError, match=message):
         cost_of(tiny_example, "understanding").at(**sizes)
 
 

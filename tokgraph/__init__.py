@@ -4,6 +4,7 @@ their parameters.
 
 from .analyze import analyze
 from .capture import capture
+from .cost import TaskCost
 from .errors import (
     AnalysisError,
     BatchError,
@@ -17,6 +18,7 @@ from .errors import (
     VerificationError,
 )
 from .facts import Facts, TaskFacts
+from .measure import Measurements, load_batches, measure, save_batches
 from .optimize import optimize
 from .plan import DropSite, Plan
 from .planning import make_plan
@@ -25,6 +27,7 @@ from .program import Program, TaskGraph
 from .rewrite import apply
 from .runtime import Accelerated, TaskModule
 from .spec import ModelSpec, Task, VisualTokens, load
+from .summary import summarise
 from .verdict import Verification
 from .verification import verify
 
@@ -40,6 +43,7 @@ __all__ = [
     "IllegalRewriteError",
     "InternalError",
     "LoadError",
+    "Measurements",
     "ModelSpec",
     "Plan",
     "PlanError",
@@ -47,6 +51,7 @@ __all__ = [
     "Program",
     "SpecError",
     "Task",
+    "TaskCost",
     "TaskFacts",
     "TaskGraph",
     "TaskModule",
@@ -58,7 +63,11 @@ __all__ = [
     "apply",
     "capture",
     "load",
+    "load_batches",
     "make_plan",
+    "measure",
     "optimize",
+    "save_batches",
+    "summarise",
     "verify",
 ]

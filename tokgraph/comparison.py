@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +13,7 @@ from .errors import TokgraphError
 from .facts import Facts
 from .optimize import Progress
 from .plan import DropSite, Plan
+from .planner import checked_mix
 from .planning import make_plan
 from .policies import Policy
 from .program import Program, is_meta
@@ -46,14 +48,14 @@ def compare(
         ``error`` instead.
 
     Raises:
-        TokgraphError: the model cannot be captured or analysed.
+        TokgraphError: the model cannot be captured or analysed, or the mix does not weigh its tasks.
     """
     tell = progress or (lambda stage: None)
     tell("capture")
     program = capture(spec)
     tell("analyse")
     facts = analyze(program)
-    weights = {name: 1.0 / len(facts) if mix is None else mix.get(name, 0.0) / sum(mix.values()) for name in facts}
+    weights = checked_mix(facts, mix)
     rows = []
     for policy in policies:
         label = policy if isinstance(policy, str) else getattr(policy, "name", getattr(policy, "policy", "plan"))
@@ -101,7 +103,7 @@ def diff(a: Plan, b: Plan) -> dict[str, Any]:
     Returns:
         ``{"only_a": sites, "only_b": sites, "common": sites, "fields": {name: [in a, in b]}}``.
     """
-    mine, others = set(a.sites), set(b.sites)
+    mine, others = Counter(a.sites), Counter(b.sites)
     fields = {
         name: [getattr(a, name), getattr(b, name)]
         for name in ("exact", "policy", "options")
@@ -115,5 +117,5 @@ def diff(a: Plan, b: Plan) -> dict[str, Any]:
     }
 
 
-def _sites(sites: set[DropSite]) -> list[dict[str, Any]]:
-    return [asdict(site) for site in sorted(sites, key=lambda s: (s.task, s.start, -(s.end or 0), repr(s)))]
+def _sites(sites: Counter[DropSite]) -> list[dict[str, Any]]:
+    return [asdict(site) for site in sorted(sites.elements(), key=lambda s: (s.task, s.start, -(s.end or 0), repr(s)))]

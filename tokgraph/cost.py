@@ -126,6 +126,11 @@ class Sizes:
             raise AnalysisError(
                 f"task {self.task!r} has no size {unknown[0]!r}", help=f"its sizes are {', '.join(self.names)}"
             )
+        for name, size in asked.items():
+            if size < (0 if name == "visual" else 1):
+                raise AnalysisError(
+                    f"task {self.task!r}: {name} cannot be {size}", help="ask for a size that a batch has"
+                )
         wanted = {name: asked.get(name, self.example_of(name)) for name in ("batch", "visual", *asked)}
         found = self._solve(wanted, asked, {})
         if "tokens" not in asked:
@@ -164,10 +169,10 @@ class Sizes:
 
     def _check(self, values: Mapping[sympy.Symbol, int]) -> None:
         batch, tokens, visual = (self._at(name, values) for name in ("batch", "tokens", "visual"))
-        if not (visual.is_integer and 0 <= visual <= tokens and batch >= 1):
+        if not (visual.is_integer and 0 <= visual <= tokens):
             raise AnalysisError(
                 f"task {self.task!r}: no sample has {visual} visual tokens among {tokens} (batch {batch})",
-                help="ask for batch >= 1 and 0 <= visual <= tokens",
+                help="ask for no more visual tokens than tokens, and for whole images",
             )
         if self.planned and visual != self.example_of("visual"):
             raise AnalysisError(

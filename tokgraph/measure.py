@@ -100,7 +100,7 @@ def image_mass(measured: Measurements, facts: Facts) -> dict[str, tuple[float, .
 def save_batches(path: Path, batches: Batches) -> None:
     """Write calibration batches: one safetensors file, tensors named ``task/number/input``."""
     tensors = {
-        f"{task}/{number}/{name}": value.contiguous()
+        f"{task}/{number}/{name}": value.detach().clone(memory_format=torch.contiguous_format)
         for task, of_task in batches.items()
         for number, batch in enumerate(of_task)
         for name, value in batch.items()
@@ -127,6 +127,8 @@ def load_batches(path: Path, spec: ModelSpec) -> dict[str, list[dict[str, Any]]]
                 f"{path}: tensor {key!r} is not named TASK/NUMBER/INPUT", help="as understanding/0/input_ids"
             )
         found.setdefault(task, {}).setdefault(int(number), {})[name] = tensors[key]
+    if not found:
+        raise BatchError(f"{path} holds no batches", help="write some with tokgraph.save_batches")
     _known_tasks(found, spec.tasks)
     batches: dict[str, list[dict[str, Any]]] = {}
     for task, numbered in found.items():

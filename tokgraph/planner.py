@@ -18,6 +18,8 @@ from .plan import DropSite
 
 TOLERANCE = 0.01
 """Relative deviation from the target that a plan may have."""
+DIGITS = 9
+"""Decimals in which mass is compared: equal sums may differ in their last bits."""
 Mass = Mapping[str, Sequence[float]]
 
 
@@ -92,12 +94,16 @@ class Search:
         """Lines that say what was chosen, and why the runners-up lost."""
         source = "measured" if self.calibrated else "assumed (no calibration)"
         lines = [
-            f"target {self.target:g}x; attention mass {source}; {len(self.others) + 1} plans meet it",
+            f"target {self.target:g}x; attention mass {source}; plans that meet it: {len(self.others) + 1}",
             f"chosen: {self.best}",
         ]
         for other in self.others[:most]:
-            more = other.loss / self.best.loss - 1 if self.best.loss else math.inf
-            why = f"loses {more:.1%} more mass" if more > 0 else "loses as much, and is later in the order of spans"
+            if round(other.loss, DIGITS) == round(self.best.loss, DIGITS):
+                why = "loses as much, and is later in the order of spans"
+            elif self.best.loss:
+                why = f"loses {other.loss / self.best.loss - 1:.1%} more mass"
+            else:
+                why = "loses mass, the plan chosen none"
             lines.append(f"passed over: {other}: {why}")
         return lines
 
@@ -114,7 +120,7 @@ class Costs:
     def __init__(self, facts: Facts, mix: Mapping[str, float] | None, exact: bool) -> None:
         self.facts = facts
         self.exact = exact
-        self.mix = _checked_mix(facts, mix)
+        self.mix = checked_mix(facts, mix)
         self._blocks = {name: _block_polynomials(task) for name, task in facts.items()}
         self._visual = {name: task.visual.count / task.demand.tokens for name, task in facts.items()}
 
@@ -148,7 +154,8 @@ def search(
 ) -> Search:
     """The plan that meets a FLOPs target and loses the least attention mass, with sharing index 1.0.
 
-    Where removing what no demanded output reads costs no more than the target, the plan has no site.
+    Where the program without sites costs no more than the target (with ``exact``: without what no demanded output reads),
+    the plan has no site.
 
     Args:
         facts: facts of the program, as :func:`tokgraph.analyze` finds them.
@@ -161,16 +168,18 @@ def search(
         PlanError: the target cannot be met with sharing index 1.0 (the message says what can), or the tasks differ in
             their number of blocks.
     """
-    costs = Costs(facts, mix, exact)
     depths = {len(task.blocks) for task in facts.values()}
     if len(depths) != 1 or min(depths) < 3:
         raise PlanError(f"the planner needs tasks over the same three blocks or more; there are {sorted(depths)}")
     (depth,) = depths
+    costs = Costs(facts, mix, exact)
     known = _checked_mass(facts, mass)
     weight = [sum(w * known[name][b] for name, w in costs.mix.items()) for b in range(depth)]
-    if exact and costs.unthinned <= target:
-        return Search(target, Candidate(1, 1, 1, 1.0, costs.unthinned, 0.0), (), mass is not None)
-    found = [_nearest(costs, weight, a, b, stride, target) for a, b, stride in _shapes(depth)]
+    whole = Candidate(1, 1, 1, 1.0, costs.unthinned, 0.0)
+    if costs.unthinned <= target:
+        return Search(target, whole, (), mass is not None)
+    nearest = [_nearest(costs, weight, a, b, stride, target) for a, b, stride in _shapes(depth)]
+    found = [whole, *(c for c in nearest if c.keep < 1)]
     met = sorted((c for c in found if abs(c.flops / target - 1) <= TOLERANCE), key=_order)
     if not met:
         low = min(_candidate(costs, weight, a, b, stride, 0.0).flops for a, b, stride in _shapes(depth))
@@ -214,8 +223,8 @@ def _candidate(costs: Costs, weight: Sequence[float], start: int, end: int, stri
 
 
 def _order(c: Candidate) -> tuple[float, int, int, int]:
-    """Least mass lost first; of equals the later, shorter span. Rounded: equal sums may differ in their last bits."""
-    return (round(c.loss, 9), -c.start, c.end, c.stride)
+    """Least mass lost first; of equals the later, shorter span."""
+    return (round(c.loss, DIGITS), -c.start, c.end, c.stride)
 
 
 def _total(task: TaskFacts, exact: bool) -> float:
@@ -236,10 +245,15 @@ def _block_polynomials(task: TaskFacts) -> list[tuple[float, float, float]]:
     return [(a, b, c) for a, b, c in sums]
 
 
-def _checked_mix(facts: Facts, mix: Mapping[str, float] | None) -> dict[str, float]:
+def checked_mix(facts: Facts, mix: Mapping[str, float] | None) -> dict[str, float]:
+    """Task -> weight, summing to 1; all alike by default.
+
+    Raises:
+        PlanError: a weight is negative, all are 0, or a task is unknown.
+    """
     weights = dict.fromkeys(facts, 1.0) if mix is None else dict(mix)
     unknown = sorted(set(weights) - set(facts))
-    if unknown or not all(w >= 0 for w in weights.values()) or not sum(weights.values()):
+    if unknown or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()):
         raise PlanError(
             f"the mix {weights} does not weigh the tasks {', '.join(facts)}", help="as understanding=0.5,generation=0.5"
         )

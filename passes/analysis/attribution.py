@@ -18,7 +18,7 @@ from ..rules import axis_map
 from ..rules.registry import Axis
 from .cost import example_symbols, node_works, uncounted
 from .pathways import visual_counts
-from .rows import Chain, row_spaces
+from .rows import SAMPLES, Chain, held_rows
 
 aten = torch.ops.aten
 VISUAL = sympy.Symbol("visual", integer=True, nonnegative=True)
@@ -91,7 +91,9 @@ class _Encoder:
 
     def __init__(self, graph: TaskGraph, facts: TaskFacts, sizes: Sizes) -> None:
         branch = {node for node in graph.graph.nodes if node.name in facts.visual.branch}
-        pixels = {x for node in branch if tensor(node) is not None for x in node.all_input_nodes if x.op == "placeholder"}
+        pixels = {
+            x for node in branch if tensor(node) is not None for x in node.all_input_nodes if x.op == "placeholder"
+        }
         self._nodes = branch | pixels if sizes.names["visual"] is VISUAL else set()
         self._grows = VISUAL / facts.visual.count
         self._images = {symbol: symbol * self._grows for symbol in sizes.names["batch"].free_symbols}
@@ -136,7 +138,9 @@ class _Shares:
     """Tells which share of a node's rows is visual, and which is not."""
 
     def __init__(self, graph: TaskGraph, facts: TaskFacts, sizes: Sizes) -> None:
-        self._spaces = row_spaces(graph.graph, facts)
+        held = held_rows(graph.graph, facts)
+        self._spaces: dict[Axis, Chain] = {axis: x for axis, parts in held.items() for x in parts if x != SAMPLES}
+        self._merged = {axis for axis, parts in held.items() if len(parts) == 2}
         self._known: dict[Any, tuple[Any, Any]] = {}
         counts = visual_counts(graph, facts, set(self._spaces.values()))
         self._counts: dict[Chain, Any] = {chain: sympy.nsimplify(count) for chain, count in counts.items()}
@@ -178,11 +182,13 @@ class _Shares:
         axis = self._row_axis(node)
         if axis is None:
             return 0, 0
-        rows, count = dims(axis[0])[axis[1]], self._counts[self._spaces[axis]]
-        if (rows, count) not in self._known:
-            share = sympy.Min(1, count / sympy.sympify(rows)) if rows != 0 else sympy.Integer(0)
-            self._known[rows, count] = (share, 1 - share)
-        return self._known[rows, count]
+        size, count, merged = dims(axis[0])[axis[1]], self._counts[self._spaces[axis]], axis in self._merged
+        key = (size, count, merged)
+        if key not in self._known:
+            rows = sympy.sympify(size) / (self._sizes.names["batch"] if merged else 1)
+            share = sympy.Min(1, count / sympy.expand(rows)) if rows != 0 else sympy.Integer(0)
+            self._known[key] = (share, 1 - share)
+        return self._known[key]
 
     def degree(self, node: fx.Node) -> int:
         """The power of the number of tokens that a node's FLOPs grow with."""

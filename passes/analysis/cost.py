@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokgraph.cost import Work
-from tokgraph.fxnode import ancestors, fake_mode, value
+from tokgraph.fxnode import ancestors, argument, fake_mode, tensor, value
 from tokgraph.program import TaskGraph
 
 from ..rules import axis_map
@@ -264,10 +264,13 @@ class _Counter:
         alias = probe.aliases[0] if probe.aliases else None
         self._roots[node] = self._root(inputs[alias]) if alias is not None else node
         fused = node.target is _SDPA
-        saved_from = inputs if fused and probe.needs_grad else [inputs[i] for i in sorted(probe.saved_arguments)]
+        mask = _converted_mask(node) if fused else None
+        saved_from = [inputs[i] for i in sorted(probe.saved_arguments)]
+        if fused and probe.needs_grad:
+            saved_from = [x for x in inputs if x is not mask]
         if probe.saved_outputs or (fused and probe.needs_grad):
             saved_from = [*saved_from, node]
-        fresh = self._resize(node, _log_sum_exp(outputs[0]) if fused else probe.saved_bytes)
+        fresh = self._resize(node, _beside_operands(outputs[0], mask) if fused else probe.saved_bytes)
         trains = probe.needs_grad and node in self._trained
         kept = self._keep(saved_from) + fresh if trains else 0
         written = 0 if alias is not None else self._size(node)
@@ -298,6 +301,14 @@ class _Counter:
         return self._resize(node, sum(map(_bytes, tensors(value(node)))))
 
 
-def _log_sum_exp(output: torch.Tensor) -> Any:
-    """Bytes of the float32 normaliser that fused attention keeps for each query and head."""
-    return prod(_shape(output)[:-1], start=4)
+def _converted_mask(attention: fx.Node) -> fx.Node | None:
+    """The mask of a fused attention if it is boolean: kernels add one of the operands' type, and keep that."""
+    mask = argument(attention, "attn_mask")
+    found = tensor(mask)
+    return mask if found is not None and found.dtype is torch.bool else None
+
+
+def _beside_operands(output: torch.Tensor, mask: fx.Node | None) -> Any:
+    """Bytes that fused attention keeps beside operands and result: a normaliser for each query and head, a mask."""
+    normaliser = prod(_shape(output)[:-1], start=max(4, output.element_size()))
+    return normaliser + (prod(_shape(tensor(mask)), start=output.element_size()) if mask is not None else 0)

@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..errors import PlanError
 from ..facts import Facts
@@ -81,7 +83,7 @@ def policy(name: str, **options: Any) -> Policy:
     """A policy by name.
 
     Raises:
-        PlanError: no such policy, or it has no such option.
+        PlanError: no such policy, it has no such option, or an option's value is of another type.
     """
     cls = policies().get(name)
     if cls is None:
@@ -91,4 +93,13 @@ def policy(name: str, **options: Any) -> Policy:
     if unknown:
         takes = ", ".join(sorted(known)) or "none"
         raise PlanError(f"policy {name!r} has no option {unknown[0]!r}", help=f"its options are: {takes}")
-    return cls(**options)
+    hints = get_type_hints(cls)
+    return cls(**{option: _typed(name, option, value, hints[option]) for option, value in options.items()})
+
+
+def _typed(policy: str, option: str, value: Any, hint: Any) -> Any:
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise PlanError(f"policy {policy!r}: option {option}={value!r}: {message}") from None

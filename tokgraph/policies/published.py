@@ -138,6 +138,11 @@ class RandomLTD(Policy):
 
     def plan(self, facts: Facts) -> Plan:
         """One site a middle block and task."""
+        short = next((task for task in facts.values() if len(task.blocks) < 3), None)
+        if short is not None:
+            raise PlanError(
+                f"task {short.name!r} has {len(short.blocks)} blocks, and none between the first and the last"
+            )
         sites = [
             DropSite(task.name, b, b + 1, ratio("keep", self.keep), "random", seed=self.seed + b)
             for task in facts.values()
@@ -197,7 +202,11 @@ class TaskSpecific(Policy):
         """One site an understanding task."""
         sites = []
         for task in of_kind(facts, "understanding"):
-            first = block("start", int(ratio("start", self.start) * len(task.blocks)), task)
+            first = int(ratio("start", self.start) * len(task.blocks))
+            if first == len(task.blocks):
+                raise PlanError(
+                    f"start={self.start} leaves no block of task {task.name!r} to thin", help="give less than 1"
+                )
             sites.append(DropSite(task.name, first, None, ratio("keep", self.keep), restore=False))
         return self.made(sites, self.exact)
 
@@ -214,6 +223,8 @@ def hmgen_sites(facts: Facts, skipped: int | None) -> list[DropSite]:
         depth = len(task.blocks)
         most = (depth - 1) // 2
         count = depth // 3 if skipped is None else skipped
+        if most < 1:
+            raise PlanError(f"task {task.name!r} has {depth} blocks, and none between the first and the last")
         if not 1 <= count <= most:
             raise PlanError(
                 f"skipped={count} is outside 1 .. {most}: task {task.name!r} has {depth} blocks, and skipped ones alternate "

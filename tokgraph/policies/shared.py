@@ -55,6 +55,11 @@ class Shared(Policy):
         """
         if self.target_flops is not None:
             return self.made(self.search(facts).best.sites(facts), self.exact)
+        if self.mix is not None or self.mass is not None:
+            raise PlanError(
+                f"{'mass' if self.mix is None else 'mix'} is for the planner, which works towards target_flops",
+                help="give target_flops, or leave it out",
+            )
         if not 0.0 <= self.keep <= 1.0:
             raise PlanError(f"keep={self.keep} is outside [0, 1]", help="keep is the ratio of visual tokens that stay")
         blocks = min(len(task.blocks) for task in facts.values())
