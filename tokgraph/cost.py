@@ -14,6 +14,12 @@ Amount = sympy.Expr | float
 Region = Literal["encoder", "input", "block", "head"]
 
 
+def expression(x: Any) -> sympy.Expr:
+    """A size as an expression."""
+    found: sympy.Expr = sympy.sympify(x)
+    return found
+
+
 @dataclass(frozen=True)
 class Work:
     """FLOPs (a multiply-add is two) and bytes of one training step. Views cost nothing.
@@ -142,10 +148,10 @@ class Sizes:
 
     def example_of(self, name: str) -> int:
         """A named size in the example batch."""
-        return int(sympy.sympify(self.names[name]).xreplace(dict(self.example)))
+        return int(expression(self.names[name]).xreplace(dict(self.example)))
 
     def _at(self, name: str, values: Mapping[sympy.Symbol, int]) -> sympy.Expr:
-        return sympy.sympify(sympy.sympify(self.names[name]).xreplace({**self.example, **values}))
+        return expression(expression(self.names[name]).xreplace({**self.example, **values}))
 
     def _solve(
         self, wanted: Mapping[str, int], asked: Mapping[str, int], known: Mapping[sympy.Symbol, int]
@@ -156,7 +162,7 @@ class Sizes:
             left = sympy.expand(self.names[name].xreplace(solved) - wanted[name])
             free = sorted(left.free_symbols, key=str)
             roots = sympy.solve(left, free[0]) if free else []
-            value = sympy.sympify(roots[0].xreplace(dict(self.example))) if roots else None
+            value = expression(roots[0].xreplace(dict(self.example))) if roots else None
             if value is not None and value.is_integer and value >= 0:
                 solved[free[0]] = int(value)
             elif left != 0 and (free or name in asked):
@@ -216,7 +222,7 @@ class TaskCost:
             if not isinstance(amount, sympy.Basic):
                 return amount
             if amount not in known:
-                found = amount.xreplace(values)
+                found = expression(amount.xreplace(values))
                 known[amount] = int(found) if found.is_Integer else float(found)
             return known[amount]
 

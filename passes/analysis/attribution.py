@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from tokgraph.cost import NodeCost, Region, Sizes, TaskCost
+from tokgraph.cost import NodeCost, Region, Sizes, TaskCost, expression
 from tokgraph.facts import TaskFacts, Window
 from tokgraph.fxnode import argument, dims, module_path, rank, tensor, tensor_inputs, value
 from tokgraph.program import TaskGraph
@@ -52,9 +52,11 @@ def task_cost(graph: TaskGraph, facts: TaskFacts) -> TaskCost:
 def _sizes(graph: TaskGraph, facts: TaskFacts) -> Sizes:
     nodes = {node.name: node for node in graph.graph.nodes}
     stream = next(n for name in (facts.entry, facts.visual.entry) if (n := nodes.get(name)) is not None)
-    batch, tokens = (sympy.sympify(d) for d in dims(stream)[:2])
+    batch, tokens = (expression(d) for d in dims(stream)[:2])
     example = example_symbols(graph)
-    visual = _range_length(nodes, facts, tokens) if facts.visual.kind == "range" else _images(nodes, facts, example)
+    visual = (
+        _range_length(nodes, facts, tokens) if facts.visual.kind == "range" else _images(stream, nodes, facts, example)
+    )
     if visual is None:
         visual, example = VISUAL, {**example, VISUAL: facts.visual.count}
     by_symbol = {str(symbol): symbol for symbol in example}
@@ -66,18 +68,21 @@ def _range_length(nodes: dict[str, fx.Node], facts: TaskFacts, tokens: sympy.Exp
     """Length of a range of positions, as an expression where it reaches the end of the token axis."""
     flow = facts.visual
     if flow.stop is not None or flow.start < 0 or any(name not in nodes for name, _ in flow.before):
-        return sympy.Integer(flow.count)
-    return sympy.expand(tokens - flow.start - sum(sympy.sympify(dims(nodes[n])[axis]) for n, axis in flow.before))
+        return expression(sympy.Integer(flow.count))
+    before = sum(expression(dims(nodes[n])[axis]) for n, axis in flow.before)
+    return expression(sympy.expand(tokens - flow.start - before))
 
 
-def _images(nodes: dict[str, fx.Node], facts: TaskFacts, example: dict[sympy.Symbol, int]) -> sympy.Expr | None:
+def _images(
+    stream: fx.Node, nodes: dict[str, fx.Node], facts: TaskFacts, example: dict[sympy.Symbol, int]
+) -> sympy.Expr | None:
     """Visual tokens of a sample, where the encoder's rows have a symbol of their own (as many images as there are)."""
     entry = nodes.get(facts.visual.entry)
     made = [] if entry is None else [x for x in tensor_inputs(entry) if x.name in facts.visual.branch]
-    if entry is None or not made:
+    if not made or rank(stream) != 3:
         return None
-    batch, tokens, width = (sympy.sympify(d) for d in dims(entry)[:3])
-    rows = sympy.cancel(sympy.prod([sympy.sympify(d) for d in dims(made[-1])]) / (width * batch))
+    batch, tokens, width = (expression(d) for d in dims(stream))
+    rows = sympy.cancel(sympy.prod([expression(d) for d in dims(made[-1])]) / (width * batch))
     own = rows.free_symbols - batch.free_symbols - tokens.free_symbols
     return rows if own and rows.xreplace(example) == facts.visual.count else None
 
@@ -104,7 +109,7 @@ class _Encoder:
         if node not in self._nodes or amount == 0:
             return amount
         if amount not in self._known:
-            grown = sympy.sympify(amount).xreplace(self._images) if self._images else amount * self._grows
+            grown = expression(amount).xreplace(self._images) if self._images else amount * self._grows
             self._known[amount] = grown
         return self._known[amount]
 
@@ -167,9 +172,9 @@ class _Shares:
     def _in_window(self, node: fx.Node, window: Window, facts: TaskFacts) -> sympy.Expr:
         """Visual rows of a slice, where their number grows with the sequence."""
         visual, tokens = self._sizes.names["visual"], self._sizes.names["tokens"]
-        length = sympy.sympify(dims(node)[1])
+        length = expression(dims(node)[1])
         if self.planned or not visual.free_symbols or not length.free_symbols:
-            return sympy.Integer(window.visual)
+            return expression(sympy.Integer(window.visual))
         if facts.visual.kind != "range":  # where they are is not known: the slice leaves out as many as in the example
             return sympy.Max(0, visual - (facts.visual.count - window.visual))
         start, end = _bound(argument(node, "start"), 0, tokens), _bound(argument(node, "end"), tokens, tokens)
@@ -185,7 +190,7 @@ class _Shares:
         size, count, merged = dims(axis[0])[axis[1]], self._counts[self._spaces[axis]], axis in self._merged
         key = (size, count, merged)
         if key not in self._known:
-            rows = sympy.sympify(size) / (self._sizes.names["batch"] if merged else 1)
+            rows = expression(size) / (self._sizes.names["batch"] if merged else 1)
             share = sympy.Min(1, count / sympy.expand(rows)) if rows != 0 else sympy.Integer(0)
             self._known[key] = (share, 1 - share)
         return self._known[key]
@@ -212,6 +217,6 @@ def _bound(bound: Any, default: Any, tokens: sympy.Expr) -> sympy.Expr:
     if isinstance(bound, fx.Node):
         bound = value(bound)
     if bound is None or (isinstance(bound, int) and bound >= 2**31):
-        return sympy.sympify(default if bound is None else tokens)
-    found = sympy.sympify(bound.node.expr if isinstance(bound, torch.SymInt) else bound)
+        return expression(default if bound is None else tokens)
+    found = expression(bound.node.expr if isinstance(bound, torch.SymInt) else bound)
     return tokens + found if found.is_negative else found

@@ -104,7 +104,7 @@ def example_symbols(graph: TaskGraph) -> dict[sympy.Symbol, int]:
     for node, leaf in zip(placeholders, example_leaves(graph), strict=True):
         for fake, size in zip(_shape(value(node)), _shape(leaf), strict=True):
             if isinstance(fake, sympy.Expr) and fake.free_symbols:
-                symbol = next(iter(fake.free_symbols))
+                symbol: Any = next(iter(fake.free_symbols))
                 found.setdefault(symbol, int(sympy.solve(fake - size, symbol)[0]))
     makers = [n for n in graph.graph.nodes if n.meta.get("unbacked_bindings")]
     for node, made in zip(makers, evaluate(graph, makers), strict=True):
@@ -230,7 +230,7 @@ def _without_trace(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def _storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)
 
 
 class _Counter:
