@@ -132,7 +132,7 @@ def _print(found: dict[str, Any], console: Console) -> None:
         title=f"relative to the captured program; mix: {mix}", box=SIMPLE_HEAD, padding=0, collapse_padding=True
     )
     table.add_column("policy", no_wrap=True)
-    rest = ("FLOPs mixed", "activations", "sharing", "coverage", "new params", "verified")
+    rest = ("FLOPs mixed", "kept bytes", "sharing", "coverage", "new params", "verified")
     for column in (*(f"FLOPs {t}" for t in tasks), *rest):
         table.add_column(column, justify="right", overflow="fold", min_width=len("0.123"))
     for row in found["rows"]:
@@ -140,7 +140,7 @@ def _print(found: dict[str, Any], console: Console) -> None:
             table.add_row(row["policy"], "-")
             continue
         ratios = [*(row["flops_ratio"][t] for t in tasks), row["mixed_flops_ratio"], row["activation_ratio"]]
-        verdict = {True: "yes", False: "NO", None: "not tried"}[row["verified"]]
+        verdict = {True: "yes", False: "NO", None: "-"}[row["verified"]]
         cells = [f"{x:.3f}" for x in (*ratios, row["sharing_index"], row["coverage"])]
         table.add_row(row["policy"], *cells, str(row["new_parameters"]), verdict)
     console.print(table)

@@ -144,13 +144,11 @@ def _number(x: float | None, digits: int = 3) -> str:
 def _print_cosines(cosines: list[dict[str, Any]], console: Console) -> None:
     """One table a pair of tasks: a row a block."""
     for pair in dict.fromkeys(tuple(c["tasks"]) for c in cosines):
-        table = Table(
-            title=f"gradient cosines: {pair[0]}, {pair[1]}",
-            caption="whole; through visual rows; through others",
-        )
+        table = Table()
         for column in ("block", "whole", "visual", "text"):
             table.add_column(column, justify="right", no_wrap=True)
         for c in cosines:
             if tuple(c["tasks"]) == pair:
                 table.add_row(str(c["block"]), *(_number(c[part]) for part in ("whole", "visual", "text")))
+        console.print(f"gradient cosines: {pair[0]}, {pair[1]} (whole; through visual rows; through others)")
         console.print(table)

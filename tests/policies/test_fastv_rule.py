@@ -31,7 +31,7 @@ def eager() -> Iterator[torch.nn.Module]:
     """The same weights as the captured model, with attention weights that can be looked at."""
     model = janus.tiny_janus()
     model.set_attn_implementation({"text_config": "eager"})
-    with torch.no_grad(), mock.patch.object(F, "softmax", unrounded_softmax):
+    with mock.patch.object(F, "softmax", unrounded_softmax):
         yield model
 
 
@@ -59,6 +59,7 @@ def best(mass: Tensor, free: list[int], count: int) -> list[int]:
     return sorted(sorted(free, key=lambda i: (-float(mass[i]), i))[:count])
 
 
+@torch.no_grad()
 def published_fastv(model: torch.nn.Module, inputs: Inputs, k: int, keep: int) -> list[list[int]]:
     """Image positions that stay: ``keep`` of each sample, with the last one among them."""
     given = {name: x for name, x in inputs.items() if name != "labels"}
@@ -70,6 +71,7 @@ def published_fastv(model: torch.nn.Module, inputs: Inputs, k: int, keep: int) -
     return chosen
 
 
+@torch.no_grad()
 def published_pyramid(model: torch.nn.Module, inputs: Inputs, stages: dict[int, int]) -> list[list[list[int]]]:
     """Stage -> sample -> image positions that stay. ``stages``: first block -> tokens kept; rows are really removed."""
     given = {name: x for name, x in inputs.items() if name != "labels"}
