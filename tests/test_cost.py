@@ -72,6 +72,7 @@ def test_digits_generation_at_another_batch(digits_example: Captured) -> None:
     assert_same(found, recaptured(digits_example, "generation", digits_generation(3)))
 
 
+@pytest.mark.slow
 def test_janus_understanding_at_another_batch_and_length(janus_example: Captured) -> None:
     longer = replace(janus.SIZES["tiny"], text_tokens=17)
     inputs = janus.understanding_batch(longer, 5, torch.float64, seed=1)

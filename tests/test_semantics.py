@@ -174,6 +174,7 @@ def test_batches_of_other_shapes_in_nested_spans(captured_janus, task, case):
     check(captured_janus("sdpa"), task, SITES[case], True, other_batch(task, 2, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["no site", "hide for good", "freeze", "nested"])
 @pytest.mark.parametrize("task", TASKS)
 def test_captured_with_a_batch_of_one(captured_janus, task, case):

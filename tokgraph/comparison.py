@@ -82,7 +82,7 @@ def _row(
         "activation_ratio": _mixed(tasks, weights, "activation_bytes", None),
         "sharing_index": report["sharing_index"],
         "coverage": report["coverage"],
-        "new_parameters": 0,
+        "new_parameters": report["new_parameters"],
         "verified": report["verification"]["passed"],
     }
 

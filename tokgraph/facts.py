@@ -77,6 +77,23 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A linear map by which an attention gets its queries, keys or values from the residual stream.
+
+    Args:
+        node: the ``linear`` call.
+        weight: name of its weight.
+        bias: name of its bias.
+        keys: keys or values are among what it makes; else queries only.
+    """
+
+    node: str
+    weight: str
+    bias: str | None
+    keys: bool
+
+
+@dataclass(frozen=True)
 class Block:
     """One decoder layer.
 
@@ -87,6 +104,7 @@ class Block:
         end: the residual stream after it.
         nodes: its nodes, in graph order.
         attention: its attentions over the token axis.
+        projections: the projections of these attentions; none where one is no ``linear`` of the model's own parameters.
     """
 
     index: int
@@ -95,6 +113,7 @@ class Block:
     end: str
     nodes: tuple[str, ...]
     attention: tuple[Attention, ...]
+    projections: tuple[Projection, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,18 @@ def _restore(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     return x.scatter(1, expand_index(index, x.shape, 1, 0), rows)
 
 
+def _gaps(index: Tensor, count: int) -> Tensor:
+    """``[batch, count]`` int64: the positions below ``count`` plus the index's that are not in it, ascending."""
+    taken = torch.zeros(index.shape[0], index.shape[1] + count, dtype=torch.bool, device=index.device)
+    return _rows(~taken.scatter(1, index, True), count, True)
+
+
+def _merge(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    order = torch.cat([_gaps(index, others.shape[1]), index], 1).argsort(1)
+    both = torch.cat([others, rows], 1)
+    return both.gather(1, expand_index(order, both.shape, 1, 0))
+
+
 @torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
 def select(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
     """Rows ``index`` of ``x`` along ``dim``, per sample.
@@ -97,6 +109,21 @@ def restore(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     return _restore(x, rows, index)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::merge", mutates_args=())
+def merge(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """Two sets of rows as one: ``rows`` at the positions ``index``, ``others``, in order, at the positions between.
+
+    Args:
+        others: ``[batch, m, width]``.
+        rows: ``[batch, n, width]``.
+        index: ``[batch, n]`` int64, ascending positions below ``m + n``.
+
+    Returns:
+        ``[batch, m + n, width]``.
+    """
+    return _merge(others, rows, index)
+
+
 def _select_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (index,) = ctx.saved_tensors
     into = expand_index(index, ctx.shape, ctx.dim, ctx.batch_dim)
@@ -127,6 +154,18 @@ def _restore_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return grad.scatter(1, at, 0.0), grad.gather(1, at), None
 
 
+def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    others, _, index = inputs
+    ctx.save_for_backward(_gaps(index, others.shape[1]), index)
+
+
+def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    gaps, index = ctx.saved_tensors
+    return *(grad.gather(1, expand_index(at, grad.shape, 1, 0)) for at in (gaps, index)), None
+
+
+merge.register_fake(_merge)
+merge.register_autograd(_merge_backward, setup_context=_merge_setup)
 select.register_fake(_select)
 drop.register_fake(_drop)
 restore.register_fake(_restore)
@@ -420,6 +459,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
         ops.select.default: _select,
         ops.drop.default: _drop,
         ops.restore.default: _restore,
+        ops.merge.default: _merge,
         ops.range_mask.default: _range_mask,
         ops.demand_mask.default: _demand_mask,
         ops.rows.default: _rows,

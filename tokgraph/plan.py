@@ -15,6 +15,7 @@ from .files import write_atomically
 
 SCHEMA = 1
 Mode = Literal["hide", "freeze"]
+Projections = Literal["shared", "own"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class DropSite:
             serve as keys and values.
         restore: the dropped rows take their places again after the span; else they are gone for good.
         seed: seed of the ``"random"`` selector, which draws anew at every training step.
+        projections: ``"shared"``: visual rows use the model's query, key and value projections; ``"own"``: in the span
+            they get their own copies, new parameters of the task that start as the model's. Kept rows have them, and
+            frozen ones, which still serve as keys and values.
 
     Raises:
         PlanError: a field is out of range.
@@ -48,6 +52,7 @@ class DropSite:
     mode: Mode = "hide"
     restore: bool = True
     seed: int = 0
+    projections: Projections = "shared"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.keep, (int, float)) and math.isfinite(self.keep) and 0.0 <= self.keep <= 1.0):
@@ -57,6 +62,8 @@ class DropSite:
             raise PlanError(f"seed={self.seed} is outside [0, 2**63)")
         if self.mode not in ("hide", "freeze"):
             raise PlanError(f"mode={self.mode!r} is not one of 'hide', 'freeze'")
+        if self.projections not in ("shared", "own"):
+            raise PlanError(f"projections={self.projections!r} is not one of 'shared', 'own'")
         if self.start < 0 or (self.end is not None and self.end <= self.start):
             raise PlanError(f"span [{self.start}, {self.end}) is empty or negative", help="give 0 <= start < end")
 

@@ -68,4 +68,13 @@ def _check_site(site: DropSite, facts: Facts) -> DropSite:
             "would depend on tokens that are not generated yet",
             help="use 'uniform' or 'random' on this task",
         )
-    return site.resolved(len(task.blocks))
+    resolved = site.resolved(len(task.blocks))
+    if site.projections == "own":
+        for block in task.blocks[resolved.start : resolved.end]:
+            if not block.projections:
+                raise PlanError(
+                    f"task {site.task!r}: block {block.index} ({block.module or 'no module'}) computes queries, keys or values "
+                    "by something else than linear layers with parameters of their own, so they cannot be copied",
+                    help="use projections='shared'",
+                )
+    return resolved

@@ -16,6 +16,8 @@ from .spec import ModelSpec, Task
 
 STEP = "tokgraph_step"
 """Attribute of a graph module whose plan draws at random: int64 scalar tensor, the training steps so far."""
+OWN = "tokgraph_own"
+"""Prefix of the names of parameters that a plan adds: ``tokgraph_own.<task>.<name of the parameter it copies>``."""
 COMPACT_OUTPUTS = "tokgraph.compact_outputs"
 """Key of ``GraphModule.meta``: ``{output leaf: position of its row index among the outputs}``."""
 
@@ -100,6 +102,11 @@ class TaskGraph:
         device = model_device(self.graph_module)
         moved: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), dict(self.task.inputs))
         return moved
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, of those that a plan added to the model's."""
+        named = self.graph_module.named_parameters()
+        return {name: parameter for name, parameter in named if name.startswith(f"{OWN}.")}
 
     def symbol_names(self) -> dict[str, str]:
         """Symbol -> the user's name for it."""

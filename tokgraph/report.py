@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .cost import Work
@@ -10,7 +11,7 @@ from .passes.analysis.attribution import task_cost
 from .passes.analysis.pathways import Pathways, coverage, pathways, sharing_index
 from .passes.pipeline import Pipeline
 from .passes.rewrite.pipeline import rewrite_passes
-from .program import Program, TaskGraph
+from .program import OWN, Program, TaskGraph
 from .runtime import Accelerated
 from .verdict import Verification
 
@@ -27,7 +28,8 @@ def make_report(program: Program, accelerated: Accelerated) -> dict[str, Any]:
     facts, plan = accelerated.facts, accelerated.plan
     after = {name: _pathways_after(program[name], accelerated, facts) for name in program}
     before = {name: facts[name].profile for name in program}
-    profiles = {name: p.profile for name, p in after.items()}
+    profiles = {name: _of_copied(p.profile) for name, p in after.items()}
+    added = accelerated.own_parameters
     sizes = {name: p.numel() for name, p in program.model.named_parameters(remove_duplicate=False)}
     tasks = {name: _task_report(program[name], accelerated.program[name], facts, after[name]) for name in program}
     totals = [sum(t["flops"][when]["total"] for t in tasks.values()) for when in ("before", "after")]
@@ -35,12 +37,26 @@ def make_report(program: Program, accelerated: Accelerated) -> dict[str, Any]:
         "schema": SCHEMA,
         "policy": plan.policy,
         "options": plan.options,
-        "sharing_index": round(sharing_index(before, profiles, sizes), 12),
+        "sharing_index": round(sharing_index(before, profiles, sizes, set(map(_copied, added))), 12),
         "coverage": round(coverage(before, profiles, sizes), 12),
+        "new_parameters": sum(p.numel() for p in added.values()),
         "flops_ratio": totals[1] / totals[0],
         "tasks": tasks,
         "verification": _verification_report(accelerated.verification),
     }
+
+
+def _copied(name: str) -> str:
+    """The name of the model's parameter that a parameter of the plan's is a copy of."""
+    return name.split(".", 2)[2] if name.startswith(f"{OWN}.") else name
+
+
+def _of_copied(profile: Mapping[str, float]) -> dict[str, float]:
+    """A profile in which visual tokens that pass a copy count for the parameter that it is a copy of."""
+    merged: dict[str, float] = {}
+    for name, share in profile.items():
+        merged[_copied(name)] = max(merged.get(_copied(name), 0.0), share)
+    return merged
 
 
 def _pathways_after(captured: TaskGraph, accelerated: Accelerated, facts: Facts) -> Pathways:

@@ -95,17 +95,36 @@ class Accelerated(Mapping[str, TaskModule]):
         """The user's model."""
         return self.program.model
 
+    @property
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """``tokgraph_own.<task>.<name>`` -> parameter that the plan added (sites with own projections)."""
+        return {name: p for graph in self.program.values() for name, p in graph.own_parameters().items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of the model, then those that the plan added."""
+        yield from self.model.named_parameters()
+        yield from self.own_parameters.items()
+
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The model's parameters: one optimizer for all tasks."""
-        return self.model.parameters()
+        """The model's parameters and those that the plan added: one optimizer for all tasks."""
+        return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """The model's state, under the model's keys."""
-        return self.model.state_dict()
+        """The model's state, under the model's keys, and the parameters that the plan added."""
+        return {**self.model.state_dict(), **{name: p.detach() for name, p in self.own_parameters.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
-        """Load a checkpoint of the model."""
-        return self.model.load_state_dict(state, strict=strict)
+        """Load a checkpoint of this program, or of the model alone.
+
+        Parameters that the plan added and the checkpoint lacks start as those they are copies of.
+        """
+        added = self.own_parameters
+        keys = self.model.load_state_dict({k: v for k, v in state.items() if k not in added}, strict=strict)
+        loaded = self.model.state_dict()
+        with torch.no_grad():
+            for name, parameter in added.items():
+                parameter.copy_(state[name] if name in state else loaded[name.split(".", 2)[2]])
+        return keys
 
     def __getitem__(self, task: str) -> TaskModule:
         return self._modules_by_task[task]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,9 +11,9 @@ from .errors import VerificationError
 from .facts import TaskFacts
 from .passes.pipeline import Pipeline
 from .passes.rewrite.pipeline import rewrite_passes
-from .passes.verify import badness, compare_gradients, compare_outputs, missing_rows, run_oracle, run_rewritten
+from .passes.verify import Results, badness, compare_gradients, compare_outputs, missing_rows, run_oracle, run_rewritten
 from .passes.verify.interpret import trains_with_dropout
-from .plan import Plan
+from .plan import DropSite, Plan
 from .program import STEP, Program, TaskGraph, is_meta
 from .runtime import Accelerated
 from .spec import split_outputs
@@ -49,13 +50,12 @@ def _verify_task(
     captured: TaskGraph, rewritten: TaskGraph, facts: TaskFacts, plan: Plan, program: Program, dtype: torch.dtype
 ) -> TaskVerification:
     sites = plan.for_task(facts.name)
-    step = int(getattr(rewritten.graph_module, STEP, 0))
-    mine, reference = run_rewritten(rewritten, dtype), run_oracle(captured, facts, sites, dtype, step)
+    mine, reference = run_rewritten(rewritten, dtype), _by_oracle(captured, rewritten, facts, sites, dtype)
     output = max(
         missing_rows(rewritten, mine, reference, facts), compare_outputs(rewritten, mine, reference), key=badness
     )
     gradient = compare_gradients(mine, reference)
-    everything = [replace(site, keep=1.0) for site in sites]
+    everything = [replace(site, keep=1.0, projections="shared") for site in sites]
     kept = Pipeline(rewrite_passes(facts, everything, plan.exact)).run_task(captured)
     whole, plain = run_rewritten(kept, dtype), run_rewritten(captured, dtype)
     errors = [compare_outputs(kept, whole, plain).error, compare_gradients(whole, plain).error]
@@ -63,6 +63,13 @@ def _verify_task(
     return TaskVerification(
         output.error, gradient.error, output.where, gradient.where, identity, _capture_error(captured, program)
     )
+
+
+def _by_oracle(
+    captured: TaskGraph, rewritten: TaskGraph, facts: TaskFacts, sites: Sequence[DropSite], dtype: torch.dtype
+) -> Results:
+    step = int(getattr(rewritten.graph_module, STEP, 0))
+    return run_oracle(captured, facts, sites, dtype, step, rewritten.own_parameters())
 
 
 def _capture_error(graph: TaskGraph, program: Program) -> float | None:

@@ -18,6 +18,7 @@ from ..rules import axis_map
 from ..rules.registry import Axis, Mix
 from ..rules.shape import SIZED
 from .axes import AxisClasses
+from .projections import find_projections
 from .stream import Segment
 
 aten = torch.ops.aten
@@ -100,7 +101,9 @@ def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis)
         if (attention := _attention(mixing, classes)) is not None
     )
     module = min((s.module for s in group), key=len)
-    return Block(index, module, group[0].start.name, group[-1].end.name, tuple(n.name for n in nodes), found)
+    names = tuple(n.name for n in nodes)
+    projections = find_projections(found, nodes)
+    return Block(index, module, group[0].start.name, group[-1].end.name, names, found, projections)
 
 
 def token_mixes(nodes: Sequence[fx.Node], classes: AxisClasses, tokens: Axis) -> list[TokenMix]:

@@ -154,10 +154,13 @@ class _Prober:
 
     def _run(self, node: fx.Node, needs_grad: Callable[[fx.Node], bool]) -> Probe:
         with _without_trace(self._mode):
+            plain = _observe(node, lambda n: _fresh(value(n), needs_grad(n), self._numbers))
+            if not (plain.forward or plain.backward or plain.saved_bytes):
+                return plain  # no amount that depends on sizes; numbers run much faster than symbols
             try:
                 return _observe(node, lambda n: _fresh(value(n), needs_grad(n), list))
             except RuntimeError:  # it asks for the value of a size that depends on data: those of the example batch
-                return _observe(node, lambda n: _fresh(value(n), needs_grad(n), self._numbers))
+                return plain
 
     def _numbers(self, sizes: Iterable[Any]) -> list[int]:
         return [int(sympy.sympify(_plain(size)).xreplace(self._example)) for size in sizes]

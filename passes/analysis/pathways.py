@@ -6,7 +6,7 @@ the example batch. Work that no demanded output reads must be gone from the grap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +112,10 @@ def visual_counts(graph: TaskGraph, facts: TaskFacts, chains: set[Chain]) -> dic
 
 
 def sharing_index(
-    before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int]
+    before: Mapping[str, Mapping[str, float]],
+    after: Mapping[str, Mapping[str, float]],
+    sizes: Mapping[str, int],
+    copied: Collection[str] = (),
 ) -> float:
     """How alike the tasks were thinned, over the parameters that every task uses before the rewrite.
 
@@ -124,12 +127,14 @@ def sharing_index(
         before: task -> profile of the captured graph.
         after: task -> profile of the rewritten graph.
         sizes: parameter name -> number of elements.
+        copied: parameters of which a task's visual tokens use a copy of their own: these count 0.
     """
     shared = _shared(before)
     total = sum(sizes[name] for name in shared)
     if not total:
         return 1.0
-    return sum(sizes[name] * _likeness(_ratios(name, before, after)) for name in shared) / total
+    alike = {name: 0.0 if name in copied else _likeness(_ratios(name, before, after)) for name in shared}
+    return sum(sizes[name] * alike[name] for name in shared) / total
 
 
 def coverage(

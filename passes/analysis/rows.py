@@ -156,6 +156,11 @@ class _Follow:
             elif node.target is tokgraph.restore.default:
                 for axis in (0, 1):
                     self._note((node, axis), self.found.get((first_input(node), axis)))
+            elif node.target is tokgraph.merge.default:  # of two selections that part the rows of one chain
+                others = first_input(node)
+                self._note((node, 0), self.found.get((others, 0)))
+                chain = _only_rows(self.found.get((others, 1), (SAMPLES,)))
+                self._note((node, 1), (chain[:-1],) if chain else None)
             else:
                 if node.target in VIEWS:
                     self._merge(first_input(node), node)

@@ -58,6 +58,11 @@ class IndexBuilder:
         self._visual: fx.Node | None = None
 
     @property
+    def visual_count(self) -> int:
+        """Visual tokens of each sample."""
+        return self._facts.visual.count
+
+    @property
     def visual(self) -> fx.Node:
         """``[batch, tokens]`` bool: the visual tokens."""
         if self._visual is None:

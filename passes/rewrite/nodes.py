@@ -71,6 +71,24 @@ class Emitter:
         node.meta["val"] = initial if mode is None else mode.from_tensor(initial.to(val.device))
         return node
 
+    def parameter(self, name: str, of: fx.Node) -> fx.Node:
+        """A parameter of the graph's own, a copy of the one that ``of`` reads; the one of that name, if there is one."""
+        for node in self.graph.find_nodes(op="get_attr", target=name):
+            return node  # type: ignore[no-any-return]
+        module = self.graph.owning_module
+        assert module is not None
+        path, _, leaf = name.rpartition(".")
+        original = operator.attrgetter(str(of.target))(module)
+        if path not in dict(module.named_modules()):
+            module.add_submodule(path, torch.nn.Module())
+        holder = module.get_submodule(path)
+        copied = torch.nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
+        holder.register_parameter(leaf, copied)
+        with self.graph.inserting_after(self._inputs[-1] if self._inputs else None):
+            node = self.graph.get_attr(name)
+        node.meta["val"] = of.meta["val"]
+        return node
+
     def size(self, node: fx.Node, axis: int) -> fx.Node | int:
         """The size of an axis: a number, or a node that computes it from as early a value as there is."""
         dim = dims(node)[axis]

@@ -8,14 +8,17 @@ from tokgraph.facts import TaskFacts
 from tokgraph.plan import DropSite
 
 from ..pipeline import GraphPass
-from .seed import ExplicitCausalMask, SeedSites
+from .seed import ExplicitCausalMask, SeedSites, only_projects
 from .sink import Sink
 
 
 def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
     """The passes that write the semantics of ``sites`` (resolved, outer spans first) and of demand."""
     touched = {
-        block for s in sites for block in range(s.start, len(facts.blocks) if not s.restore or s.end is None else s.end)
+        block
+        for s in sites
+        if not only_projects(s, facts)
+        for block in range(s.start, len(facts.blocks) if not s.restore or s.end is None else s.end)
     }
     touched |= {s.start - 1 for s in sites if s.selector == "attention" and s.start}
     if exact and facts.demand.reads != "all":

@@ -23,6 +23,7 @@ from ..rules.registry import is_one
 from .index import Frame, IndexBuilder, check_disjoint_or_nested
 from .legality import check_blocks
 from .nodes import RESIDUAL, Emitter, remove_dead_code
+from .projections import seed_projections
 from .readers import seed_readers
 
 aten = torch.ops.aten
@@ -126,6 +127,9 @@ class SeedSites(GraphPass):
         stream = nodes[self.facts.blocks[0].start]
         for block in self.facts.blocks:
             frames = self._frames(block.index, frames, build, emit, stream)
+            if any(s.projections == "own" and s.start <= block.index < (s.end or 0) for s in self.sites):
+                hidden = [f for f in frames if _hides(f.site, block.index)]
+                seed_projections(block, frames, hidden, self.task, emit, build, nodes)
             stream = self._seed_block(block, frames, emit, nodes, stream)
         frames = tuple(frame for frame in frames if not frame.site.restore)
         seed_readers(graph_module, emit, build, self.facts, stream, frames, self.exact)
@@ -139,7 +143,7 @@ class SeedSites(GraphPass):
         """The frames open in ``block``, outermost first."""
         frames = tuple(f for f in frames if not f.site.restore or block < (f.site.end or 0))
         for site in self.sites:
-            if site.start == block:
+            if site.start == block and not only_projects(site, self.facts):
                 inner = emit.chain(stream, [f.index for f in frames])
                 before = self.facts.blocks[block - 1].attention[0] if block else None
                 frames = (*frames, build.site(site, frames, inner, before))
@@ -165,6 +169,11 @@ class SeedSites(GraphPass):
         for reader in readers:
             reader.replace_input_with(end, merged)
         return merged
+
+
+def only_projects(site: DropSite, facts: TaskFacts) -> bool:
+    """Whether a site drops nothing and is there for its projections."""
+    return site.projections == "own" and site.kept(facts.visual.count) == facts.visual.count
 
 
 def _hides(site: DropSite, block: int) -> bool:

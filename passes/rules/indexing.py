@@ -213,6 +213,17 @@ def restore(node: fx.Node) -> AxisMap:
     return AxisMap((((x, 0), (rows, 0), (index, 0)), None, ((x, 2), (rows, 2))), aligned=((1, (x, 1)),))
 
 
+@rule(tokgraph.merge.default)
+def merge(node: fx.Node) -> AxisMap:
+    """Ours: a row comes from one operand or the other; samples and features are row by row."""
+    others, rows, index = node.args
+    assert isinstance(others, fx.Node)
+    assert isinstance(rows, fx.Node)
+    assert isinstance(index, fx.Node)
+    order = tuple(Mix("order", (axis,)) for axis in ((others, 1), (rows, 1), (index, 1)))
+    return AxisMap((((others, 0), (rows, 0), (index, 0)), None, ((others, 2), (rows, 2))), order)
+
+
 @rule(tokgraph.select_targets.default)
 def select_targets(node: fx.Node) -> AxisMap:
     """Ours: labels at the demanded rows."""

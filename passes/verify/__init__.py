@@ -1,6 +1,15 @@
 """Verification: an oracle that never drops a row, and the comparison with it."""
 
-from .compare import badness, compare_gradients, compare_outputs, missing_rows, run_oracle, run_rewritten
+from .compare import Results, badness, compare_gradients, compare_outputs, missing_rows, run_oracle, run_rewritten
 from .oracle import Oracle
 
-__all__ = ["Oracle", "badness", "compare_gradients", "compare_outputs", "missing_rows", "run_oracle", "run_rewritten"]
+__all__ = [
+    "Oracle",
+    "Results",
+    "badness",
+    "compare_gradients",
+    "compare_outputs",
+    "missing_rows",
+    "run_oracle",
+    "run_rewritten",
+]

@@ -55,7 +55,12 @@ def run_rewritten(graph: TaskGraph, dtype: torch.dtype) -> Results:
 
 
 def run_oracle(
-    graph: TaskGraph, facts: TaskFacts, sites: Sequence[DropSite], dtype: torch.dtype, step: int = 0
+    graph: TaskGraph,
+    facts: TaskFacts,
+    sites: Sequence[DropSite],
+    dtype: torch.dtype,
+    step: int = 0,
+    own: Mapping[str, torch.Tensor] | None = None,
 ) -> Results:
     """Run the undropped graph with the semantics of ``sites`` on its example batch, with gradients.
 
@@ -65,12 +70,14 @@ def run_oracle(
         sites: resolved drop sites.
         dtype: the type to compute in.
         step: training steps so far, which random choices depend on.
+        own: name -> parameter that the rewritten graph adds to the model's.
     """
     device = model_device(graph.graph_module)
     nodes = {node.name: node for node in graph.graph.nodes}
     visual = visual_mask(graph, facts.visual, nodes[facts.entry]).to(device)
     prompt = _prompt_ends(graph, facts) if any(s.selector == "attention" for s in sites) else None
-    return _run(Oracle(graph, facts, sites, visual, *in_dtype(dtype, device), prompt=prompt, step=step), graph)
+    maps = in_dtype(dtype, device)
+    return _run(Oracle(graph, facts, sites, visual, *maps, prompt=prompt, step=step, own=own), graph)
 
 
 def _prompt_ends(graph: TaskGraph, facts: TaskFacts) -> list[int]:

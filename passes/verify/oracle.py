@@ -5,15 +5,15 @@ the rewriter: selections are made here in plain Python, one sample at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from tokgraph.facts import TaskFacts
+from tokgraph.facts import Projection, TaskFacts
 from tokgraph.plan import DropSite
-from tokgraph.program import TaskGraph
+from tokgraph.program import OWN, TaskGraph
 
 from .interpret import GraphInterpreter
 
@@ -36,6 +36,7 @@ class Oracle(GraphInterpreter):
         constants: as in :class:`GraphInterpreter`.
         prompt: position of each sample's last prompt token, where a site selects by attention.
         step: training steps so far, which random choices depend on.
+        own: name -> parameter, of those that sites with own projections add; one that is missing starts as the model's.
     """
 
     def __init__(
@@ -48,8 +49,11 @@ class Oracle(GraphInterpreter):
         constants: Callable[[Any], Any],
         prompt: Sequence[int] | None = None,
         step: int = 0,
+        own: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__(graph.graph_module, tensors, constants)
+        self._own = own or {}
+        self._projections = {p.node: (block.index, p) for block in facts.blocks for p in block.projections}
         self._prompt = prompt
         self._step = step
         self._mass = torch.empty(0)
@@ -68,6 +72,8 @@ class Oracle(GraphInterpreter):
             result = self._attend(n, *self._attention[n.name])
         else:
             result = super().run_node(n)
+        if n.name in self._projections:
+            result = self._project(n, *self._projections[n.name], result)
         if n.name in self._ends:
             block = self._ends[n.name]
             result = torch.where(self._frozen(block).unsqueeze(-1), self._stream, result)
@@ -75,6 +81,24 @@ class Oracle(GraphInterpreter):
         elif n.name in self._starts:
             self._enter(0, result)
         return result
+
+    def _project(self, n: fx.Node, block: int, projection: Projection, result: torch.Tensor) -> torch.Tensor:
+        """The projected rows, visual ones by their own parameters where a site gives them some."""
+        mine = [s for s in self._sites if s.projections == "own" and s.start <= block < (s.end or 0)]
+        unread = self._hidden(block) if projection.keys else self._frozen(block)
+        if not mine or not (self._visual & ~unread).any():
+            return result
+        (x, *_), _ = self.fetch_args_kwargs_from_env(n)
+        names = [name for name in (projection.weight, projection.bias) if name is not None]
+        parameters = [self._own_parameter(mine[0].task, name) for name in names]
+        return torch.where(self._visual.unsqueeze(-1), torch.nn.functional.linear(x, *parameters), result)
+
+    def _own_parameter(self, task: str, name: str) -> torch.Tensor:
+        own = f"{OWN}.{task}.{name}"
+        if own not in self.attributes:
+            self.attributes[own] = self._tensors(self._own[own] if own in self._own else super().fetch_attr(name))
+        found: torch.Tensor = self.attributes[own]
+        return found
 
     def _enter(self, block: int, stream: torch.Tensor) -> None:
         self._stream = stream

@@ -173,6 +173,7 @@ def test_pyramiddrop_chooses_among_what_is_left(captured_janus, eager) -> None:
             assert all(set(b) < set(a) for a, b in zip(outer, inner, strict=True))
 
 
+@pytest.mark.slow
 def test_eager_attention_chooses_the_same(captured_janus, eager) -> None:
     model: Captured = captured_janus("eager")
     rewritten = model.apply(tg.make_plan(model.program, "fastv", facts=model.facts, k=2), U).program[U]

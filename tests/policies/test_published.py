@@ -14,7 +14,7 @@ from tokgraph.policies import policies, policy
 from tokgraph.report import make_report
 
 UNDERSTANDING = ("fastv", "pyramiddrop", "dart", "task-specific", "himix")
-PUBLISHED = (*UNDERSTANDING, "random-ltd", "hmgen", "himix-hmgen-share-all")
+PUBLISHED = (*UNDERSTANDING, "random-ltd", "hmgen", "himix-hmgen-share-all", "himix-hmgen-share-partial")
 U, G = "understanding", "generation"
 
 
@@ -49,9 +49,23 @@ SITES: dict[str, tuple[dict[str, object], list[DropSite]]] = {
     "dart": ({"k": 0}, [drop(U, 0, None, 0.5, "similarity", restore=False)]),
     "task-specific": ({}, [drop(U, 2, None, 0.0, restore=False)]),
     "task-specific, later": ({"start": 0.8, "keep": 0.25}, [drop(U, 3, None, 0.25, restore=False)]),
-    "himix": ({}, [drop(U, 0, None, 0.0, mode="freeze")]),
-    "hmgen": ({}, [drop(G, 1, 2, 0.0)]),
+    "himix": ({}, [drop(U, 0, None, 0.0, mode="freeze", projections="own")]),
+    "himix, over the model's projections": ({"projections": "shared"}, [drop(U, 0, None, 0.0, mode="freeze")]),
+    "hmgen": (
+        {},
+        [drop(G, 1, 2, 0.0), drop(G, 0, 1, 1.0, projections="own"), drop(G, 2, 4, 1.0, projections="own")],
+    ),
+    "hmgen, over the model's projections": ({"projections": "shared"}, [drop(G, 1, 2, 0.0)]),
     "himix-hmgen-share-all": ({"skipped": 1}, [drop(U, 0, None, 0.0, mode="freeze"), drop(G, 1, 2, 0.0)]),
+    "himix-hmgen-share-partial": (
+        {"skipped": 1},
+        [
+            drop(U, 0, None, 0.0, mode="freeze", projections="own"),
+            drop(G, 1, 2, 0.0),
+            drop(G, 0, 1, 1.0, projections="own"),
+            drop(G, 2, 4, 1.0, projections="own"),
+        ],
+    ),
 }
 
 
@@ -70,7 +84,9 @@ def test_skipped_blocks_lie_in_the_middle_and_alternate_with_full_ones(four: Cap
 
     def skipped(depth: int, count: int | None) -> list[int]:
         task = replace(four.facts[G], blocks=four.facts[G].blocks[:1] * depth)
-        return [site.start for site in policy("hmgen", skipped=count).plan(tg.Facts({G: task})).sites]
+        return [
+            site.start for site in policy("hmgen", skipped=count, projections="shared").plan(tg.Facts({G: task})).sites
+        ]
 
     assert skipped(3, None) == [1]
     assert skipped(24, None) == [4, 6, 8, 10, 12, 14, 16, 18]
@@ -186,7 +202,8 @@ def test_the_oracle_agrees_on_chameleon() -> None:
 
 
 # Elements of a block of tests/tiny.py, 16 wide: what makes keys and values, and the rest.
-KEYS = 2 * 16 + (16 * 48 + 48)  # norm1, qkv
+NORM1 = 2 * 16
+KEYS = NORM1 + (16 * 48 + 48)  # norm1, qkv
 REST = (16 * 16 + 16) + 2 * 16 + (16 * 32 + 32) + (32 * 16 + 16)  # attention's out, norm2, mlp
 NORM = 2 * 16  # the last norm; it and four blocks are what visual tokens of both tasks pass
 ALL = 4 * (KEYS + REST) + NORM
@@ -204,12 +221,14 @@ INDEX = {
     # 3, then floor(1.5 + 0.5) = 2, then floor(0.75 + 0.5) = 1 of 6
     "pyramiddrop": (KEYS * (6 + 3 + 2 + 1) / 6 + REST * (3 + 2 + 1) / 6 + REST + NORM) / ALL,
     "task-specific": (KEYS * (6 + 6 + 1 + 1) / 6 + REST * (6 + 1 + 1) / 6 + REST + NORM) / ALL,
-    # image rows are keys everywhere and nothing else anywhere
-    "himix": (4 * KEYS + NORM) / ALL,
-    # block 1 sees no image row of generation
-    "hmgen": (3 * (KEYS + REST) + NORM) / ALL,
+    # image rows are keys everywhere and nothing else anywhere, by projections of their own: only norms stay shared
+    "himix": (4 * NORM1 + NORM) / ALL,
+    # block 1 sees no image row of generation, elsewhere they have their own projections
+    "hmgen": (3 * (NORM1 + REST) + NORM) / ALL,
     # in block 1 understanding has the keys only, generation nothing: the rest, unused by both, counts as alike
     "himix-hmgen-share-all": (3 * KEYS + REST + NORM) / ALL,
+    # the same, and the projections of the other blocks are not shared
+    "himix-hmgen-share-partial": (3 * NORM1 + REST + NORM) / ALL,
 }
 
 
@@ -222,6 +241,8 @@ def test_sharing_index_by_hand(four: Captured, name: str) -> None:
     else:
         assert report["sharing_index"] == pytest.approx(INDEX[name], abs=1e-9)
         assert report["sharing_index"] < 0.9
+    copies = {"himix": 4, "hmgen": 3, "himix-hmgen-share-partial": 7}.get(name, 0)
+    assert report["new_parameters"] == copies * (KEYS - NORM1)
     assert (report["coverage"] == 1.0) == (name in ("none", "exact"))
 
 

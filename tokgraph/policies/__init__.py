@@ -3,7 +3,7 @@
 from .base import Policy, policies, policy
 from .exact import Exact
 from .none import NoDrop
-from .published import Dart, FastV, HiMix, HMGen, PyramidDrop, RandomLTD, ShareAll, TaskSpecific
+from .published import Dart, FastV, HiMix, HMGen, PyramidDrop, RandomLTD, ShareAll, SharePartial, TaskSpecific
 from .shared import Shared
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "PyramidDrop",
     "RandomLTD",
     "ShareAll",
+    "SharePartial",
     "Shared",
     "TaskSpecific",
     "policies",

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from ..errors import PlanError
 from ..facts import Facts, TaskFacts
-from ..plan import DropSite, Plan
+from ..plan import DropSite, Plan, Projections
 from .base import Policy
 
 Task = Literal["understanding", "generation"]
@@ -211,70 +211,88 @@ class TaskSpecific(Policy):
         return self.made(sites, self.exact)
 
 
-def himix_sites(facts: Facts) -> list[DropSite]:
+def himix_sites(facts: Facts, projections: Projections) -> list[DropSite]:
     """Image rows of understanding are keys and values only, those of the first embeddings, in every block."""
-    return [DropSite(task.name, 0, None, 0.0, mode="freeze") for task in of_kind(facts, "understanding")]
+    return [
+        DropSite(task.name, 0, None, 0.0, mode="freeze", projections=projections)
+        for task in of_kind(facts, "understanding")
+    ]
 
 
-def hmgen_sites(facts: Facts, skipped: int | None) -> list[DropSite]:
-    """Single blocks in the middle of generation run without image rows, alternating with full ones."""
+def hmgen_sites(facts: Facts, skipped: int | None, projections: Projections) -> list[DropSite]:
+    """Single blocks in the middle of generation run without image rows, alternating with full ones; in the full ones image
+    rows may have projections of their own.
+    """
     sites = []
     for task in of_kind(facts, "generation"):
-        depth = len(task.blocks)
-        most = (depth - 1) // 2
-        count = depth // 3 if skipped is None else skipped
-        if most < 1:
-            raise PlanError(f"task {task.name!r} has {depth} blocks, and none between the first and the last")
-        if not 1 <= count <= most:
-            raise PlanError(
-                f"skipped={count} is outside 1 .. {most}: task {task.name!r} has {depth} blocks, and skipped ones alternate "
-                "with full ones"
-            )
-        first = max(1, (depth - 2 * count + 1) // 2)
-        sites += [DropSite(task.name, b, b + 1, 0.0) for b in range(first, first + 2 * count, 2)]
+        bare = _skipped(task, skipped)
+        sites += [DropSite(task.name, b, b + 1, 0.0) for b in bare]
+        if projections == "own":
+            ends = [*bare, len(task.blocks)]
+            spans = zip([0, *(b + 1 for b in bare)], ends, strict=True)
+            sites += [DropSite(task.name, a, b, 1.0, projections="own") for a, b in spans if a < b]
     return sites
+
+
+def _skipped(task: TaskFacts, skipped: int | None) -> range:
+    depth = len(task.blocks)
+    most = (depth - 1) // 2
+    count = depth // 3 if skipped is None else skipped
+    if most < 1:
+        raise PlanError(f"task {task.name!r} has {depth} blocks, and none between the first and the last")
+    if not 1 <= count <= most:
+        raise PlanError(
+            f"skipped={count} is outside 1 .. {most}: task {task.name!r} has {depth} blocks, and skipped ones alternate "
+            "with full ones"
+        )
+    first = max(1, (depth - 2 * count + 1) // 2)
+    return range(first, first + 2 * count, 2)
 
 
 @dataclass(frozen=True)
 class HiMix(Policy):
     """Understanding in which image rows serve as keys and values only, unchanged from the first block to the last.
 
-    Source: Zhang et al., arXiv 2501.10318; the understanding accelerator of arXiv 2606.01503. Departure: image rows use
-    the model's own key and value projections (the paper gives them copies).
+    Source: Zhang et al., arXiv 2501.10318; the understanding accelerator of arXiv 2606.01503.
 
     Args:
+        projections: ``"own"``: image rows have their own key and value projections, as published; ``"shared"``: the
+            model's.
         exact: also remove work that no demanded output reads.
     """
 
     name: ClassVar[str] = "himix"
 
+    projections: Projections = "own"
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:
         """One ``freeze`` site an understanding task."""
-        return self.made(himix_sites(facts), self.exact)
+        return self.made(himix_sites(facts, self.projections), self.exact)
 
 
 @dataclass(frozen=True)
 class HMGen(Policy):
     """Generation in which some blocks in the middle run without image rows.
 
-    Source: the generation accelerator of arXiv 2606.01503. Departure: in the full blocks image rows use the model's own
-    projections (the paper gives them copies).
+    Source: the generation accelerator of arXiv 2606.01503.
 
     Args:
         skipped: blocks that run without image rows; default: a third of the depth.
+        projections: ``"own"``: in the full blocks image rows have their own query, key and value projections, as
+            published; ``"shared"``: the model's.
         exact: also remove work that no demanded output reads.
     """
 
     name: ClassVar[str] = "hmgen"
 
     skipped: int | None = None
+    projections: Projections = "own"
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:
-        """Single-block ``hide`` sites on every generation task."""
-        return self.made(hmgen_sites(facts, self.skipped), self.exact)
+        """Single-block ``hide`` sites on every generation task, and sites with own projections between them."""
+        return self.made(hmgen_sites(facts, self.skipped, self.projections), self.exact)
 
 
 @dataclass(frozen=True)
@@ -295,4 +313,26 @@ class ShareAll(Policy):
 
     def plan(self, facts: Facts) -> Plan:
         """The sites of both."""
-        return self.made([*himix_sites(facts), *hmgen_sites(facts, self.skipped)], self.exact)
+        return self.made([*himix_sites(facts, "shared"), *hmgen_sites(facts, self.skipped, "shared")], self.exact)
+
+
+@dataclass(frozen=True)
+class SharePartial(Policy):
+    """HiMix on understanding and HMGen on generation, image rows of each with projections of their own.
+
+    Source: arXiv 2606.01503, "HiMix-HMGen Share Partial": the other failing baseline. The tasks share all but the image
+    projections, of which each has a set.
+
+    Args:
+        skipped: as in ``hmgen``.
+        exact: also remove work that no demanded output reads.
+    """
+
+    name: ClassVar[str] = "himix-hmgen-share-partial"
+
+    skipped: int | None = None
+    exact: bool = True
+
+    def plan(self, facts: Facts) -> Plan:
+        """The sites of both."""
+        return self.made([*himix_sites(facts, "own"), *hmgen_sites(facts, self.skipped, "own")], self.exact)

@@ -118,7 +118,7 @@ def test_kept_activations_of_digits_are_those_of_the_model(digits_example: Captu
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 def test_kept_activations_of_janus_are_those_of_its_graph(
     captured_janus: Callable[..., Captured], attention: str, task: str
 ) -> None:
