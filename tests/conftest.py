@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
+from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner, Result
 from hypothesis import settings
 from torch import nn
 
 import tokgraph as tg
 from tests.harness import Captured
+from tokgraph.cli import main
 
 torch.set_num_threads(1)  # tensors this small gain nothing from more
 settings.register_profile("tokgraph", deadline=None, derandomize=True)  # the same examples everywhere, slow or not
@@ -88,6 +93,45 @@ def janus_example() -> Captured:
 def digits_example() -> Captured:
     """``examples/digits.py`` in float64, with four blocks."""
     return Captured.of(tg.load(EXAMPLES / "digits.py", dtype="float64", layers=4, batch=4))
+
+
+CLI_MODULES = ("tokgraph.cli.inspect", "tokgraph.cli.plan", "tokgraph.optimize", "tokgraph.comparison")
+
+
+@pytest.fixture(scope="session")
+def remembered() -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
+    """``(key, function) -> function`` that is called once a session with the same arguments."""
+    known: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def remember(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            where = (key, *(a if isinstance(a, str) else id(a) for a in args), repr(sorted(options.items())))
+            if where not in known:
+                known[where] = (args, function(*args, **options))  # arguments live on, so their ids stay theirs
+            return known[where][1]
+
+        return call
+
+    return remember
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, remembered) -> Callable[..., Result]:
+    """``tokgraph ARGUMENTS`` in a new folder; ``tests/tiny.py`` is loaded, captured and analysed once for each setting."""
+    monkeypatch.chdir(tmp_path)
+    common = sys.modules["tokgraph.cli.common"]
+    fresh, tiny = common.load, remembered("load", common.load)  # type: ignore[attr-defined]
+    monkeypatch.setattr(common, "load", lambda model, **o: (tiny if "/tiny.py" in model else fresh)(model, **o))
+    for module, stage in product(map(sys.modules.__getitem__, CLI_MODULES), ("capture", "analyze")):
+        monkeypatch.setattr(module, stage, remembered(stage, getattr(module, stage)))
+
+    def invoke(*args: str) -> Result:
+        result = CliRunner().invoke(main, list(args))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 import tokgraph as tg
+from tests import tiny
 
 ZERO = 1e-4  # a smaller largest magnitude counts as this: gradients of key biases are zero but for rounding
 
@@ -34,6 +36,12 @@ class Captured:
         """The plan on the named tasks only, all of them by default."""
         graphs = {task: self.program[task] for task in tasks or self.program}
         return tg.apply(tg.Program(self.spec, graphs), plan, facts=self.facts)
+
+
+@cache
+def captured_tiny(layers: int) -> Captured:
+    """The pure-torch model of ``tests/tiny.py``, captured once a session: leave its weights as they are."""
+    return Captured.of(tiny.build(layers=layers))
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

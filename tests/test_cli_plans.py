@@ -9,26 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 import tokgraph as tg
-from tokgraph.cli import main
 
 TINY = str(Path(__file__).with_name("tiny.py"))
 FOUR = ("--set", "layers=4")
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def invoke(*args: str) -> Result:
-        result = CliRunner().invoke(main, list(args))
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return invoke
 
 
 def test_plan_explains_and_writes(run, tmp_path):

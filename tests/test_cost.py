@@ -80,6 +80,7 @@ def test_janus_understanding_at_another_batch_and_length(janus_example: Captured
     assert_same(found, recaptured(janus_example, "understanding", inputs))
 
 
+@pytest.mark.slow
 def test_janus_generation_with_twice_the_image_codes(janus_example: Captured) -> None:
     """32 codes: the head computes 32 rows, the first of them the last text row."""
     inputs = {"input_ids": torch.randint(1, 255, (3, 9)), "image_codes": torch.randint(0, 64, (3, 32))}

@@ -63,7 +63,8 @@ def check_target(model: Captured, target: float) -> bool:
     return True
 
 
-@pytest.mark.parametrize("target", [pytest.param(t, marks=pytest.mark.slow) for i, t in enumerate(TARGETS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 def test_the_rewritten_graphs_meet_the_target(wide: Captured, target: float) -> None:
     assert check_target(wide, target) or target < 0.6
 

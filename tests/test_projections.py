@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import tokgraph as tg
 from tests import tiny
-from tests.harness import Captured
+from tests.harness import Captured, captured_tiny
 from tokgraph.plan import DropSite
 from tokgraph.report import make_report
 
@@ -19,7 +19,7 @@ U, G = "understanding", "generation"
 
 @pytest.fixture(scope="module")
 def four() -> Captured:
-    return Captured.of(tiny.build(layers=4))
+    return captured_tiny(4)
 
 
 def own(task: str, start: int, end: int | None, keep: float, **more: object) -> DropSite:
@@ -143,6 +143,7 @@ def test_separate_projections_and_frozen_queries(captured_janus) -> None:
     tg.verify(model.program, accelerated).raise_if_failed()
 
 
+@pytest.mark.slow
 def test_eager_attention_has_the_same_projections(captured_janus) -> None:
     for task in (U, G):
         fused, eager = (captured_janus(attn).facts[task].blocks for attn in ("sdpa", "eager"))

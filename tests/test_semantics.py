@@ -140,6 +140,7 @@ def test_eager(captured_janus, task, case):
     check(captured_janus("eager"), task, SITES[case], exact=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_float32(captured_janus, task):
     check(captured_janus("sdpa", torch.float32), task, SITES["nested"], True, tolerance=1e-5, zero=1e-2)

@@ -26,6 +26,7 @@ from .policies import Policy
 from .program import Program, TaskGraph
 from .rewrite import apply
 from .runtime import Accelerated, TaskModule
+from .selectors import register_selector
 from .spec import ModelSpec, Task, VisualTokens, load
 from .summary import summarise
 from .verdict import Verification
@@ -67,6 +68,7 @@ __all__ = [
     "make_plan",
     "measure",
     "optimize",
+    "register_selector",
     "save_batches",
     "summarise",
     "verify",

@@ -28,8 +28,8 @@ class DropSite:
         end: the block after the span; ``None``: to the last block.
         keep: ratio of the task's visual tokens (their original number) that stay, in ``[0, 1]``.
         selector: which stay: ``"uniform"``, ``"random"``, ``"norm"`` (of the residual rows), ``"attention"`` (that the
-            last prompt token pays them in the block before the span, mean over heads) or ``"similarity"`` (least like
-            the rows of largest norm).
+            last prompt token pays them in the block before the span, mean over heads), ``"similarity"`` (least like
+            the rows of largest norm), or a selector of the user's own (:func:`tokgraph.register_selector`).
         mode: ``"hide"``: dropped rows are invisible in the span; ``"freeze"``: they do not change there, but still
             serve as keys and values.
         restore: the dropped rows take their places again after the span; else they are gone for good.

@@ -11,9 +11,7 @@ from .facts import Facts
 from .plan import DropSite, Plan
 from .policies import Policy, policy
 from .program import Program
-
-CAUSAL = {"uniform": True, "random": True, "norm": False, "attention": False, "similarity": False}
-"""Selector -> whether position ``i`` stays regardless of positions after ``i``."""
+from .selectors import selectors
 
 
 def make_plan(program: Program, policy: str | Policy = "shared", *, facts: Facts | None = None, **options: Any) -> Plan:
@@ -57,12 +55,14 @@ def _check_site(site: DropSite, facts: Facts) -> DropSite:
             f"the plan has a site for task {site.task!r}, which the model does not have",
             help=f"the tasks are {', '.join(map(repr, facts))}; was the plan made for another model?",
         )
-    if site.selector not in CAUSAL:
+    known = selectors()
+    if site.selector not in known:
         raise PlanError(
-            f"selector {site.selector!r} is unknown", help=f"the selectors are {', '.join(map(repr, CAUSAL))}"
+            f"selector {site.selector!r} is unknown",
+            help=f"the selectors are {', '.join(map(repr, known))}; your own: tokgraph.register_selector",
         )
     task = facts[site.task]
-    if not CAUSAL[site.selector] and task.demand.reads != "text":
+    if not known[site.selector].causal and task.demand.reads != "text":
         raise PlanError(
             f"selector {site.selector!r} is not causal, and task {site.task!r} predicts visual tokens: which of them stay "
             "would depend on tokens that are not generated yet",

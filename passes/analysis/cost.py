@@ -85,9 +85,11 @@ def uncounted(works: dict[fx.Node, Work]) -> tuple[tuple[str, str], ...]:
 
 
 def _is_free(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True  # a function, as a user's selector: the counter saw its parts
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return True
-    if isinstance(node.target, torch._ops.OpOverload) and node.target._can_decompose():
+    if node.target._can_decompose():
         return True  # the counter saw its parts
     described = axis_map(node)
     return described is not None and not {"attention", "contraction", "window"} & {m.kind for m in described.mixes}

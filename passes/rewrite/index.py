@@ -13,6 +13,7 @@ from tokgraph.facts import Attention, TaskFacts
 from tokgraph.fxnode import argument, rank
 from tokgraph.plan import DropSite
 from tokgraph.program import STEP
+from tokgraph.selectors import scorer, selectors
 
 from ..rules.registry import is_one
 from .nodes import VISUAL_ROWS, Emitter, hoist
@@ -163,6 +164,10 @@ class IndexBuilder:
         if site.selector == "attention":
             mass = self._call(aten.mean.dim, self._prompt_weights(site, around, attention), [1, 2])
             return self._call(aten.gather.default, mass, 1, candidates)
+        known = selectors().get(site.selector)
+        if known is not None and known.score is not None:
+            rows = None if known.causal else self._call(tokgraph.select.default, stream, candidates, 1, 0)
+            return self._call(scorer(known), candidates, rows)
         raise InternalError(f"selector {site.selector!r} passed the plan's check but has no scores")
 
     def _prompt_weights(self, site: DropSite, around: tuple[Frame, ...], attention: Attention | None) -> fx.Node:

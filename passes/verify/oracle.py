@@ -14,6 +14,7 @@ from torch import fx
 from tokgraph.facts import Projection, TaskFacts
 from tokgraph.plan import DropSite
 from tokgraph.program import OWN, TaskGraph
+from tokgraph.selectors import selectors
 
 from .interpret import GraphInterpreter
 
@@ -241,6 +242,11 @@ def _stay(
         return set(sorted(free, key=lambda i: (-float(mass[i]), i))[:keep])
     if site.selector == "similarity":
         return set(sorted(free, key=lambda i: (_repeats(i, free, stream), i))[:keep])
+    chosen = selectors().get(site.selector)
+    if chosen is not None and chosen.score is not None:
+        given = torch.arange(len(free)) if chosen.causal else stream[free].unsqueeze(0)
+        found = chosen.score(given).reshape(len(free)).tolist()
+        return {free[j] for j in sorted(range(len(free)), key=lambda j: (-found[j], j))[:keep]}
     scores = [_hash(sample, j, site.seed, step) for j in range(len(free))]
     return {free[j] for j in sorted(range(len(free)), key=lambda j: (-scores[j], j))[:keep]}
 

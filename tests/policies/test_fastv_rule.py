@@ -14,7 +14,7 @@ from torch import Tensor
 import tokgraph as tg
 from tests import tiny
 from tests.conftest import unrounded_softmax
-from tests.harness import Captured
+from tests.harness import Captured, captured_tiny
 from tokgraph.passes.analysis.evaluate import evaluate
 from tokgraph.program import TaskGraph
 
@@ -186,7 +186,7 @@ def test_eager_attention_chooses_the_same(captured_janus, eager) -> None:
 
 @pytest.fixture(scope="module")
 def three() -> Captured:
-    return Captured.of(tiny.build(layers=3))
+    return captured_tiny(3)
 
 
 @pytest.mark.parametrize("selector", ["attention", "similarity", "norm"])

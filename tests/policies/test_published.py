@@ -7,8 +7,7 @@ from unittest import mock
 import pytest
 
 import tokgraph as tg
-from tests import tiny
-from tests.harness import Captured
+from tests.harness import Captured, captured_tiny
 from tokgraph.plan import DropSite
 from tokgraph.policies import policies, policy
 from tokgraph.report import make_report
@@ -21,7 +20,7 @@ U, G = "understanding", "generation"
 @pytest.fixture(scope="module")
 def four() -> Captured:
     """The pure-torch model with four blocks and six visual tokens on both tasks."""
-    return Captured.of(tiny.build(layers=4))
+    return captured_tiny(4)
 
 
 @pytest.fixture(scope="module")
@@ -174,15 +173,14 @@ def test_the_oracle_agrees(four: Captured, name: str, exact: bool) -> None:
     verify(four, policy(name, exact=exact).plan(four.facts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(policies()))
 def test_the_oracle_agrees_on_digits(digits_example: Captured, name: str) -> None:
     verify(digits_example, policy(name).plan(digits_example.facts))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name == "pyramiddrop" else pytest.mark.slow) for name in sorted(policies())],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(policies()))
 def test_the_oracle_agrees_on_janus(captured_janus, name: str) -> None:
     verify(captured_janus(), policy(name).plan(captured_janus().facts))
 
