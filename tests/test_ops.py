@@ -49,6 +49,11 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         (numbers(1, 3, 3, grad=True), numbers(1, 3, 3, grad=True), index([0, 1, 2])),
         (numbers(2, 5, 3, grad=True), numbers(2, 0, 3, grad=True), NOTHING),
     ],
+    TOKGRAPH.merge.default: [
+        (numbers(2, 3, 3, grad=True), numbers(2, 2, 3, grad=True), index([0, 2], [1, 4])),
+        (numbers(1, 0, 3, grad=True), numbers(1, 3, 3, grad=True), index([0, 1, 2])),
+        (numbers(2, 5, 3, grad=True), numbers(2, 0, 3, grad=True), NOTHING),
+    ],
     TOKGRAPH.range_mask.default: [(numbers(2, 5, 3), 1, 3), (numbers(2, 5), 0, 5), (numbers(1, 4), 2, 2)],
     TOKGRAPH.demand_mask.default: [(MASK, "text"), (MASK, "visual"), (MASK[:1, :1], "text")],
     TOKGRAPH.rows.default: [(MASK, 3, True), (MASK, 4, False), (~MASK, 2, True), (MASK & False, 0, True)],
@@ -102,7 +107,9 @@ def test_decomposition_agrees(op, args):
     assert torch.equal(ops.decompositions()[op](*args), op(*args))
 
 
-@pytest.mark.parametrize(("op", "args"), [c for c in CALLS if c.values[0]._opname in ("select", "drop", "restore")])
+@pytest.mark.parametrize(
+    ("op", "args"), [c for c in CALLS if c.values[0]._opname in ("select", "drop", "restore", "merge")]
+)
 def test_gradients(op, args):
     if args[0].is_floating_point():
         assert torch.autograd.gradcheck(op, args)
@@ -145,6 +152,12 @@ def test_select_takes_and_restore_puts_back_rows_sample_by_sample():
     assert ops.drop(x, at).flatten().tolist() == [0, 2, 6, 9]
     assert ops.select(x.mT, at, 2, 0).flatten().tolist() == [0, 2, 6, 9]
     assert ops.restore(x, -ops.drop(x, at), at).flatten().tolist() == [-0.0, 1, -2, 3, 4, 5, -6, 7, 8, -9]
+
+
+def test_merge_fills_the_gaps_in_order():
+    others, rows = torch.arange(6.0).view(2, 3, 1), -torch.arange(1.0, 5.0).view(2, 2, 1)
+    merged = ops.merge(others, rows, index([0, 2], [1, 4]))
+    assert merged.flatten().tolist() == [-1, 0, -2, 1, 2, 3, -3, 4, 5, -4]
 
 
 def test_operators_export_and_decompose():

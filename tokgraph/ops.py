@@ -161,7 +161,8 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     gaps, index = ctx.saved_tensors
-    return *(grad.gather(1, expand_index(at, grad.shape, 1, 0)) for at in (gaps, index)), None
+    others, rows = (grad.gather(1, expand_index(at, grad.shape, 1, 0)) for at in (gaps, index))
+    return others, rows, None
 
 
 merge.register_fake(_merge)

@@ -166,8 +166,8 @@ class IndexBuilder:
             return self._call(aten.gather.default, mass, 1, candidates)
         known = selectors().get(site.selector)
         if known is not None and known.score is not None:
-            rows = None if known.causal else self._call(tokgraph.select.default, stream, candidates, 1, 0)
-            return self._call(scorer(known), candidates, rows)
+            seen = [] if known.causal else [self._call(tokgraph.select.default, stream, candidates, 1, 0)]
+            return self._call(scorer(known), candidates, *seen)
         raise InternalError(f"selector {site.selector!r} passed the plan's check but has no scores")
 
     def _prompt_weights(self, site: DropSite, around: tuple[Frame, ...], attention: Attention | None) -> fx.Node:
