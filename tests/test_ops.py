@@ -57,6 +57,9 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
     TOKGRAPH.range_mask.default: [(numbers(2, 5, 3), 1, 3), (numbers(2, 5), 0, 5), (numbers(1, 4), 2, 2)],
     TOKGRAPH.demand_mask.default: [(MASK, "text"), (MASK, "visual"), (MASK[:1, :1], "text")],
     TOKGRAPH.rows.default: [(MASK, 3, True), (MASK, 4, False), (~MASK, 2, True), (MASK & False, 0, True)],
+    TOKGRAPH.ragged_rows.default: [(MASK, 3, 1), (MASK, 4, 0), (~MASK, 2, 2), (MASK & False, 2, 0)],
+    TOKGRAPH.ranks.default: [(MASK,), (MASK & False,), (~MASK,)],
+    TOKGRAPH.spread_score.default: [(MASK, 0), (MASK, 1), (MASK, 3), (MASK & False, 0)],
     TOKGRAPH.range_rows.default: [(MASK, 1, 4), (numbers(1, 6, 2), 0, 6), (MASK, 2, 2)],
     TOKGRAPH.keep_rows.default: [
         (index([1, 3, 4], [0, 2, 3]), numbers(2, 3), 2, 6),

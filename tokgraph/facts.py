@@ -18,7 +18,7 @@ class VisualFlow:
     Args:
         kind: ``"ids"``: an id range of ``source``; ``"mask"``: ``source`` is the mask; ``"range"``: a range of positions.
         entry: node at which visual and text rows are together for the first time.
-        count: visual tokens of each sample.
+        count: visual tokens of each sample, the fewest in the example batch.
         runs: contiguous runs of visual tokens in a sample, the most in the example batch.
         source: the ids ``[batch, tokens]`` or the mask (``[batch, tokens]``, and trailing axes of size 1).
         low: smallest id (``"ids"``).
@@ -27,6 +27,8 @@ class VisualFlow:
         stop: position after the last (``"range"``); ``None``: the end.
         before: ``(node, axis)`` pairs whose sizes are to be added to ``start`` and ``stop`` (what ``entry`` puts before).
         branch: nodes that make visual rows before ``entry``.
+        most: visual tokens of a sample, the most in the example batch; 0: ``count``.
+        mean: visual tokens of a sample on average; 0: ``count``.
     """
 
     kind: Literal["ids", "mask", "range"]
@@ -40,6 +42,17 @@ class VisualFlow:
     stop: int | None = None
     before: tuple[tuple[str, int], ...] = ()
     branch: tuple[str, ...] = ()
+    most: int = 0
+    mean: float = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "most", self.most or self.count)
+        object.__setattr__(self, "mean", self.mean or self.count)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether samples hold different numbers of visual tokens."""
+        return self.most != self.count
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,7 @@ class Demand:
         visual: visual ones among them, the most in the example batch.
         tokens: length of the token axis in the example batch.
         even: every sample has the same number of demanded visual rows.
+        free: visual rows of a sample that are not demanded, the fewest in the example batch.
     """
 
     reads: Literal["text", "visual", "all"]
@@ -133,6 +147,7 @@ class Demand:
     visual: int
     tokens: int
     even: bool
+    free: int = 0
 
 
 @dataclass(frozen=True)

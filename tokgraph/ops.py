@@ -235,6 +235,22 @@ def _keep_rows(candidates: Tensor, score: Tensor, keep: int, tokens: int) -> Ten
     return _rows(alive, tokens - (candidates.shape[1] - keep), True)
 
 
+def _ragged_rows(mask: Tensor, most: int, least: int) -> Tensor:
+    return _rows(mask, most, False)
+
+
+def _ranks(valid: Tensor) -> Tensor:
+    return (valid.to(torch.int64).cumsum(1) - 1).clamp(min=0) * valid
+
+
+def _spread_score(valid: Tensor, drop: int) -> Tensor:
+    n = valid.sum(1, keepdim=True)
+    keep, rank = (n - drop).clamp(min=0), _ranks(valid)
+    n = n.clamp(min=1)
+    ends = [(at * keep + n - 1) // n for at in (rank, rank + 1)]  # numbers j with j * n / keep below rank, rank + 1
+    return ((ends[1] > ends[0]) & valid).to(torch.float32)
+
+
 def _uniform_score(candidates: Tensor, keep: int) -> Tensor:
     width = candidates.shape[1]
     rank = torch.arange(keep, device=candidates.device) * width // max(keep, 1)
@@ -277,6 +293,50 @@ def rows(mask: Tensor, count: int, exact: bool) -> Tensor:
         "(visual or demanded tokens)",
     )
     return _rows(mask, count, exact)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::ragged_rows", mutates_args=())
+def ragged_rows(mask: Tensor, most: int, least: int) -> Tensor:
+    """Positions at which ``mask`` is true, where samples have different numbers of them.
+
+    Args:
+        mask: ``[batch, tokens]`` bool.
+        most: width of the result; a sample with fewer has other positions in between.
+        least: true positions that every sample must have.
+
+    Returns:
+        ``[batch, most]`` int64, ascending.
+
+    Raises:
+        BatchError: a sample of the batch has more or fewer true positions.
+    """
+    found = mask.sum(1)
+    _require(
+        ((found >= least) & (found <= most)).all(),
+        f"a sample has fewer than {least} or more than {most} such tokens (visual tokens): the plan was made for an "
+        "example batch that lies between",
+    )
+    return _ragged_rows(mask, most, least)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::ranks", mutates_args=())
+def ranks(valid: Tensor) -> Tensor:
+    """``[batch, m]`` int64: how many true positions lie before, where ``valid`` is true, else 0."""
+    return _ranks(valid)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::spread_score", mutates_args=())
+def spread_score(valid: Tensor, drop: int) -> Tensor:
+    """:func:`uniform_score` for samples with different numbers of candidates.
+
+    Args:
+        valid: ``[batch, m]`` bool, the candidates.
+        drop: how many of them go; ``n - drop`` of ``n`` stay.
+
+    Returns:
+        ``[batch, m]`` float32: 1 at the candidates of rank ``floor(j * n / keep)``, ``j = 0 .. keep - 1``, else 0.
+    """
+    return _spread_score(valid, drop)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::range_rows", mutates_args=())
@@ -436,6 +496,9 @@ def select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
 
 
 rows.register_fake(lambda mask, count, exact: mask.new_empty((mask.shape[0], count), dtype=torch.int64))
+ragged_rows.register_fake(lambda mask, most, least: mask.new_empty((mask.shape[0], most), dtype=torch.int64))
+ranks.register_fake(lambda valid: torch.empty_like(valid, dtype=torch.int64))
+spread_score.register_fake(lambda valid, drop: torch.empty_like(valid, dtype=torch.float32))
 range_rows.register_fake(
     lambda like, start, stop: like.new_empty((like.shape[0], stop - start), dtype=torch.int64, requires_grad=False)
 )
@@ -464,6 +527,9 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
         ops.range_mask.default: _range_mask,
         ops.demand_mask.default: _demand_mask,
         ops.rows.default: _rows,
+        ops.ragged_rows.default: _ragged_rows,
+        ops.ranks.default: _ranks,
+        ops.spread_score.default: _spread_score,
         ops.range_rows.default: _range_rows,
         ops.keep_rows.default: _keep_rows,
         ops.uniform_score.default: _uniform_score,

@@ -68,6 +68,13 @@ def _check_site(site: DropSite, facts: Facts) -> DropSite:
             "would depend on tokens that are not generated yet",
             help="use 'uniform' or 'random' on this task",
         )
+    if task.visual.ragged and (site.projections == "own" or known[site.selector].score is not None):
+        what = "own projections" if site.projections == "own" else f"selector {site.selector!r}"
+        raise PlanError(
+            f"task {site.task!r}: samples hold different numbers of visual tokens ({task.visual.count} to "
+            f"{task.visual.most}), and {what} need the same number in all",
+            help="group the batch by number of images, or use a built-in selector and shared projections",
+        )
     resolved = site.resolved(len(task.blocks))
     if site.projections == "own":
         for block in task.blocks[resolved.start : resolved.end]:

@@ -75,7 +75,7 @@ def _task_report(captured: TaskGraph, rewritten: TaskGraph, facts: Facts, after:
         "nodes": {"before": len(captured.graph.nodes), "after": len(rewritten.graph.nodes)},
         "blocks": len(task.blocks),
         "visual_tokens": task.visual.count,
-        "tokens_per_block": {"before": [task.visual.count] * len(task.blocks), "after": list(after.tokens_per_block)},
+        "tokens_per_block": {"before": [task.visual.mean] * len(task.blocks), "after": list(after.tokens_per_block)},
         "flops": {"before": _flops(before), "after": _flops(now), "ratio": now.flops / before.flops},
         "activation_bytes": {"before": before.saved, "after": now.saved, "ratio": now.saved / before.saved},
         "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},

@@ -36,7 +36,9 @@ def find_demand(graph: TaskGraph, visual: torch.Tensor) -> Demand:
     rows = demanded(visual, reads)
     seen = (rows & visual).sum(1)
     even = bool((seen == seen[0]).all())
-    return Demand(reads, int(rows.sum(1).max()), int(seen.max()), visual.shape[1], even)
+    return Demand(
+        reads, int(rows.sum(1).max()), int(seen.max()), visual.shape[1], even, int((visual & ~rows).sum(1).min())
+    )
 
 
 def find_windows(

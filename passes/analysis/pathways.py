@@ -48,7 +48,7 @@ def pathways(graph: TaskGraph, facts: TaskFacts) -> Pathways:
     """Profile a graph from which work that nobody demands is gone."""
     spaces = row_spaces(graph.graph, facts)
     visual = visual_counts(graph, facts, set(spaces.values()))
-    count = facts.visual.count
+    count = facts.visual.mean
     profile: dict[str, float] = {}
     branch = set(facts.visual.branch)
     for node, operands in parameter_uses(graph.graph).items():
@@ -103,7 +103,7 @@ def visual_counts(graph: TaskGraph, facts: TaskFacts, chains: set[Chain]) -> dic
     """Chain -> visual rows among its rows, averaged over the example batch."""
     entry = next(n for n in graph.graph.nodes if n.name in (facts.entry, facts.visual.entry))
     mask = visual_mask(graph, facts.visual, entry, facts.demand.tokens)
-    counts: dict[Chain, float] = {(): float(facts.visual.count)}
+    counts: dict[Chain, float] = {(): float(facts.visual.mean)}
     try:
         found = visual_rows(graph, mask, chains)
     except AnalysisError:  # a selector that reads values, and a model without storage: what the rewrite noted

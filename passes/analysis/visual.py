@@ -26,25 +26,22 @@ def find_visual(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> Visu
 
     Raises:
         AnalysisError: the declared input does not lie along the stream's token axis, visual and text rows do not meet in
-            a way that tokgraph knows, or samples hold different numbers of visual tokens.
+            a way that tokgraph knows, or a sample holds no visual token.
     """
     flow = _declared(graph, stream, classes) if graph.task.visual else _found(graph, stream, classes)
     mask = visual_mask(graph, flow, stream)
     counts = mask.sum(1)
-    if (counts != counts[0]).any():
+    if (counts == 0).any():
+        which = "the example batch" if not counts.any() else f"sample {int(counts.argmin())} of the example batch"
         raise AnalysisError(
-            f"task {graph.name!r}: the samples of the example batch hold different numbers of visual tokens: "
-            f"{counts.tolist()}",
-            help="give every sample of the batch the same number of visual tokens (crop, pad or group the images)",
-        )
-    if counts[0] == 0:
-        raise AnalysisError(
-            f"task {graph.name!r}: the example batch holds no visual token",
-            help="check visual= against the ids, mask or positions of the example batch",
+            f"task {graph.name!r}: {which} holds no visual token",
+            help="check visual= against the ids, mask or positions of the example batch; every sample needs an image",
         )
     starts = mask[:, 1:] & ~mask[:, :-1]
     runs = (starts.sum(1) + mask[:, 0]).max()
-    return replace(flow, count=int(counts[0]), runs=int(runs))
+    least, most = int(counts.min()), int(counts.max())
+    mean = least if least == most else float(counts.double().mean())
+    return replace(flow, count=least, most=most, mean=mean, runs=int(runs))
 
 
 def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node, tokens: int | None = None) -> torch.Tensor:

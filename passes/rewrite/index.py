@@ -115,6 +115,8 @@ class IndexBuilder:
         Raises:
             PlanError: demanded rows must stay, and samples hold different numbers of them.
         """
+        if self._facts.visual.ragged:
+            return self._ragged_site(site, around, stream, attention)
         outer = [frame.index for frame in around]
         alive = around[-1].visual if around else self._facts.visual.count
         free = self._emit.chain(self.visual, outer)
@@ -131,6 +133,54 @@ class IndexBuilder:
         index = self._call(tokgraph.keep_rows.default, candidates, score, keep, self._emit.size(free, 1))
         index.meta[VISUAL_ROWS] = alive - (width - keep)
         return Frame(site, index, width - keep, alive - (width - keep))
+
+    def _ragged_site(
+        self, site: DropSite, around: tuple[Frame, ...], stream: fx.Node, attention: Attention | None
+    ) -> Frame:
+        """The rows that ``site`` keeps where samples hold different numbers of visual tokens: each loses as many as the
+        sample that has the fewest.
+        """
+        flow, demand = self._facts.visual, self._facts.demand
+        outer, gone = [frame.index for frame in around], sum(frame.dropped for frame in around)
+        free, least = self._emit.chain(self.visual, outer), flow.count - gone
+        if not site.restore and demand.visual:
+            read = self._emit.chain(self.demanded, outer)
+            free = self._call(aten.logical_and.default, free, self._call(aten.logical_not.default, read))
+            least = demand.free - gone
+        dropped = max(0, min(flow.count - gone - site.kept(flow.count), least))
+        candidates = self._call(tokgraph.ragged_rows.default, free, flow.most, dropped)
+        valid = self._call(aten.gather.default, free, 1, candidates)
+        score = self._ragged_score(site, candidates, valid, dropped, stream, around, attention)
+        index = self._call(tokgraph.keep_rows.default, candidates, score, flow.most - dropped, self._emit.size(free, 1))
+        index.meta[VISUAL_ROWS] = flow.count - gone - dropped
+        return Frame(site, index, dropped, flow.count - gone - dropped)
+
+    def _ragged_score(
+        self,
+        site: DropSite,
+        candidates: fx.Node,
+        valid: fx.Node,
+        dropped: int,
+        stream: fx.Node,
+        around: tuple[Frame, ...],
+        attention: Attention | None,
+    ) -> fx.Node:
+        """Scores of candidates; positions that are none score infinity, which no candidate does, and stay."""
+        if site.selector == "uniform":
+            score = self._call(tokgraph.spread_score.default, valid, dropped)
+        elif site.selector == "similarity":  # rows of zeros are no pivots, unless all candidates are
+            rows = self._call(tokgraph.select.default, stream, candidates, 1, 0)
+            there = self._call(aten.unsqueeze.default, valid, -1)
+            rows = self._call(aten.mul.Tensor, self._call(aten.detach.default, rows), there)
+            score = self._call(tokgraph.similarity_score.default, rows, PIVOTS)
+        else:
+            score = self._score(site, candidates, 0, stream, around, attention)
+        if site.selector == "random":
+            score = self._call(aten.gather.default, score, 1, self._call(tokgraph.ranks.default, valid))
+        score = self._call(aten._to_copy.default, score, dtype=torch.float64)
+        score = self._call(aten.clamp.default, score, None, torch.finfo(torch.float32).max)
+        none = self._call(aten.logical_not.default, valid)
+        return self._call(aten.masked_fill.Scalar, score, none, torch.inf)
 
     def _protected(self) -> int:
         if not self._facts.demand.even:

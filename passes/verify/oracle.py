@@ -212,13 +212,14 @@ def drop_mask(
         step: training steps so far.
     """
     result = torch.zeros_like(visual)
-    for b in range(visual.shape[0]):
-        of_sample = [i for i, v in enumerate(visual[b].tolist()) if v]
-        alive = [i for i in of_sample if not gone[b, i]]
-        free = [i for i in alive if site.restore or not demanded[b, i]]
-        wanted = math.floor(site.keep * len(of_sample) + 0.5) - (len(alive) - len(free))
+    samples = [[i for i, v in enumerate(row) if v] for row in visual.tolist()]
+    alive = [[i for i in of_sample if not gone[b, i]] for b, of_sample in enumerate(samples)]
+    frees = [[i for i in left if site.restore or not demanded[b, i]] for b, left in enumerate(alive)]
+    kept = math.floor(site.keep * min(map(len, samples)) + 0.5)  # all samples lose as many as the one with the fewest
+    drop = max(0, min(min(map(len, alive)) - kept, *map(len, frees)))
+    for b, free in enumerate(frees):
         paid = mass[b] if site.selector == "attention" and mass is not None else None
-        stay = _stay(site, free, max(0, min(wanted, len(free))), b, stream[b], paid, step)
+        stay = _stay(site, free, len(free) - drop, b, stream[b], paid, step)
         for i in free:
             result[b, i] = i not in stay
     return result
