@@ -62,7 +62,7 @@ def masked(model: tiny.Unified, ids: torch.Tensor, patches: torch.Tensor, labels
 IMAGES = [[9], [4, 3], [5, 6], [10]]  # 9, 7, 11 and 10 visual tokens
 
 
-@pytest.fixture(scope="module", params=["right", "left"])
+@pytest.fixture(scope="module", params=["right", pytest.param("left", marks=pytest.mark.slow)])
 def ragged(request) -> Captured:
     return Captured.of(spec(IMAGES, request.param))
 

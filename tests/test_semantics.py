@@ -121,7 +121,7 @@ def random_positions(site: tg.DropSite, task: str, inputs: Inputs) -> Tensor:
     return torch.tensor(kept)
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
+@pytest.mark.parametrize("exact", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "exact"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("case", SITES)
 def test_sdpa(captured_janus, task, case, exact):
