@@ -36,7 +36,7 @@ def task_cost(graph: TaskGraph, facts: TaskFacts) -> TaskCost:
     """
     sizes = _sizes(graph, facts)
     works = node_works(graph, _Encoder(graph, facts, sizes).resize)
-    locate = _Locator(graph, facts)
+    locate = Locator(graph, facts)
     share = _Shares(graph, facts, sizes)
     nodes = []
     for node, work in works.items():
@@ -114,7 +114,7 @@ class _Encoder:
         return self._known[amount]
 
 
-class _Locator:
+class Locator:
     """Finds the region and block of a node; what a rewrite added belongs where the node it serves was."""
 
     def __init__(self, graph: TaskGraph, facts: TaskFacts) -> None:

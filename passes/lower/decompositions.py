@@ -1,0 +1,127 @@
+"""Operators that runtimes lack, or convert wrongly, written with operators that they have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import mul
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+from torch.nn import functional as F
+
+from tokgraph.ops import decompositions
+
+aten = torch.ops.aten
+
+
+def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Operator -> function of plain ATen operators, for tracing a graph that a runtime can take.
+
+    Our own operators; losses, whose conversion fakes ``total_weight``; and backward operators without a converter.
+    """
+    known = get_decompositions(
+        [aten.nll_loss_forward, aten.nll_loss_backward, aten.nll_loss2d_forward, aten.nll_loss2d_backward]
+        + [aten.silu_backward, aten.gelu_backward, aten._fused_rms_norm_backward]
+    )
+    return {
+        **known,
+        **decompositions(),
+        aten.masked_scatter.default: masked_scatter,
+        aten.masked_scatter_backward.default: masked_scatter_backward,
+        aten.slice_backward.default: slice_backward,
+        aten.convolution_backward.default: convolution_backward,
+    }
+
+
+def _rows(mask: Tensor, like: Tensor) -> Tensor:
+    """The mask with a last axis of size 1 where whole rows are masked, which is so for image features."""
+    mask = mask.expand(like.shape[: like.dim() - mask.dim()] + mask.shape)
+    whole = mask.shape[-1] == 1 or mask.stride(-1) == 0
+    return mask[..., :1].expand(*like.shape[:-1], 1) if whole else mask.expand(like.shape)
+
+
+def masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """``x`` where ``mask`` is false, else the elements of ``source`` in order; by gathering, row by row where it can."""
+    rows = _rows(mask, x)
+    width = x.shape[-1] if rows.shape[-1] == 1 else 1
+    at = (rows.reshape(-1).to(torch.int64).cumsum(0) - 1).clamp(min=0)
+    found = source.reshape(-1, width).index_select(0, at).reshape(x.shape)
+    return torch.where(rows, found, x)
+
+
+def masked_scatter_backward(grad: Tensor, mask: Tensor, sizes: Sequence[Any]) -> Tensor:
+    """The gradient of ``source``: the masked elements of ``grad`` in order, then zeros, in the shape ``sizes``."""
+    rows = _rows(mask, grad)
+    width = grad.shape[-1] if rows.shape[-1] == 1 else 1
+    count = reduce(mul, sizes, 1) // width
+    flat = rows.reshape(-1)
+    at = torch.where(flat, flat.to(torch.int64).cumsum(0) - 1, count)  # what is not masked goes to a row that is cut off
+    into = grad.new_zeros((count + 1, width))
+    moved = into.scatter(0, at.unsqueeze(1).expand(-1, width), grad.reshape(-1, width))
+    return moved[:count].reshape(sizes)
+
+
+def slice_backward(grad: Tensor, sizes: Sequence[Any], dim: int, start: Any, end: Any, step: int) -> Tensor:
+    """The gradient of a sliced tensor: ``grad`` padded with zeros to ``sizes``."""
+    if step != 1:
+        return torch.slice_scatter(grad.new_zeros(sizes), grad, dim, start, end, step)
+    dim = dim % len(sizes)
+    start = start + sizes[dim] if start < 0 else start
+    after = sizes[dim] - start - grad.shape[dim]
+    return F.pad(grad, [*(0, 0) * (len(sizes) - 1 - dim), start, after])
+
+
+def convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[Any] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> Any:
+    """The gradients of a convolution, which are convolutions as well.
+
+    Source: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning" (arXiv 1603.07285), section 4.
+    """
+    if transposed:
+        return NotImplemented
+    space = range(weight.dim() - 2)
+    stride, padding, dilation = ([v[0]] * len(space) if len(v) == 1 else list(v) for v in (stride, padding, dilation))
+    kernel = weight.shape[2:]
+    into = of_weight = of_bias = None
+    if mask[0]:
+        reach = [
+            (grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1 for i in space
+        ]
+        rest = [x.shape[2 + i] - reach[i] for i in space]
+        into = aten.convolution.default(grad, weight, None, stride, padding, dilation, True, rest, groups)
+    if mask[1]:
+        of_weight = _of_weight(grad, x, stride, padding, dilation, groups)
+        for i in space:  # a stride that does not divide the input leaves rows that the forward never read
+            of_weight = of_weight.narrow(2 + i, 0, kernel[i])
+    if mask[2]:
+        of_bias = grad.sum([0, *(2 + i for i in space)])
+    return into, of_weight, of_bias
+
+
+def _of_weight(
+    grad: Tensor, x: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """Samples become channels: the input, convolved with the gradient, stride and dilation exchanged."""
+    samples = x.shape[0]
+    signal = x.unflatten(1, (groups, -1)).movedim(2, 0).transpose(1, 2)  # [channels, groups, samples, ...]
+    filters = grad.unflatten(1, (groups, -1)).movedim(0, 2)  # [groups, channels, samples, ...]
+    found: Tensor = aten.convolution.default(
+        signal.reshape(signal.shape[0], groups * samples, *x.shape[2:]),
+        filters.reshape(grad.shape[1], samples, *grad.shape[2:]),
+        None, dilation, padding, stride, False, [0] * (x.dim() - 2), groups,
+    )  # fmt: skip
+    return found.transpose(0, 1)

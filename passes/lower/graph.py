@@ -1,0 +1,333 @@
+"""A task's graph as one flat ATen graph whose parameters are inputs, every node of which knows where it comes from."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from tokgraph.errors import InternalError
+from tokgraph.facts import TaskFacts
+from tokgraph.fxnode import fake_mode, value
+from tokgraph.program import COMPACT_OUTPUTS, STEP, TaskGraph
+from tokgraph.spec import LOSS_KEY
+
+from ..analysis.stream import loss_node, output_args
+from .decompositions import runtime_decompositions
+from .places import PLACE, Place, carried, find_places
+
+STATE, ROWS = "state", "rows"
+"""Prefixes of names: inputs that are the state of an optimizer; outputs that are row indices."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph for a runtime: functional, flat, without attributes.
+
+    Args:
+        task: the task's name.
+        kind: ``"forward"``, ``"train-step"`` or ``"update-step"``.
+        module: placeholders for ``state``, then for ``inputs``; a flat tuple of tensors out. Every node carries its
+            :class:`Place` and ``"phase"`` (``"forward"``, ``"backward"`` or ``"update"``) in ``meta["custom"]``.
+        state: name -> parameter, buffer or constant, in placeholder order; names are those of the model's ``state_dict``
+            where it has them.
+        inputs: names of the other inputs.
+        outputs: names of the outputs.
+        initial: input -> its first value, of inputs that are no inputs of the task (a step counter, optimizer state).
+    """
+
+    task: str
+    kind: str
+    module: fx.GraphModule
+    state: Mapping[str, torch.Tensor]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    initial: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Source:
+    """What lowering reads off a task's graph: its tensors, its inputs, and the places of its nodes.
+
+    Args:
+        graph: the captured or rewritten graph.
+        facts: facts of the captured graph, ``None`` for a loaded one.
+    """
+
+    def __init__(self, graph: TaskGraph, facts: TaskFacts | None) -> None:
+        self.graph = graph
+        self.places = find_places(graph, facts)
+        self.state: dict[str, torch.Tensor] = {}
+        self.names: dict[str, str] = {}
+        self._collect()
+        self.placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        self.tensors = [n for n in self.placeholders if isinstance(value(n), torch.Tensor)]
+        self.mode = fake_mode(graph.graph) or FakeTensorMode()
+
+    def _collect(self) -> None:
+        """Tensors by name, the names of one tensor mapped to its first."""
+        first: dict[int, str] = {}
+        known = {id(x): name for name, x in reversed(list(self.graph.graph_module.named_parameters()))}
+        for node in self.graph.graph.nodes:
+            if node.op == "get_attr":
+                found = operator.attrgetter(node.target)(self.graph.graph_module)
+                if not isinstance(found, torch.Tensor):
+                    raise InternalError(f"{node.target} is a {type(found).__name__}, no tensor")
+                name = first.setdefault(id(found), known.get(id(found), node.target))
+                self.names[node.target] = name
+                self.state[name] = found
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the parameters that require gradients."""
+        return [name for name, x in self.state.items() if isinstance(x, nn.Parameter) and x.requires_grad]
+
+    @property
+    def loss(self) -> int:
+        """Position of the loss among the graph's outputs."""
+        return output_args(self.graph.graph).index(loss_node(self.graph))
+
+    def fake(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor like ``x`` without values."""
+        return self.mode.from_tensor(x.detach(), static_shapes=True)
+
+    def interpreter(self, state: Mapping[str, torch.Tensor]) -> Tracer:
+        """Runs the graph on ``state``, leaving places on what it calls."""
+        return Tracer(self, state)
+
+    def leaves(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """All inputs of the graph, from those that are tensors."""
+        given = dict(zip(self.tensors, tensors, strict=True))
+        return [given.get(node, value(node)) for node in self.placeholders]
+
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the graph's outputs: ``loss``, keys of mappings, ``output_1``, and ``rows/...`` of compact ones."""
+        graph, loss = self.graph, self.loss
+        positions = pytree.tree_unflatten(list(range(graph.out_spec.num_leaves)), graph.out_spec)
+        paths = [_path_name(path) for path, _ in pytree.tree_flatten_with_path(positions)[0]]
+        names = [LOSS_KEY if i == loss else name for i, name in enumerate(paths)]
+        rows = {position: names[leaf] for leaf, position in graph.graph_module.meta.get(COMPACT_OUTPUTS, {}).items()}
+        count = len(output_args(graph.graph))
+        return (*names, *(f"{ROWS}/{rows[i]}" if i in rows else f"extra_{i}" for i in range(len(names), count)))
+
+
+class Tracer(fx.Interpreter):
+    """Runs a task's graph so that what it traces carries the places of the nodes it comes from.
+
+    Args:
+        source: the graph.
+        state: name -> tensor to run on.
+    """
+
+    def __init__(self, source: Source, state: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(source.graph.graph_module)
+        self._source = source
+        self._state = state
+        self._made_by: dict[int, Place] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        """The tensor that stands for an attribute."""
+        return self._state[self._source.names[target]]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's result."""
+        place = self._source.places.get(n.name)
+        first = _sequence()
+        with fx_traceback.set_current_meta(n):
+            fx_traceback.current_meta["custom"] = carried(place, "forward") if place else {}
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            result = getattr(self, n.op)(n.target, args, kwargs)
+        if place is not None:
+            self._made_by.update(dict.fromkeys(range(first, _sequence()), place))
+        return result
+
+    def mark_backward(self, loss: torch.Tensor) -> None:
+        """Let what autograd runs for ``loss`` carry the places of the nodes whose gradients it computes."""
+        stack, seen = [loss.grad_fn], set()
+        while stack:
+            function = stack.pop()
+            if function is None or function in seen:
+                continue
+            seen.add(function)
+            function.register_prehook(self._marker(self._made_by.get(function._sequence_nr())))  # type: ignore[attr-defined]
+            stack += [following for following, _ in function.next_functions]
+
+    @staticmethod
+    def _marker(place: Place | None) -> Callable[[Any], None]:
+        def mark(_: Any) -> None:
+            if place is not None:  # else it stays with the last: sums of gradients, casts
+                fx_traceback.current_meta["custom"] = carried(place, "backward")
+
+        return mark
+
+
+def _sequence() -> int:
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def _path_name(path: Sequence[Any]) -> str:
+    names = [f"output_{key.idx}" if isinstance(key, pytree.SequenceKey) else str(_key(key)) for key in path]
+    return ".".join(names) or "output"
+
+
+def _key(key: Any) -> Any:
+    return key.key if isinstance(key, pytree.MappingKey) else getattr(key, "name", key)
+
+
+@contextmanager
+def _tracing(source: Source, training: bool) -> Iterator[None]:
+    """The modes of a trace: values without storage, symbolic sizes, and for training the attention that has gradients."""
+    attention = sdpa_kernel(SDPBackend.MATH) if training else nullcontext()
+    grad = torch.enable_grad() if training else torch.no_grad()
+    with attention, fx_traceback.preserve_node_meta(), source.mode, enable_python_dispatcher(), grad:
+        yield
+
+
+def trace(
+    function: Callable[..., Sequence[torch.Tensor]],
+    source: Source,
+    extra: Mapping[str, torch.Tensor],
+    decompositions: Mapping[Any, Callable[..., Any]],
+    *,
+    training: bool,
+    trained: Collection[str] = (),
+) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """Trace ``function(state, *tensors, **extra)`` into a flat functional graph.
+
+    Args:
+        function: what to trace; ``state`` maps names to tensors, ``tensors`` are the task's inputs.
+        source: the graph it runs.
+        extra: further inputs, after the task's.
+        decompositions: operator -> function to trace instead.
+        training: below autograd, attention as plain operators; else above it, operators as they are in the graph.
+        trained: names in the state or among the further inputs that gradients are computed of.
+
+    Returns:
+        The graph module, and its state: that of ``source`` and the constants that the trace met.
+    """
+    state = {name: source.fake(x).requires_grad_(training and name in trained) for name, x in source.state.items()}
+    inputs = [value(node) for node in source.tensors]
+    more = {name: source.fake(x).requires_grad_(training and name in trained) for name, x in extra.items()}
+
+    def flat(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rest = iter(leaves)
+        mine = {name: next(rest) for name in state}
+        given = [next(rest) for _ in inputs]
+        return tuple(function(mine, *given, **{name: next(rest) for name in more}))
+
+    with _tracing(source, training):
+        module = make_fx(
+            flat,
+            decomposition_table=dict(decompositions),
+            tracing_mode="real",
+            pre_dispatch=not training,
+            _allow_non_fake_inputs=True,
+        )(*state.values(), *inputs, *more.values())
+    _without_mutations(module.graph)
+    module.graph.eliminate_dead_code()
+    names = [*state, *(node.name for node in source.tensors), *more]
+    _name_placeholders(module.graph, names, len(state))
+    return module, {**source.state, **_lift_constants(module, len(state))}
+
+
+def _without_mutations(graph: fx.Graph) -> None:
+    """Replace in-place operators, which some composite operators use on values of their own, by functional ones."""
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        namespace, name = node.target._schema.name.split("::")
+        packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+        mutated, overload = node.args[0], node.target._overloadname
+        if packet is None or overload not in packet.overloads() or mutated.op == "placeholder" or _is_view(mutated):
+            raise InternalError(f"a trace changed {mutated} in place: {node.format_node()}")
+        with graph.inserting_after(node):
+            made = graph.call_function(getattr(packet, overload), node.args, node.kwargs)
+        made.meta.update(node.meta)
+        node.replace_all_uses_with(made)
+        mutated.replace_all_uses_with(made, lambda user, made=made: user > made)
+        graph.erase_node(node)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return any(r.alias_info is not None for r in getattr(getattr(node.target, "_schema", None), "returns", ()))
+
+
+def _name_placeholders(graph: fx.Graph, names: list[str], states: int) -> None:
+    """Inputs get their names; what stands for state gets out of their way."""
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    for number, node in enumerate(placeholders[:states]):
+        node._rename(f"state_{number}")
+    for node, name in zip(placeholders[states:], names[states:], strict=True):
+        node._rename(name.replace("/", "_").replace(".", "_"))
+    for node in placeholders:
+        node.target = node.name
+
+
+def _lift_constants(module: fx.GraphModule, states: int) -> dict[str, torch.Tensor]:
+    """Turn attributes, which are constants that the trace met, into placeholders after the other state."""
+    found: dict[str, torch.Tensor] = {}
+    last = list(module.graph.find_nodes(op="placeholder"))[states - 1] if states else None
+    for node in list(module.graph.find_nodes(op="get_attr")):
+        constant = operator.attrgetter(node.target)(module)
+        if not isinstance(constant, torch.Tensor):
+            raise InternalError(f"a trace met {node.target}, a {type(constant).__name__}")
+        name = f"_constants.{node.target}"
+        if name not in found:
+            with module.graph.inserting_after(last):
+                last = module.graph.placeholder(f"constant_{len(found)}")
+            last.meta["val"] = node.meta.get("val", constant)
+            found[name] = constant
+            known = last
+        node.replace_all_uses_with(known)
+        module.graph.erase_node(node)
+    module.recompile()
+    return found
+
+
+def step_counter(source: Source) -> dict[str, torch.Tensor]:
+    """The step counter of a graph that draws at random, which becomes an input; empty for others."""
+    return {STEP: source.state.pop(STEP).detach().clone()} if STEP in source.state else {}
+
+
+def lower_forward(graph: TaskGraph, facts: TaskFacts | None = None) -> Lowered:
+    """Loss and outputs, operators of ours written out, all others as they are in the graph.
+
+    Args:
+        graph: the captured or rewritten graph.
+        facts: facts of the captured graph; ``None``: the graph's nodes carry their places, as loaded ones do.
+    """
+    return _lower(graph, facts, runtime_decompositions())
+
+
+def lower_program(graph: TaskGraph, facts: TaskFacts | None = None) -> Lowered:
+    """The graph itself, operators of ours kept: what a file of the program holds."""
+    return _lower(graph, facts, {})
+
+
+def _lower(graph: TaskGraph, facts: TaskFacts | None, decompositions: Mapping[Any, Callable[..., Any]]) -> Lowered:
+    source = Source(graph, facts)
+    names = source.output_names()
+    counter = step_counter(source)
+
+    def forward(state: Mapping[str, torch.Tensor], *tensors: torch.Tensor, **extra: torch.Tensor) -> Any:
+        return source.interpreter({**state, **extra}).run(*source.leaves(tensors), enable_io_processing=False)
+
+    module, state = trace(forward, source, counter, decompositions, training=False)
+    inputs = (*(node.name for node in source.tensors), *counter)
+    return Lowered(graph.name, "forward", module, state, inputs, names, counter)
+
+
+def lowered_place(node: fx.Node) -> dict[str, Any]:
+    """The place and phase of a node of a lowered graph; of the task's own forward where nothing is known."""
+    custom = node.meta.get("custom") or {}
+    return dict(custom.get(PLACE) or {"node": "", "module": "", "block": None, "kind": "input", "phase": "forward"})

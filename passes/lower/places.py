@@ -1,0 +1,141 @@
+"""Where a node of a task's graph belongs: its module, its block, and the kind of work that it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import fx
+
+from tokgraph.facts import Block, TaskFacts
+from tokgraph.fxnode import ancestors, descendants, module_path, tensor, tensor_inputs
+from tokgraph.program import TaskGraph
+
+from ..analysis.attribution import Locator
+from ..rules import axis_map
+
+aten = torch.ops.aten
+
+Kind = Literal["attention", "ffn", "norm", "head", "encoder", "input", "drop", "optimizer"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+PLACE = "tokgraph"
+"""Key of ``node.meta["custom"]``, which torch.export keeps and writes to files: the node's place, as a dict."""
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, aten.native_layer_norm.default)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node belongs.
+
+    Args:
+        node: name of the node in the task's graph.
+        module: module path, ``""`` for the task's own forward.
+        block: the decoder block, ``None`` outside blocks.
+        kind: ``"attention"`` (with its projections and residual addition), ``"ffn"``, ``"norm"``, ``"head"`` (what follows
+            the last block, the loss with it), ``"encoder"`` (makes visual rows), ``"input"`` (the rest before the first
+            block), ``"drop"`` (chooses, drops and restores rows), ``"optimizer"`` (updates parameters).
+    """
+
+    node: str
+    module: str
+    block: int | None
+    kind: Kind
+
+
+def place_of(node: fx.Node) -> dict[str, Any] | None:
+    """The place that a node carries, with ``"phase"`` where it was lowered, or ``None``."""
+    custom = node.meta.get("custom")
+    found = custom.get(PLACE) if isinstance(custom, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else None
+
+
+def find_places(graph: TaskGraph, facts: TaskFacts | None) -> dict[str, Place]:
+    """Name -> place of every call in a captured or rewritten graph.
+
+    Args:
+        graph: the task's graph.
+        facts: facts of the captured graph; ``None`` for a graph that was loaded from a file, whose nodes carry theirs.
+    """
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    if facts is None:
+        carried = {node.name: place_of(node) for node in calls}
+        return {
+            name: Place(name, place["module"], place["block"], place["kind"])
+            for name, place in carried.items()
+            if place is not None
+        }
+    locate, kinds = Locator(graph, facts), _Kinds(graph.graph, facts.blocks, Locator(graph, facts))
+    places = {}
+    for node in calls:
+        region, block = locate.of(node)
+        kind: Kind = "drop" if _moves_rows(node) else kinds.of(node, block) if region == "block" else region
+        places[node.name] = Place(node.name, module_path(node), block, kind)
+    return places
+
+
+def carried(place: Place, phase: str) -> dict[str, Any]:
+    """What a lowered node carries of a place."""
+    return {PLACE: {**asdict(place), "phase": phase}}
+
+
+def _moves_rows(node: fx.Node) -> bool:
+    """Whether a rewrite made the node, and not to compute values: operators of ours, and arithmetic on masks and indices."""
+    if getattr(node.target, "namespace", "") == "tokgraph":
+        return True
+    val = tensor(node)
+    return "made_by" in node.meta and (val is None or not val.is_floating_point())
+
+
+class _Kinds:
+    """Tells attention, feed-forward and norms of a block apart by their places in the graph, not by names.
+
+    What an attention's output is computed from, and what follows up to the first addition to the stream, is attention;
+    the rest is feed-forward. What comes before the first contraction of either is its norm.
+    """
+
+    def __init__(self, graph: fx.Graph, blocks: Iterable[Block], locate: Locator) -> None:
+        self._known: dict[fx.Node, Kind] = {}
+        nodes = {node.name: node for node in graph.nodes}
+        members: dict[int, list[fx.Node]] = {}
+        for node in graph.nodes:
+            region, index = locate.of(node) if node.op == "call_function" else ("input", None)
+            if region == "block" and index is not None:
+                members.setdefault(index, []).append(node)
+        for block in blocks:
+            outputs = [nodes[a.output] for a in block.attention if a.output in nodes]
+            self._divide(members.get(block.index, []), outputs)
+
+    def of(self, node: fx.Node, block: int | None) -> Kind:
+        return self._known.get(node, "ffn")
+
+    def _divide(self, members: list[fx.Node], outputs: list[fx.Node]) -> None:
+        inside = set(members)
+        before, after = ancestors(outputs) & inside, descendants(outputs) & inside
+        join = next((n for n in members if _is_addition(n) and n in after and _other_operand(n, after, inside)), None)
+        tail = set(members[: members.index(join) + 1]) & after if join is not None else after
+        attention = before | tail
+        for part, kind in ((attention, "attention"), (inside - attention, "ffn")):
+            mixed: set[fx.Node] = set()
+            for node in members:
+                if node in part:
+                    if _contracts(node) or any(x in mixed for x in node.all_input_nodes):
+                        mixed.add(node)
+                    norm = node.target in _NORMS or (node not in mixed and node is not join)
+                    self._known[node] = "norm" if norm else kind  # type: ignore[assignment]
+
+
+def _is_addition(node: fx.Node) -> bool:
+    return node.target in (aten.add.Tensor, aten.add_.Tensor)
+
+
+def _other_operand(node: fx.Node, after: set[fx.Node], inside: set[fx.Node]) -> bool:
+    """Whether an addition joins what follows the attention with a value that does not."""
+    operands = tensor_inputs(node)
+    return any(x in after for x in operands) and any(x not in after and x.op != "get_attr" for x in operands)
+
+
+def _contracts(node: fx.Node) -> bool:
+    described = axis_map(node) if tensor(node) is not None else None
+    return described is not None and any(m.kind in ("contraction", "attention", "window") for m in described.mixes)
