@@ -105,5 +105,23 @@ class VerificationError(TokgraphError):
     code = "TG008"
 
 
+class ExportError(TokgraphError):
+    """A graph cannot be exported, or the exported one disagrees with the program."""
+
+    code = "TG009"
+
+
+class DependencyError(TokgraphError):
+    """A package or device that a command needs is missing, or not usable."""
+
+    code = "TG010"
+
+
+class FileError(TokgraphError):
+    """A saved program was changed, is incomplete, or was written by another version."""
+
+    code = "TG011"
+
+
 class InternalError(Exception):
     """A broken invariant inside tokgraph: a bug of ours, never the user's."""

@@ -1,0 +1,138 @@
+"""Checking exported files: valid ONNX, and the same loss, outputs and gradients in ONNX Runtime as in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ExportError
+from ..ort import Session
+from ..passes.lower import Lowered
+from ..program import TaskGraph
+from .reference import Reference
+from .wide import widened
+
+TOLERANCE = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-5, 1e-4), torch.float16: (1e-2, 5e-2)}
+"""Type computed in -> largest relative difference that passes, of outputs and of gradients."""
+NOISE = 1e-6
+"""Gradients this much smaller than the largest are compared with that floor: many are zero but for rounding."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a comparison of one file on one batch found; errors are relative, ``max |a - b| / max |b|``.
+
+    Args:
+        sizes: sizes of the batch's open dimensions, by name; empty for the example batch of a graph without any.
+        output_error: loss and outputs.
+        gradient_error: gradients, and updated parameters.
+        worst: the output with the largest error in terms of its tolerance.
+        dtype: the type computed in.
+    """
+
+    sizes: dict[str, int]
+    output_error: float
+    gradient_error: float
+    worst: str
+    dtype: str
+
+
+def check_file(
+    path: Path,
+    lowered: Lowered,
+    graph: TaskGraph,
+    batches: Iterable[tuple[Mapping[str, Any], dict[str, int]]],
+    reference: Reference,
+) -> list[Check]:
+    """Check an exported file against the program that it was made from.
+
+    Args:
+        path: the file; its weights lie beside it.
+        lowered: the lowered graph: names of inputs and outputs.
+        graph: the task's graph.
+        batches: batches with the sizes of their open dimensions.
+        reference: computes what the outputs should be, in PyTorch.
+
+    Raises:
+        ExportError: the file is not valid, does not run, lacks an output, or disagrees.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{path.name} is not valid ONNX: {error}") from error
+    with widened(path) as (runnable, dtype):
+        session = Session(runnable)
+        missing = sorted(set(reference.names(lowered)) - set(session.outputs))
+        if missing:
+            raise ExportError(
+                f"{path.name} lacks the output {missing[0]!r}", help="please report this: the export lost an output"
+            )
+        return [_check(session, lowered, graph, batch, sizes, reference, dtype) for batch, sizes in batches]
+
+
+def _check(
+    session: Session,
+    lowered: Lowered,
+    graph: TaskGraph,
+    batch: Mapping[str, Any],
+    sizes: dict[str, int],
+    reference: Reference,
+    dtype: torch.dtype | None,
+) -> Check:
+    expected = reference.compute(lowered, batch, dtype)
+    computed = dtype or reference.dtype
+    inputs = lowered_inputs(lowered, graph, batch)
+    if dtype is not None:
+        inputs = {k: x.to(dtype) if x.dtype is torch.bfloat16 else x for k, x in inputs.items()}
+    found = session.run(session.feeds(inputs))
+    limits = TOLERANCE.get(computed, TOLERANCE[torch.float32])
+    scale = max((float(x.abs().max()) for n, x in expected.items() if _is_gradient(n) and x.numel()), default=0.0)
+    errors, worst, most = {False: 0.0, True: 0.0}, "", -1.0
+    for name, wanted in expected.items():
+        gradient = _is_gradient(name)
+        error = relative(found[name], wanted, NOISE * scale if gradient else 0.0)
+        share = error / limits[gradient]
+        if not share <= most:
+            worst, most = name, share
+        if not error <= errors[gradient]:
+            errors[gradient] = error
+        if not share <= 1:
+            raise ExportError(
+                f"{session.path.name}: {name} differs between ONNX Runtime and PyTorch by {error:.1e} "
+                f"(tolerance {limits[gradient]:.0e}, {_described(sizes)})",
+                help="nothing was written; please report this: an export that is not refused must agree",
+            )
+    return Check(sizes, errors[False], errors[True], worst, str(computed).removeprefix("torch."))
+
+
+def lowered_inputs(lowered: Lowered, graph: TaskGraph, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Name -> tensor of every input of a lowered graph, from a batch of the task."""
+    leaves = [x for x in graph.flatten(batch) if isinstance(x, torch.Tensor)]
+    return {**dict(zip(lowered.inputs, leaves, strict=False)), **lowered.initial}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
+    """``max |a - b| / max(max |b|, floor)``; infinite where shapes differ or an index does."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    if not b.is_floating_point():
+        return 0.0 if torch.equal(a, b) else float("inf")
+    a, b = a.double(), b.double().cpu()
+    error, size = float((a - b).abs().max()), max(float(b.abs().max()), floor)
+    return error if size == 0.0 else error / size
+
+
+def _is_gradient(name: str) -> bool:
+    return name.startswith(("grad/", "new_"))
+
+
+def _described(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "example batch"

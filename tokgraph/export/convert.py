@@ -1,0 +1,212 @@
+"""A lowered graph as an ONNX model whose weights lie in another file and whose nodes say where they come from."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.utils import _pytree as pytree
+
+from ..errors import DependencyError, ExportError
+from ..fxnode import fake_mode
+from ..passes.lower import Lowered
+from ..passes.lower.graph import lowered_place
+from .files import PREFIX, NodePlace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+aten = torch.ops.aten
+MIN_OPSET, DEFAULT_OPSET = 18, 23
+
+
+def exported_program(lowered: Lowered) -> ExportedProgram:
+    """The lowered graph as an ``ExportedProgram``: state as parameters, buffers and constants, tensors in and out."""
+    graph = lowered.module.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    specs = []
+    for node, (name, x) in zip(placeholders, lowered.state.items(), strict=False):
+        kind = InputKind.PARAMETER if isinstance(x, nn.Parameter) else InputKind.BUFFER
+        persistent = None if kind is InputKind.PARAMETER else True
+        specs.append(InputSpec(kind, TensorArgument(node.name), name, persistent=persistent))
+    inputs = placeholders[len(specs) :]
+    specs += [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs]
+    output = graph.output_node()
+    output.args = (tuple(output.args[0]),)
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in output.args[0]]
+    in_spec = pytree.tree_structure((tuple(range(len(inputs))), {}))
+    out_spec = pytree.tree_structure(tuple(range(len(outputs))))
+    mode = fake_mode(graph)
+    ranges = dict(mode.shape_env.var_to_range) if mode is not None and mode.shape_env is not None else {}
+    return ExportedProgram(
+        root=lowered.module,
+        graph=graph,
+        graph_signature=ExportGraphSignature(specs, outputs),
+        state_dict=dict(lowered.state),
+        range_constraints=ranges,
+        module_call_graph=[ModuleCallEntry("", ModuleCallSignature([], [], in_spec, out_spec))],
+        constants={},
+        example_inputs=None,
+    )
+
+
+def to_onnx(
+    lowered: Lowered, about: Mapping[str, str], symbols: Mapping[str, str], opset: int = DEFAULT_OPSET
+) -> ir.Model:
+    """Convert a lowered graph.
+
+    Args:
+        lowered: the graph.
+        about: what the model says of itself in its metadata.
+        symbols: symbol of a size -> the user's name for it.
+        opset: version of the ONNX operator set.
+
+    Raises:
+        ExportError: an operator has no ONNX counterpart.
+        DependencyError: the packages that convert are not installed.
+    """
+    program = exported_program(lowered)
+    with _quiet():
+        try:
+            converted = torch.onnx.export(
+                program,
+                input_names=list(lowered.inputs),
+                output_names=list(lowered.outputs),
+                custom_translation_table={aten.sort.stable: _stable_sort()},
+                opset_version=opset,
+                optimize=False,  # it would fold transposed copies of weights into the graph
+                verbose=False,
+            )
+        except ImportError as error:
+            raise _missing(error) from error
+        except Exception as error:
+            raise _failed(lowered, error) from error
+    assert converted is not None
+    model: ir.Model = converted.model
+    nodes = {node.name: lowered_place(node) for node in converted.exported_program.graph.nodes}
+    _annotate(model, nodes)
+    _name_sizes(model, symbols)
+    model.metadata_props.clear()
+    model.metadata_props.update({f"{PREFIX}{key}": value for key, value in about.items()})
+    model.producer_name, model.producer_version = "tokgraph", about.get("version", "")
+    return model
+
+
+def _missing(error: ImportError) -> DependencyError:
+    return DependencyError(
+        f"ONNX export needs a package that is not installed: {error}", help="pip install 'tokgraph[onnx]'"
+    )
+
+
+def _failed(lowered: Lowered, error: BaseException) -> ExportError:
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    text = str(causes[-1]).splitlines()[0] if str(causes[-1]) else type(causes[-1]).__name__
+    return ExportError(
+        f"task {lowered.task!r}, {lowered.kind}: conversion to ONNX failed: {text}",
+        help="an operator without an ONNX counterpart needs a decomposition (passes/lower/decompositions.py)",
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the converter's remarks about packages that it does not need out of the user's way."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _stable_sort() -> Any:
+    """The translation of a stable sort: ONNX's TopK puts the earlier of equal values first."""
+    try:
+        import onnx_ir
+        from onnxscript import opset18 as op
+    except ImportError as error:
+        raise _missing(error) from error
+
+    def sort_stable(x: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+        dtype = x.dtype
+        small = dtype in (onnx_ir.DataType.UINT8, onnx_ir.DataType.BOOL)  # which TopK does not take everywhere
+        keys = op.Cast(x, to=onnx_ir.DataType.INT32) if small else x
+        size = op.Gather(op.Shape(keys), op.Constant(value_ints=[dim]))
+        values, indices = op.TopK(keys, size, axis=dim, largest=bool(descending), sorted=True)
+        return (op.Cast(values, to=dtype) if small else values), indices
+
+    return sort_stable
+
+
+def _annotate(model: ir.Model, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every ONNX node gets the place of the FX node that it was converted from; what the converter wrote goes."""
+    unknown = {"node": "", "module": "", "block": None, "kind": "input", "phase": "forward"}
+    for node in model.graph.all_nodes():
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        place = nodes.get(scopes[-1], unknown) if scopes else unknown
+        node.metadata_props.clear()
+        node.metadata_props.update(NodePlace(**place).metadata())
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _name_sizes(model: ir.Model, symbols: Mapping[str, str]) -> None:
+    """Symbolic sizes of inputs, outputs and values get the user's names."""
+    import onnx_ir
+
+    def named(text: str) -> str:
+        return re.sub(r"\b[su]\d+\b", lambda found: symbols.get(found.group(), found.group()), text)
+
+    values = [*model.graph.inputs, *model.graph.outputs]
+    values += [output for node in model.graph.all_nodes() for output in node.outputs]
+    for value in {id(value): value for value in values}.values():
+        if value.shape is not None:
+            dims = [d if isinstance(d, int) or d.value is None else onnx_ir.SymbolicDim(named(d.value)) for d in value.shape]
+            value.shape = onnx_ir.Shape(dims)
+
+
+def link_weights(model: ir.Model, folder: Path, files: Mapping[str, tuple[str, Any]]) -> None:
+    """Point initializers at tensors in safetensors files of ``folder``.
+
+    Args:
+        model: the model.
+        folder: where the files are, and where the model will be.
+        files: initializer -> (file, :class:`~tokgraph.weights.Stored`).
+    """
+    import onnx_ir
+
+    for name, value in model.graph.initializers.items():
+        if name in files and value.const_value is not None:
+            file, stored = files[name]
+            value.const_value = onnx_ir.ExternalTensor(
+                file,
+                stored.offset,
+                stored.length,
+                value.const_value.dtype,
+                shape=onnx_ir.Shape(stored.shape),
+                name=name,
+                base_dir=folder,
+            )

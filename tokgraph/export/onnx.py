@@ -1,0 +1,275 @@
+"""Exporting programs: lower, convert, link to one weights file, check, and only then put the files in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ExportError
+from ..facts import Facts
+from ..files import new_directory
+from ..ort import onnxruntime
+from ..passes.lower import OPTIMIZERS, Lowered, Optimizer, lower_forward, lower_train_step, lower_update_step
+from ..passes.lower.step import SGD, make_optimizer
+from ..passes.verify.interpret import trains_with_dropout
+from ..program import Program, TaskGraph, is_meta
+from ..weights import WEIGHTS, Stored, stored_tensors, write_weights
+from .batches import other_sizes
+from .check import Check, check_file
+from .convert import DEFAULT_OPSET, MIN_OPSET, link_weights, to_onnx
+from .files import ACCELERATED, KINDS, GraphKind, file_name
+from .reference import Reference
+
+SCHEMA = 1
+CONSTANTS = "constants.safetensors"
+"""Tensors that are not in the model's ``state_dict`` (tables, masks), of all graphs, each once."""
+INLINE = 4096
+"""Bytes up to which a constant stays inside its graph."""
+Batches = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, and how.
+
+    Args:
+        kinds: ``"forward"``, ``"train-step"``, ``"update-step"``.
+        opset: version of the ONNX operator set, 18 or later.
+        optimizer: the update rule of update steps, ``"sgd"`` or ``"adamw"``.
+        optimizer_options: its options, named as in ``torch.optim`` (``beta1``, ``beta2`` for ``betas``).
+        batches: task -> batches to check on, besides the example batch; where none are given, one of other sizes is made.
+
+    Raises:
+        ExportError: an option is unknown or out of range.
+    """
+
+    kinds: tuple[GraphKind, ...] = ("forward", "train-step")
+    opset: int = DEFAULT_OPSET
+    optimizer: str = SGD.name
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    batches: Batches | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or not self.kinds:
+            raise ExportError(
+                f"{unknown[0]!r} is no kind of graph" if unknown else "no kind of graph is asked for",
+                help=f"kinds are {', '.join(KINDS)}",
+            )
+        if self.opset < MIN_OPSET:
+            raise ExportError(f"opset {self.opset} is too old", help=f"the converter writes {MIN_OPSET} or later")
+        self.rule()
+
+    def rule(self) -> Optimizer:
+        """The optimizer."""
+        if self.optimizer not in OPTIMIZERS:
+            raise ExportError(
+                f"there is no optimizer {self.optimizer!r}", help=f"optimizers are {', '.join(OPTIMIZERS)}"
+            )
+        try:
+            return make_optimizer(self.optimizer, self.optimizer_options)
+        except TypeError as error:
+            raise ExportError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One file to be written."""
+
+    variant: str
+    graph: TaskGraph
+    lowered: Lowered
+    blocks: int
+
+    @property
+    def name(self) -> str:
+        return file_name(self.graph.name, self.lowered.kind, self.variant)
+
+
+def export_programs(
+    programs: Mapping[str, Program],
+    facts: Facts | None,
+    state: Mapping[str, torch.Tensor],
+    folder: Path,
+    options: ExportOptions,
+    *,
+    report: Mapping[str, Any] | None = None,
+    version: str = "",
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Export programs over one model into a folder; on any failure the folder stays as it was.
+
+    Args:
+        programs: variant (``"accelerated"``, ``"baseline"``) -> program.
+        facts: facts of the captured program; ``None`` where nodes carry their places.
+        state: the ``state_dict`` whose tensors become ``weights.safetensors``.
+        folder: where the files go: ``TASK.KIND.onnx``, ``weights.safetensors``, ``report.json``.
+        options: what to export.
+        report: what ``report.json`` says besides.
+        version: of tokgraph, noted in the files.
+        progress: called with each file's name before it is made.
+
+    Returns:
+        Schema 1: ``{"schema", "opset", "kinds", "files": {name: {"task", "kind", "variant", "nodes", "bytes", "inputs",
+        "outputs", "without_gradient", "checks": [...]}}}``; it is in ``report.json`` under the key ``"onnx"``.
+
+    Raises:
+        ExportError: a graph cannot be converted, or disagrees with PyTorch.
+        DependencyError: a package is missing.
+    """
+    onnxruntime()
+    tell = progress or (lambda name: None)
+    _refuse(programs)
+    _same_weights(folder, state)
+    jobs = list(_jobs(programs, facts, options, tell))
+    with new_directory(folder) as temporary:
+        write_weights(temporary / WEIGHTS, state)
+        places = _write_constants(temporary, jobs)
+        files = {}
+        for job in jobs:
+            tell(job.name)
+            files[job.name] = _write(job, temporary, places, options, version)
+        found = {"schema": SCHEMA, "opset": options.opset, "kinds": list(options.kinds), "files": files}
+        whole = {**_old_report(folder), **(report or {}), "onnx": found}
+        (temporary / "report.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def _refuse(programs: Mapping[str, Program]) -> None:
+    for program in programs.values():
+        if is_meta(program.model):
+            raise ExportError(
+                "the model is on the meta device, so there are no weights to export",
+                help="build the model with storage, or a smaller size of it",
+            )
+        for name, graph in program.items():
+            if trains_with_dropout(graph.graph_module):
+                raise ExportError(
+                    f"task {name!r} trains with dropout, whose random masks no two runtimes draw alike",
+                    help="build the model in eval mode, or with dropout 0",
+                )
+
+
+def _same_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to replace the weights of other graphs in the folder."""
+    there = folder / WEIGHTS
+    if not there.exists():
+        return
+    known = stored_tensors(there)
+    itself = set(known) == set(state) and all(known[n].shape == tuple(x.shape) for n, x in state.items())
+    if not itself:
+        raise ExportError(
+            f"{there} holds the weights of another model, and other files in {folder} read it",
+            help="choose another folder, or remove this one",
+        )
+
+
+def _jobs(
+    programs: Mapping[str, Program], facts: Facts | None, options: ExportOptions, tell: Callable[[str], None]
+) -> Iterator[_Job]:
+    for variant, program in programs.items():
+        for name, graph in program.items():
+            of_task = None if facts is None else facts[name]
+            for kind in options.kinds:
+                tell(f"lower {file_name(name, kind, variant)}")
+                if kind == "forward":
+                    lowered = lower_forward(graph, of_task)
+                elif kind == "train-step":
+                    lowered = lower_train_step(graph, of_task)
+                else:
+                    lowered = lower_update_step(graph, options.rule(), of_task)
+                yield _Job(variant, graph, lowered, _blocks(lowered))
+
+
+def _blocks(lowered: Lowered) -> int:
+    found = [(node.meta.get("custom") or {}).get("tokgraph", {}).get("block") for node in lowered.module.graph.nodes]
+    return 1 + max((block for block in found if block is not None), default=-1)
+
+
+def _write_constants(folder: Path, jobs: Sequence[_Job]) -> dict[str, dict[str, tuple[str, Stored]]]:
+    """Write what no ``state_dict`` holds; file -> initializer -> (file, place) of all that lies outside the graphs."""
+    weights = stored_tensors(folder / WEIGHTS)
+    constants: dict[str, torch.Tensor] = {}
+    names: dict[tuple[str, str], str] = {}
+    for job in jobs:
+        for name, x in job.lowered.state.items():
+            if name not in weights and x.numel() * x.element_size() > INLINE:
+                data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                key = hashlib.sha256(f"{x.dtype}{tuple(x.shape)}".encode() + data).hexdigest()[:16]
+                constants[key] = x.detach().cpu().contiguous().clone()
+                names[job.name, name] = key
+    if constants:
+        write_weights(folder / CONSTANTS, constants)
+    stored = stored_tensors(folder / CONSTANTS) if constants else {}
+    found: dict[str, dict[str, tuple[str, Stored]]] = {}
+    for job in jobs:
+        mine = {name: (WEIGHTS, weights[name]) for name in job.lowered.state if name in weights}
+        mine |= {name: (CONSTANTS, stored[key]) for (file, name), key in names.items() if file == job.name}
+        found[job.name] = mine
+    return found
+
+
+def _write(
+    job: _Job, folder: Path, places: Mapping[str, dict[str, tuple[str, Stored]]], options: ExportOptions, version: str
+) -> dict[str, Any]:
+    import onnx_ir as ir
+
+    about = {
+        "task": job.graph.name,
+        "kind": job.lowered.kind,
+        "variant": job.variant,
+        "blocks": str(job.blocks),
+        "version": version,
+    }
+    model = to_onnx(job.lowered, about, job.graph.symbol_names(), options.opset)
+    link_weights(model, folder, places[job.name])
+    path = folder / job.name
+    ir.save(model, path)
+    checks = check_file(
+        path, job.lowered, job.graph, _batches(job.graph, options), Reference(job.graph, options.rule())
+    )
+    return _described(job, path, len(list(model.graph.all_nodes())), checks)
+
+
+def _batches(graph: TaskGraph, options: ExportOptions) -> list[tuple[Mapping[str, Any], dict[str, int]]]:
+    example = graph.example()
+    sizes = {d.name: d.size for d in graph.dimensions if d.symbol is not None}
+    given = list((options.batches or {}).get(graph.name, []))
+    if given:
+        return [(example, sizes), *((batch, {}) for batch in given)]
+    other = other_sizes(graph, example)
+    return [(example, sizes), *([other] if other is not None else [])]
+
+
+def _described(job: _Job, path: Path, nodes: int, checks: Sequence[Check]) -> dict[str, Any]:
+    names = set(job.lowered.outputs)
+    trained = [name for name, p in job.graph.graph_module.named_parameters() if p.requires_grad]
+    without = [name for name in trained if f"grad/{name}" not in names] if job.lowered.kind == "train-step" else []
+    return {
+        "task": job.graph.name,
+        "kind": job.lowered.kind,
+        "variant": job.variant,
+        "nodes": nodes,
+        "bytes": path.stat().st_size,
+        "inputs": list(job.lowered.inputs),
+        "outputs": list(job.lowered.outputs),
+        "without_gradient": without,
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def _old_report(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+__all__ = ["ACCELERATED", "ExportOptions", "export_programs"]

@@ -1,0 +1,100 @@
+"""What an exported graph should give: the task's graph run by PyTorch and differentiated by its autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..passes.lower import Lowered
+from ..passes.lower.graph import Source
+from ..passes.lower.step import GRAD, PARAMETER, AdamW, Optimizer
+from ..passes.verify.interpret import GraphInterpreter, in_dtype
+from ..program import TaskGraph, model_device
+
+
+class Reference:
+    """Runs a task's graph as the user's training loop does. It shares no code with how graphs are lowered.
+
+    Args:
+        graph: the captured or rewritten graph.
+        optimizer: the update rule of update steps.
+    """
+
+    def __init__(self, graph: TaskGraph, optimizer: Optimizer | None = None) -> None:
+        self._graph = graph
+        self._optimizer = optimizer
+        source = Source(graph, None)
+        self._loss, self._names = source.loss, source.output_names()
+        self._trained = source.trained
+        self._aliases = source.names
+        self.dtype = next((x.dtype for x in source.state.values() if x.is_floating_point()), torch.float32)
+
+    def names(self, lowered: Lowered) -> list[str]:
+        """The outputs that the file must have: those of the graph, or loss and all gradients of autograd."""
+        if lowered.kind == "forward":
+            return list(lowered.outputs)
+        with torch.enable_grad():
+            _, gradients = self._gradients(self._graph.example(), None)
+        if lowered.kind == "train-step":
+            return ["loss", *(f"{GRAD}/{name}" for name in gradients)]
+        return ["loss", *(f"new_{PARAMETER}/{name}" for name in gradients)]
+
+    def compute(self, lowered: Lowered, batch: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """Output -> what it should be.
+
+        Args:
+            lowered: whose outputs.
+            batch: the task's inputs.
+            dtype: the type to compute in, ``None``: as the model does.
+        """
+        if lowered.kind == "forward":
+            with torch.no_grad():
+                outputs = self._run(batch, dtype)[0]
+            named = zip(self._names, outputs, strict=True)
+            return {name: x for name, x in named if isinstance(x, torch.Tensor) and name in lowered.outputs}
+        with torch.enable_grad():
+            loss, gradients = self._gradients(batch, dtype)
+        if lowered.kind == "train-step":
+            return {"loss": loss, **{f"{GRAD}/{name}": grad for name, (_, grad) in gradients.items()}}
+        return {"loss": loss, **self._updated(gradients)}
+
+    def _run(self, batch: Mapping[str, Any], dtype: torch.dtype | None) -> tuple[list[Any], dict[str, Any]]:
+        module, leaves = self._graph.graph_module, self._graph.flatten(batch)
+        device = model_device(module)
+        leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
+        if dtype is None:
+            found = dict(module.named_parameters())
+            return list(module(*leaves)), found
+        interpreter = GraphInterpreter(module, *in_dtype(dtype, device))
+        return list(interpreter.run(*leaves)), interpreter.attributes
+
+    def _gradients(
+        self, batch: Mapping[str, Any], dtype: torch.dtype | None
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """The loss, and name -> (parameter, gradient) of the parameters that the loss depends on."""
+        outputs, attributes = self._run(batch, dtype)
+        held = {self._aliases.get(name, name): x for name, x in attributes.items() if isinstance(x, torch.Tensor)}
+        parameters = {name: held[name] for name in self._trained}
+        found = torch.autograd.grad(outputs[self._loss], list(parameters.values()), allow_unused=True)
+        pairs = zip(parameters.items(), found, strict=True)
+        gradients = {name: (p.detach(), grad) for (name, p), grad in pairs if grad is not None}
+        return outputs[self._loss].detach(), gradients
+
+    def _updated(self, gradients: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The parameters after a step of the optimizer of ``torch.optim``."""
+        assert self._optimizer is not None
+        options = asdict(self._optimizer)
+        kind: type[torch.optim.Optimizer] = torch.optim.SGD
+        if isinstance(self._optimizer, AdamW):
+            kind = torch.optim.AdamW
+            options["betas"] = (options.pop("beta1"), options.pop("beta2"))
+        copies = {name: p.clone().requires_grad_() for name, (p, _) in gradients.items()}
+        for name, p in copies.items():
+            p.grad = gradients[name][1]
+        kind(list(copies.values()), **options).step()
+        return {f"new_{PARAMETER}/{name}": p.detach() for name, p in copies.items()}
+
+
