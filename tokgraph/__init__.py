@@ -9,6 +9,9 @@ from .errors import (
     AnalysisError,
     BatchError,
     CaptureError,
+    DependencyError,
+    ExportError,
+    FileError,
     IllegalRewriteError,
     InternalError,
     LoadError,
@@ -18,6 +21,7 @@ from .errors import (
     VerificationError,
 )
 from .facts import Facts, TaskFacts
+from .loading import load_accelerated
 from .measure import Measurements, load_batches, measure, save_batches
 from .optimize import optimize
 from .plan import DropSite, Plan
@@ -31,16 +35,20 @@ from .spec import ModelSpec, Task, VisualTokens, load
 from .summary import summarise
 from .verdict import Verification
 from .verification import verify
+from .version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Accelerated",
     "AnalysisError",
     "BatchError",
     "CaptureError",
+    "DependencyError",
     "DropSite",
+    "ExportError",
     "Facts",
+    "FileError",
     "IllegalRewriteError",
     "InternalError",
     "LoadError",
@@ -64,6 +72,7 @@ __all__ = [
     "apply",
     "capture",
     "load",
+    "load_accelerated",
     "load_batches",
     "make_plan",
     "measure",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .analyze import analyze
 from .cost import Work
 from .facts import Facts, known_cost
 from .passes.analysis.attribution import task_cost
@@ -25,7 +26,8 @@ def make_report(program: Program, accelerated: Accelerated) -> dict[str, Any]:
     ``tokens_per_block`` counts the visual rows whose residual a block computes. Sharing index and coverage are read off
     the rewritten graphs.
     """
-    facts, plan = accelerated.facts, accelerated.plan
+    plan = accelerated.plan
+    facts = analyze(program) if accelerated.facts is None else accelerated.facts
     after = {name: _pathways_after(program[name], accelerated, facts) for name in program}
     before = {name: facts[name].profile for name in program}
     profiles = {name: _of_copied(p.profile) for name, p in after.items()}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .errors import FileError
+from .export import ExportOptions, export_programs
 from .facts import Facts
 from .plan import Plan
 from .program import STEP, Program, TaskGraph
+from .saving import save_program
 from .verdict import Verification
+from .version import VERSION
 
 
 class TaskModule(nn.Module):
@@ -76,12 +81,12 @@ class Accelerated(Mapping[str, TaskModule]):
 
     Args:
         program: the rewritten program.
-        captured: the program it was made from.
+        captured: the program it was made from; ``None`` for one that was saved without.
         plan: the plan that was applied.
-        facts: facts of the captured program.
+        facts: facts of the captured program; ``None`` for a loaded one (``tg.analyze(accelerated.captured)``).
     """
 
-    def __init__(self, program: Program, captured: Program, plan: Plan, facts: Facts) -> None:
+    def __init__(self, program: Program, captured: Program | None, plan: Plan, facts: Facts | None) -> None:
         self.program = program
         self.captured = captured
         self.plan = plan
@@ -125,6 +130,77 @@ class Accelerated(Mapping[str, TaskModule]):
             for name, parameter in added.items():
                 parameter.copy_(state[name] if name in state else loaded[name.split(".", 2)[2]])
         return keys
+
+    def variants(self, with_baseline: bool) -> dict[str, Program]:
+        """``"accelerated"``, and with it ``"baseline"``: the programs that can be exported, saved and profiled.
+
+        Raises:
+            FileError: the baseline is asked for, and this program was saved without it.
+        """
+        if with_baseline and self.captured is None:
+            raise FileError("this program was saved without its baseline", help="save it with with_baseline=True")
+        baseline = {"baseline": self.captured} if with_baseline and self.captured is not None else {}
+        return {**baseline, "accelerated": self.program}
+
+    def save(self, folder: str | Path, *, with_baseline: bool = True) -> None:
+        """Write the program: ``TASK.pt2``, ``weights.safetensors``, ``plan.json``, example batches, ``manifest.json``.
+
+        :func:`tokgraph.load_accelerated` reads it, without the model's code. Nothing of the user's is pickled.
+
+        Args:
+            folder: where to; what is there is replaced file by file, or, on a failure, stays as it was.
+            with_baseline: also the captured graphs.
+
+        Raises:
+            FileError: the model has no values (meta device).
+        """
+        save_program(
+            self.variants(with_baseline),
+            self.facts,
+            self.plan,
+            self.state_dict(),
+            Path(folder),
+            report=self.report,
+            version=VERSION,
+        )
+
+    def export_onnx(
+        self,
+        folder: str | Path,
+        kind: str | Sequence[str] = ("forward", "train-step"),
+        *,
+        with_baseline: bool = False,
+        progress: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Export every task to ONNX over one ``weights.safetensors``, checked against PyTorch in ONNX Runtime.
+
+        Args:
+            folder: where the files go.
+            kind: ``"forward"`` (loss and outputs), ``"train-step"`` (loss and ``grad/<name>`` of every parameter),
+                ``"update-step"`` (parameters and optimizer state in and out), or several of them.
+            with_baseline: also the captured graphs.
+            progress: called with each file's name before it is made.
+            options: further fields of :class:`tokgraph.export.ExportOptions`.
+
+        Returns:
+            What was written, and the errors found: :func:`tokgraph.export.export_programs`.
+
+        Raises:
+            ExportError: a graph cannot be converted, or disagrees with PyTorch; nothing is written then.
+            DependencyError: a package is missing.
+        """
+        kinds: Any = (kind,) if isinstance(kind, str) else tuple(kind)
+        return export_programs(
+            self.variants(with_baseline),
+            self.facts,
+            self.state_dict(),
+            Path(folder),
+            ExportOptions(kinds=kinds, **options),
+            report=self.report,
+            version=VERSION,
+            progress=progress,
+        )
 
     def __getitem__(self, task: str) -> TaskModule:
         return self._modules_by_task[task]

@@ -241,6 +241,11 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
+def no_forward(*args: Any, **inputs: Any) -> Any:
+    """The forward of a task that was loaded from a file: there is none, only its graph."""
+    raise SpecError("a loaded program holds no code of the model", help="call the task: accelerated[name](**inputs)")
+
+
 def split_outputs(result: Any) -> tuple[torch.Tensor, Any]:
     """``(loss, whole result)`` of what a task's forward returned.
 

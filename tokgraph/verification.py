@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from .analyze import analyze
 from .errors import VerificationError
 from .facts import TaskFacts
 from .passes.pipeline import Pipeline
@@ -16,7 +17,7 @@ from .passes.verify.interpret import trains_with_dropout
 from .plan import DropSite, Plan
 from .program import STEP, Program, TaskGraph, is_meta
 from .runtime import Accelerated
-from .spec import split_outputs
+from .spec import no_forward, split_outputs
 from .verdict import TOLERANCE, TaskVerification, Verification
 
 
@@ -37,7 +38,8 @@ def verify(program: Program, accelerated: Accelerated, *, dtype: torch.dtype | N
             help="build the model with storage, or skip verification (--no-verify) and verify a smaller size",
         )
     dtype = torch.float64 if dtype is None else dtype
-    plan, facts = accelerated.plan, accelerated.facts
+    plan = accelerated.plan
+    facts = analyze(program) if accelerated.facts is None else accelerated.facts
     tasks = {
         name: _verify_task(program[name], accelerated.program[name], facts[name], plan, program, dtype)
         for name in program
@@ -73,8 +75,8 @@ def _by_oracle(
 
 
 def _capture_error(graph: TaskGraph, program: Program) -> float | None:
-    """Relative difference of the losses of the user's forward and of the captured graph."""
-    if trains_with_dropout(graph.graph_module):
+    """Relative difference of the losses of the user's forward and of the captured graph, where both can be had."""
+    if trains_with_dropout(graph.graph_module) or graph.task.forward is no_forward:
         return None
     task, inputs = graph.task, graph.example()
     with torch.no_grad():

@@ -27,6 +27,7 @@ from ..analysis.stream import loss_node, output_args
 from .decompositions import runtime_decompositions
 from .places import PLACE, Place, carried, find_places
 
+aten = torch.ops.aten
 STATE, ROWS = "state", "rows"
 """Prefixes of names: inputs that are the state of an optimizer; outputs that are row indices."""
 
@@ -45,6 +46,7 @@ class Lowered:
         inputs: names of the other inputs.
         outputs: names of the outputs.
         initial: input -> its first value, of inputs that are no inputs of the task (a step counter, optimizer state).
+        fixed: position among the graph's outputs -> value, of those that are no tensors and therefore left out.
     """
 
     task: str
@@ -54,6 +56,7 @@ class Lowered:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     initial: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fixed: Mapping[int, Any] = field(default_factory=dict)
 
 
 class Source:
@@ -234,6 +237,7 @@ def trace(
             _allow_non_fake_inputs=True,
         )(*state.values(), *inputs, *more.values())
     _without_mutations(module.graph)
+    _distinct_outputs(module.graph)
     module.graph.eliminate_dead_code()
     names = [*state, *(node.name for node in source.tensors), *more]
     _name_placeholders(module.graph, names, len(state))
@@ -256,6 +260,22 @@ def _without_mutations(graph: fx.Graph) -> None:
         node.replace_all_uses_with(made)
         mutated.replace_all_uses_with(made, lambda user, made=made: user > made)
         graph.erase_node(node)
+
+
+def _distinct_outputs(graph: fx.Graph) -> None:
+    """Every output becomes a node of its own: runtimes name outputs, and know no output that is an input."""
+    output = graph.output_node()
+    seen: set[fx.Node] = set()
+    outputs = []
+    for node in output.args[0]:
+        if node in seen or node.op != "call_function":
+            with graph.inserting_before(output):
+                copy = graph.call_function(aten.clone.default, (node,))
+            copy.meta.update(node.meta)
+            node = copy
+        seen.add(node)
+        outputs.append(node)
+    output.args = (tuple(outputs),)
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -306,25 +326,30 @@ def lower_forward(graph: TaskGraph, facts: TaskFacts | None = None) -> Lowered:
         graph: the captured or rewritten graph.
         facts: facts of the captured graph; ``None``: the graph's nodes carry their places, as loaded ones do.
     """
-    return _lower(graph, facts, runtime_decompositions())
+    source = Source(graph, facts)
+    return _lower(source, step_counter(source), runtime_decompositions())
 
 
 def lower_program(graph: TaskGraph, facts: TaskFacts | None = None) -> Lowered:
-    """The graph itself, operators of ours kept: what a file of the program holds."""
-    return _lower(graph, facts, {})
+    """The graph itself, operators of ours kept, a step counter among its state: what a file of the program holds."""
+    return _lower(Source(graph, facts), {}, {})
 
 
-def _lower(graph: TaskGraph, facts: TaskFacts | None, decompositions: Mapping[Any, Callable[..., Any]]) -> Lowered:
-    source = Source(graph, facts)
+def _lower(
+    source: Source, counter: Mapping[str, torch.Tensor], decompositions: Mapping[Any, Callable[..., Any]]
+) -> Lowered:
     names = source.output_names()
-    counter = step_counter(source)
+    made = [value(node) if isinstance(node, fx.Node) else node for node in output_args(source.graph.graph)]
+    fixed = {i: x for i, x in enumerate(made) if not isinstance(x, torch.Tensor)}
 
     def forward(state: Mapping[str, torch.Tensor], *tensors: torch.Tensor, **extra: torch.Tensor) -> Any:
-        return source.interpreter({**state, **extra}).run(*source.leaves(tensors), enable_io_processing=False)
+        outputs = source.interpreter({**state, **extra}).run(*source.leaves(tensors), enable_io_processing=False)
+        return [x for i, x in enumerate(outputs) if i not in fixed]
 
     module, state = trace(forward, source, counter, decompositions, training=False)
     inputs = (*(node.name for node in source.tensors), *counter)
-    return Lowered(graph.name, "forward", module, state, inputs, names, counter)
+    kept = tuple(name for i, name in enumerate(names) if i not in fixed)
+    return Lowered(source.graph.name, "forward", module, state, inputs, kept, counter, fixed)
 
 
 def lowered_place(node: fx.Node) -> dict[str, Any]:

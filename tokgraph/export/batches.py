@@ -27,13 +27,14 @@ def other_sizes(graph: TaskGraph, inputs: Mapping[str, Any]) -> tuple[Batch, dic
     Returns:
         The batch and the sizes of its open dimensions, by the user's names; ``None`` where the graph fixes all sizes.
     """
-    wider = _repeat(graph, inputs)
-    for candidate in _longer(graph, wider):
-        if _runs(graph, candidate):
-            return candidate, _sizes(graph, candidate)
-    if wider is not inputs and _runs(graph, wider):
-        return wider, _sizes(graph, wider)
-    return None
+    batch = _repeat(graph, inputs)
+    changed = any(batch[key] is not inputs[key] for key in inputs) and _runs(graph, batch)
+    batch = batch if changed else dict(inputs)
+    for dims in _lengths(graph).values():
+        longer = next((b for b in _longer(dims, batch) if _runs(graph, b)), None)
+        if longer is not None:
+            batch, changed = longer, True
+    return (batch, _sizes(graph, batch)) if changed else None
 
 
 def _open(graph: TaskGraph) -> list[Dimension]:
@@ -48,19 +49,22 @@ def _repeat(graph: TaskGraph, inputs: Mapping[str, Any]) -> Batch:
     }
 
 
-def _longer(graph: TaskGraph, inputs: Mapping[str, Any]) -> Iterator[Batch]:
-    lengths: dict[str, list[Dimension]] = {}
+def _lengths(graph: TaskGraph) -> dict[str, list[Dimension]]:
+    """Name -> open dimensions that are not at axis 0."""
+    found: dict[str, list[Dimension]] = {}
     for d in _open(graph):
         if d.dim != _BATCH_AXIS:
-            lengths.setdefault(d.name, []).append(d)
-    if not lengths:
-        return
-    shortest = min(d.size for dims in lengths.values() for d in dims)
-    for position in (0, shortest - 1, *range(1, shortest - 1)):
+            found.setdefault(d.name, []).append(d)
+    return found
+
+
+def _longer(dims: list[Dimension], inputs: Mapping[str, Any]) -> Iterator[Batch]:
+    """Batches in which one position is there twice, the first and the last before others."""
+    shortest = min(d.size for d in dims)
+    for position in dict.fromkeys((0, shortest - 1, *range(shortest))):
         batch = dict(inputs)
-        for dims in lengths.values():
-            for d in dims:
-                batch[d.input] = _twice(batch[d.input], d.dim, position)
+        for d in dims:
+            batch[d.input] = _twice(batch[d.input], d.dim, position)
         yield batch
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -25,7 +25,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from ..errors import DependencyError, ExportError
-from ..fxnode import fake_mode
+from ..fxnode import fake_mode, value
 from ..passes.lower import Lowered
 from ..passes.lower.graph import lowered_place
 from .files import PREFIX, NodePlace
@@ -35,14 +35,25 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 MIN_OPSET, DEFAULT_OPSET = 18, 23
+_SHAPES = 64
+"""Numbers up to which a constant counts as a shape, which is folded."""
+_UNKNOWN: Mapping[str, Any] = {"node": "", "module": "", "block": None, "kind": "input", "phase": "forward"}
 
 
-def exported_program(lowered: Lowered) -> ExportedProgram:
-    """The lowered graph as an ``ExportedProgram``: state as parameters, buffers and constants, tensors in and out."""
+def exported_program(lowered: Lowered, given: Collection[str] = ()) -> ExportedProgram:
+    """The lowered graph as an ``ExportedProgram``.
+
+    Args:
+        lowered: the graph.
+        given: names in its state that become inputs, before the others; the rest become parameters and buffers.
+    """
     graph = lowered.module.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
     specs = []
     for node, (name, x) in zip(placeholders, lowered.state.items(), strict=False):
+        if name in given:
+            specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
+            continue
         kind = InputKind.PARAMETER if isinstance(x, nn.Parameter) else InputKind.BUFFER
         persistent = None if kind is InputKind.PARAMETER else True
         specs.append(InputSpec(kind, TensorArgument(node.name), name, persistent=persistent))
@@ -51,20 +62,33 @@ def exported_program(lowered: Lowered) -> ExportedProgram:
     output = graph.output_node()
     output.args = (tuple(output.args[0]),)
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in output.args[0]]
-    in_spec = pytree.tree_structure((tuple(range(len(inputs))), {}))
+    count = sum(spec.kind is InputKind.USER_INPUT for spec in specs)
+    in_spec = pytree.tree_structure((tuple(range(count)), {}))
     out_spec = pytree.tree_structure(tuple(range(len(outputs))))
     mode = fake_mode(graph)
-    ranges = dict(mode.shape_env.var_to_range) if mode is not None and mode.shape_env is not None else {}
+    symbols = mode.shape_env.var_to_range if mode is not None and mode.shape_env is not None else {}
+    used = _symbols(graph)
+    ranges = {symbol: of_symbol for symbol, of_symbol in symbols.items() if symbol in used}
     return ExportedProgram(
         root=lowered.module,
         graph=graph,
         graph_signature=ExportGraphSignature(specs, outputs),
-        state_dict=dict(lowered.state),
+        state_dict={name: x for name, x in lowered.state.items() if name not in given},
         range_constraints=ranges,
         module_call_graph=[ModuleCallEntry("", ModuleCallSignature([], [], in_spec, out_spec))],
         constants={},
         example_inputs=None,
     )
+
+
+def _symbols(graph: fx.Graph) -> set[Any]:
+    """The symbols in the sizes of a graph's values."""
+    found: set[Any] = set()
+    for node in graph.nodes:
+        for x in pytree.tree_leaves(value(node)):
+            sizes = x.shape if isinstance(x, torch.Tensor) else [x]
+            found |= {symbol for s in sizes if isinstance(s, torch.SymInt) for symbol in s.node.expr.free_symbols}
+    return found
 
 
 def to_onnx(
@@ -102,6 +126,7 @@ def to_onnx(
     model: ir.Model = converted.model
     nodes = {node.name: lowered_place(node) for node in converted.exported_program.graph.nodes}
     _annotate(model, nodes)
+    _simplify(model)
     _name_sizes(model, symbols)
     model.metadata_props.clear()
     model.metadata_props.update({f"{PREFIX}{key}": value for key, value in about.items()})
@@ -161,16 +186,39 @@ def _stable_sort() -> Any:
 
 def _annotate(model: ir.Model, nodes: Mapping[str, Mapping[str, Any]]) -> None:
     """Every ONNX node gets the place of the FX node that it was converted from; what the converter wrote goes."""
-    unknown = {"node": "", "module": "", "block": None, "kind": "input", "phase": "forward"}
     for node in model.graph.all_nodes():
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
-        place = nodes.get(scopes[-1], unknown) if scopes else unknown
+        place = nodes.get(scopes[-1], _UNKNOWN) if scopes else _UNKNOWN
         node.metadata_props.clear()
         node.metadata_props.update(NodePlace(**place).metadata())
         for output in node.outputs:
             output.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+
+
+def _simplify(model: ir.Model) -> None:
+    """Compute shapes once, and at export where sizes are fixed; weights are left alone."""
+    import onnx_ir.passes.common as common
+    from onnxscript import optimizer
+
+    weights = set(model.graph.initializers.values())
+    common.CommonSubexpressionEliminationPass()(model)
+    optimizer.fold_constants(
+        model,
+        onnx_shape_inference=False,
+        input_size_limit=_SHAPES,
+        output_size_limit=_SHAPES,
+        should_fold=lambda node: False if weights & set(node.inputs) else None,
+    )
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    for node in model.graph.all_nodes():  # what folding made belongs where its inputs come from
+        if f"{PREFIX}kind" not in node.metadata_props:
+            before = [x.producer() for x in node.inputs if x is not None]
+            known = next((n for n in before if n is not None and f"{PREFIX}kind" in n.metadata_props), None)
+            place = dict(known.metadata_props) if known is not None else NodePlace(**_UNKNOWN).metadata()
+            node.metadata_props.update(place)
 
 
 def _name_sizes(model: ir.Model, symbols: Mapping[str, str]) -> None:

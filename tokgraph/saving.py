@@ -1,0 +1,210 @@
+"""Saving a program: graphs as ``.pt2``, weights once, the plan, the example batches, and a manifest with hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.utils import _pytree as pytree
+
+from .errors import FileError
+from .export.convert import exported_program
+from .facts import Facts
+from .files import new_directory
+from .passes.lower import Lowered, lower_program
+from .plan import Plan
+from .program import Program, TaskGraph, is_meta
+from .spec import Task
+from .weights import WEIGHTS, write_weights
+
+SCHEMA = 1
+MANIFEST, PLAN, EXAMPLE = "manifest.json", "plan.json", "example.safetensors"
+
+
+def graph_file(task: str, variant: str) -> str:
+    """``understanding.pt2``, ``baseline.understanding.pt2``."""
+    return f"{'baseline.' if variant == 'baseline' else ''}{task}.pt2"
+
+
+def save_program(
+    programs: Mapping[str, Program],
+    facts: Facts | None,
+    plan: Plan,
+    state: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    report: Mapping[str, Any] | None = None,
+    version: str = "",
+) -> None:
+    """Write a program that :func:`tokgraph.load_accelerated` reads. On any failure the folder stays as it was.
+
+    Exported ONNX graphs of a program that was in the folder before are removed: they belong to its weights.
+
+    Args:
+        programs: variant (``"accelerated"``, ``"baseline"``) -> program.
+        facts: facts of the captured program; ``None`` where nodes carry their places.
+        plan: the plan.
+        state: the ``state_dict`` whose tensors become ``weights.safetensors``.
+        folder: where the files go.
+        report: becomes ``report.json``.
+        version: of tokgraph, noted in the manifest.
+
+    Raises:
+        FileError: the model has no values to save, or an input cannot be written.
+    """
+    if any(is_meta(program.model) for program in programs.values()):
+        raise FileError(
+            "the model is on the meta device, so there are no weights to save", help="build the model with storage"
+        )
+    with new_directory(folder) as temporary:
+        write_weights(temporary / WEIGHTS, state)
+        plan.save(temporary / PLAN)
+        tasks = {}
+        for variant, program in programs.items():
+            for name, graph in program.items():
+                lowered = lower_program(graph, None if facts is None else facts[name])
+                torch.export.save(exported_program(lowered, state.keys()), temporary / graph_file(name, variant))
+                tasks.setdefault(name, _described(graph))["variants"][variant] = _variant(graph, lowered)
+        _save_examples(temporary / EXAMPLE, next(iter(programs.values())))
+        first = next(iter(programs.values()))
+        manifest = {
+            "schema": SCHEMA,
+            "versions": {"tokgraph": version, "torch": torch.__version__, "python": platform.python_version()},
+            "training": first.model.training,
+            "state": list(state),
+            "parameters": {name: p.requires_grad for name, p in first.model.named_parameters(remove_duplicate=False)},
+            "own": {n: p.requires_grad for program in programs.values() for n, p in _own(program).items()},
+            "tasks": tasks,
+            "files": {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())},
+        }
+        if report:
+            (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for stale in (*folder.glob("*.onnx"), *folder.glob("constants.safetensors")):
+            stale.unlink()
+
+
+def _own(program: Program) -> dict[str, torch.nn.Parameter]:
+    return {name: p for graph in program.values() for name, p in graph.own_parameters().items()}
+
+
+def _described(graph: TaskGraph) -> dict[str, Any]:
+    task = graph.task
+    plain = {key: x for key, x in task.inputs.items() if not _tensors(x)}
+    try:
+        json.dumps(plain)
+    except TypeError as error:
+        raise FileError(
+            f"task {graph.name!r}: an input that holds no tensors cannot be written as JSON: {error}",
+            help="pass numbers, strings, lists and tensors",
+        ) from None
+    return {
+        "inputs": list(task.inputs),
+        "plain": plain,
+        "nested": {k: pytree.treespec_dumps(pytree.tree_structure(x)) for k, x in task.inputs.items() if _tensors(x)},
+        "reads": task.reads,
+        "outputs": task.outputs,
+        "visual": None if task.visual is None else asdict(task.visual),
+        "visual_inputs": list(task.visual_inputs),
+        "dynamic": {key: {str(d): n for d, n in dims.items()} for key, dims in (task.dynamic or {}).items()},
+        "dimensions": [asdict(d) for d in graph.dimensions],
+        "result": _plain_result(graph),
+        "variants": {},
+    }
+
+
+def _variant(graph: TaskGraph, lowered: Lowered) -> dict[str, Any]:
+    return {
+        "state": list(lowered.state),
+        "compact": {str(leaf): position for leaf, position in graph.compact_outputs.items()},
+        "fixed": {str(position): value for position, value in lowered.fixed.items()},
+    }
+
+
+def _tensors(x: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(x))
+
+
+def _plain_result(graph: TaskGraph) -> str:
+    """The structure of the task's result in dicts, lists and tuples: other mappings need the package they are from."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {key: plain(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return (list if isinstance(x, list) else tuple)(plain(item) for item in x)
+        return x
+
+    count = graph.out_spec.num_leaves
+    found = plain(pytree.tree_unflatten(list(range(count)), graph.out_spec))
+    if pytree.tree_leaves(found) != list(range(count)):
+        raise FileError(
+            f"task {graph.name!r} returns a structure that cannot be saved", help="return a dict, list or tuple"
+        )
+    return pytree.treespec_dumps(pytree.tree_structure(found))
+
+
+def _save_examples(path: Path, program: Program) -> None:
+    tensors = {}
+    for name, graph in program.items():
+        for key, x in graph.task.inputs.items():
+            for i, leaf in enumerate(pytree.tree_leaves(x)):
+                if isinstance(leaf, torch.Tensor):
+                    tensors[f"{name}/{key}/{i}"] = leaf.detach().cpu().clone(memory_format=torch.contiguous_format)
+    save_file(tensors, path)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved program, after checking every file that it names.
+
+    Raises:
+        FileError: there is no program, its files were changed, or another version wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise FileError(
+            f"{folder} holds no saved program: it has no {MANIFEST}", help="save one with `tokgraph optimize MODEL`"
+        ) from None
+    except ValueError as error:
+        raise FileError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise FileError(
+            f"{path} is not of schema {SCHEMA}, which this version of tokgraph reads", help="save the program again"
+        )
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise FileError(f"{folder} is incomplete: {name} is missing", help="save the program again")
+        if _fingerprint(file) != expected:
+            raise FileError(
+                f"{file} is not the file that was saved: its hash differs from the manifest's",
+                help="it was changed, or belongs to another program; save the program again",
+            )
+    return manifest
+
+
+def task_of(described: Mapping[str, Any], inputs: Mapping[str, Any], forward: Any, visual: Any) -> Task:
+    """The task that a manifest describes."""
+    return Task(
+        forward=forward,
+        inputs=inputs,
+        dynamic={k: {int(d): n for d, n in dims.items()} for k, dims in described["dynamic"].items()} or None,
+        visual=visual,
+        visual_inputs=tuple(described["visual_inputs"]),
+        reads=described["reads"],
+        outputs=described["outputs"],
+    )

@@ -1,0 +1,3 @@
+"""The version of tokgraph."""
+
+VERSION = "0.1.0"
