@@ -10,10 +10,13 @@ import click
 import tokgraph
 from tokgraph.errors import TokgraphError, VerificationError
 
+from .export import export
 from .inspect import inspect
 from .optimize import optimize
 from .plan import compare, diff, plan
 from .policies import policies
+from .profile import profile
+from .run import run
 
 
 class _Commands(click.Group):
@@ -43,3 +46,6 @@ main.add_command(plan)
 main.add_command(diff)
 main.add_command(compare)
 main.add_command(policies)
+main.add_command(export)
+main.add_command(profile)
+main.add_command(run)

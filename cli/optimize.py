@@ -17,7 +17,7 @@ from tokgraph.ir import format_graph
 from tokgraph.optimize import optimize as run
 from tokgraph.passes.pipeline import PassDelta
 from tokgraph.plan import Plan
-from tokgraph.program import TaskGraph
+from tokgraph.program import TaskGraph, is_meta
 from tokgraph.runtime import Accelerated
 
 from .common import amount, chosen_options, load_model, model_options, parse_settings, policy_options, progress
@@ -28,6 +28,7 @@ from .common import amount, chosen_options, load_model, model_options, parse_set
 @policy_options
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="A plan file to apply.")
 @click.option("--verify/--no-verify", default=True, help="Compare with the oracle; exit 3 if they disagree.")
+@click.option("--save/--no-save", default=True, help="Also write the program, for `tokgraph export`, `profile`, `run`.")
 @click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Results.  [default: out/MODEL]")
@@ -37,6 +38,7 @@ def optimize(
     policy: str | None,
     plan_file: Path | None,
     verify: bool,
+    save: bool,
     dump_ir: Path | None,
     as_json: bool,
     out: Path | None,
@@ -44,7 +46,8 @@ def optimize(
 ) -> None:
     """Thin the visual tokens of MODEL (model.py or model.py:function), prove it right, and report.
 
-    OUT gets plan.json, report.json, and the IR of every task before and after.
+    OUT gets plan.json, report.json, the IR of every task before and after, and the program itself (graphs and weights), if
+    the model has values.
     """
     given = chosen_options(options)
     if plan_file is not None and (policy is not None or given):
@@ -64,12 +67,13 @@ def optimize(
                 _write(dump_ir, dumps)
     report = {"model": model, "settings": parse_settings(settings), **accelerated.report, "versions": _versions()}
     target = out or Path("out") / Path(model.partition(":")[0]).stem
-    _write(target, _results(accelerated, report))
+    saved = accelerated if save and not is_meta(accelerated.model) else None
+    _write(target, _results(accelerated, report), saved)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
         print_report(report, Console())
-        click.echo(f"wrote {target / 'report.json'}, plan.json and ir/")
+        click.echo(f"wrote {target / 'report.json'}, plan.json{' and ir/' if saved is None else ', ir/ and the program'}")
 
 
 def _dump_to(dumps: dict[str, str]) -> Any:
@@ -92,9 +96,11 @@ def _results(accelerated: Accelerated, report: dict[str, Any]) -> dict[str, str]
     return files
 
 
-def _write(folder: Path, files: dict[str, str]) -> None:
+def _write(folder: Path, files: dict[str, str], program: Accelerated | None = None) -> None:
     try:
         with new_directory(folder) as temporary:
+            if program is not None:
+                program.save(temporary)
             for name, text in files.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / name).write_text(text, encoding="utf-8")

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from .batchfile import EXAMPLE, input_name, read_batches
 from .fxnode import value
 from .plan import Plan
 from .program import COMPACT_OUTPUTS, OWN, Dimension, Program, TaskGraph
 from .runtime import Accelerated
-from .saving import EXAMPLE, PLAN, graph_file, read_manifest, task_of
+from .saving import PLAN, graph_file, read_manifest, task_of
 from .spec import ModelSpec, VisualTokens, no_forward
 from .weights import WEIGHTS, read_weights
 
@@ -86,7 +86,7 @@ def _shared(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, bool])
 
 
 def _tasks(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    examples = load_file(folder / EXAMPLE)
+    examples = read_batches(folder / EXAMPLE)
     tasks = {}
     for name, described in manifest["tasks"].items():
         inputs: dict[str, Any] = {}
@@ -95,7 +95,8 @@ def _tasks(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
                 inputs[key] = described["plain"][key]
                 continue
             structure = pytree.treespec_loads(described["nested"][key])
-            leaves = [examples.get(f"{name}/{key}/{i}") for i in range(structure.num_leaves)]
+            names = [input_name(key, i, structure.num_leaves) for i in range(structure.num_leaves)]
+            leaves = [examples[name][0].get(leaf) for leaf in names]
             inputs[key] = pytree.tree_unflatten(leaves, structure)
         visual = described["visual"]
         if visual is not None:

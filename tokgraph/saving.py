@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
+from .batchfile import EXAMPLE, write_example
 from .errors import FileError
 from .export.convert import exported_program
 from .facts import Facts
@@ -25,7 +25,7 @@ from .spec import Task
 from .weights import WEIGHTS, write_weights
 
 SCHEMA = 1
-MANIFEST, PLAN, EXAMPLE = "manifest.json", "plan.json", "example.safetensors"
+MANIFEST, PLAN = "manifest.json", "plan.json"
 
 
 def graph_file(task: str, variant: str) -> str:
@@ -72,8 +72,8 @@ def save_program(
                 lowered = lower_program(graph, None if facts is None else facts[name])
                 torch.export.save(exported_program(lowered, state.keys()), temporary / graph_file(name, variant))
                 tasks.setdefault(name, _described(graph))["variants"][variant] = _variant(graph, lowered)
-        _save_examples(temporary / EXAMPLE, next(iter(programs.values())))
         first = next(iter(programs.values()))
+        write_example(temporary / EXAMPLE, first)
         manifest = {
             "schema": SCHEMA,
             "versions": {"tokgraph": version, "torch": torch.__version__, "python": platform.python_version()},
@@ -149,16 +149,6 @@ def _plain_result(graph: TaskGraph) -> str:
             f"task {graph.name!r} returns a structure that cannot be saved", help="return a dict, list or tuple"
         )
     return pytree.treespec_dumps(pytree.tree_structure(found))
-
-
-def _save_examples(path: Path, program: Program) -> None:
-    tensors = {}
-    for name, graph in program.items():
-        for key, x in graph.task.inputs.items():
-            for i, leaf in enumerate(pytree.tree_leaves(x)):
-                if isinstance(leaf, torch.Tensor):
-                    tensors[f"{name}/{key}/{i}"] = leaf.detach().cpu().clone(memory_format=torch.contiguous_format)
-    save_file(tensors, path)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from ..errors import ExportError
+from ..program import STEP
+from ..weights import WEIGHTS, read_weights
 
 GraphKind = Literal["forward", "train-step", "update-step"]
 KINDS: tuple[GraphKind, ...] = get_args(GraphKind)
@@ -16,6 +20,12 @@ ACCELERATED = "accelerated"
 VARIANTS = (BASELINE, ACCELERATED)
 PREFIX = "tokgraph."
 """Prefix of the metadata keys that we write into ONNX models and nodes."""
+_OTHERS = ("param/", "state/", STEP)
+"""How inputs that are none of the task's begin."""
+_TORCH = {
+    "FLOAT": torch.float32, "DOUBLE": torch.float64, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16,
+    "INT64": torch.int64, "INT32": torch.int32, "INT8": torch.int8, "UINT8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def file_name(task: str, kind: str, variant: str = ACCELERATED) -> str:
@@ -63,6 +73,7 @@ class ExportedFile:
         variant: ``"accelerated"`` or ``"baseline"``.
         nodes: name of an ONNX node -> its place.
         blocks: number of decoder blocks.
+        inputs: input -> (type, sizes), a size that is open as ``None``.
     """
 
     path: Path
@@ -71,6 +82,19 @@ class ExportedFile:
     variant: str
     nodes: dict[str, NodePlace]
     blocks: int
+    inputs: dict[str, tuple[torch.dtype, tuple[int | None, ...]]]
+
+    def initial(self) -> dict[str, torch.Tensor]:
+        """Inputs that are none of the task's: parameters as in the weights file, counters and optimizer state at zero."""
+        wanted = {name: kind for name, kind in self.inputs.items() if name.startswith(_OTHERS)}
+        held = [name for name in wanted if name.startswith("param/")]
+        weights = read_weights(self.path.parent / WEIGHTS) if held else {}
+        made = {
+            name: torch.zeros([1 if size is None else size for size in sizes], dtype=dtype)
+            for name, (dtype, sizes) in wanted.items()
+            if name not in held
+        }
+        return made | {name: weights[name.removeprefix("param/")] for name in held}
 
 
 def read_exported(path: Path) -> ExportedFile:
@@ -93,7 +117,15 @@ def read_exported(path: Path) -> ExportedFile:
             f"{path} does not say which {missing[0]} it is of", help="name a file that `tokgraph export` wrote"
         )
     nodes = {node.name: _place({e.key: e.value for e in node.metadata_props}) for node in model.graph.node}
-    return ExportedFile(path, about["task"], about["kind"], about["variant"], nodes, int(about["blocks"]))
+    inputs = {value.name: _type(value.type.tensor_type) for value in model.graph.input}
+    return ExportedFile(path, about["task"], about["kind"], about["variant"], nodes, int(about["blocks"]), inputs)
+
+
+def _type(found: Any) -> tuple[torch.dtype, tuple[int | None, ...]]:
+    import onnx_ir
+
+    dtype = _TORCH[onnx_ir.DataType(found.elem_type).name]
+    return dtype, tuple(d.dim_value if d.HasField("dim_value") else None for d in found.shape.dim)
 
 
 def _place(metadata: dict[str, str]) -> NodePlace:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..batchfile import EXAMPLE, write_example
 from ..errors import ExportError
 from ..facts import Facts
 from ..files import new_directory
@@ -131,6 +132,8 @@ def export_programs(
     with new_directory(folder) as temporary:
         write_weights(temporary / WEIGHTS, state)
         places = _write_constants(temporary, jobs)
+        if not (folder / EXAMPLE).exists():  # that of a saved program stays
+            write_example(temporary / EXAMPLE, next(iter(programs.values())))
         files = {}
         for job in jobs:
             tell(job.name)

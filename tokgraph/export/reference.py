@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..passes.lower import Lowered
 from ..passes.lower.graph import STATE, Source
 from ..passes.lower.step import GRAD, PARAMETER, AdamW, Optimizer
 from ..passes.verify.interpret import GraphInterpreter, in_dtype
@@ -50,34 +49,41 @@ class Reference:
         self._aliases = source.names
         self.dtype = next((x.dtype for x in source.state.values() if x.is_floating_point()), torch.float32)
 
-    def names(self, lowered: Lowered) -> list[str]:
-        """The outputs that the file must have: those of the graph, or loss and all gradients of autograd."""
-        if lowered.kind == "forward":
-            return list(lowered.outputs)
-        with torch.enable_grad():
-            _, gradients = self._gradients(self._graph.example(), None)
-        if lowered.kind == "train-step":
-            return ["loss", *(f"{GRAD}/{name}" for name in gradients)]
-        return ["loss", *(f"new_{PARAMETER}/{name}" for name in gradients)]
+    def names(self, kind: str) -> list[str]:
+        """The outputs that a file must have: those of the graph, or loss and all gradients of autograd."""
+        if kind == "forward":
+            return list(self.outputs(self._graph.example()))
+        values = self.gradients(self._graph.example())
+        if kind == "train-step":
+            return list(values)
+        return ["loss", *(f"new_{PARAMETER}/{name.removeprefix(f'{GRAD}/')}" for name in values if name != "loss")]
 
-    def compute(self, lowered: Lowered, batch: Mapping[str, Any], dtype: torch.dtype | None) -> Expected:
-        """What the outputs should be.
+    def expected(self, kind: str, batch: Mapping[str, Any], dtype: torch.dtype | None) -> Expected:
+        """What the outputs of a file should be.
 
         Args:
-            lowered: whose outputs.
+            kind: ``"forward"``, ``"train-step"`` or ``"update-step"``.
             batch: the task's inputs.
             dtype: the type to compute in, ``None``: as the model does.
         """
-        if lowered.kind == "forward":
-            with torch.no_grad():
-                outputs = self._run(batch, dtype)[0]
-            named = zip(self._names, outputs, strict=True)
-            return Expected({n: x for n, x in named if isinstance(x, torch.Tensor) and n in lowered.outputs})
+        if kind == "forward":
+            return Expected(self.outputs(batch, dtype))
+        if kind == "train-step":
+            return Expected(self.gradients(batch, dtype))
         with torch.enable_grad():
-            loss, gradients = self._gradients(batch, dtype)
-        if lowered.kind == "train-step":
-            return Expected({"loss": loss, **{f"{GRAD}/{name}": grad for name, (_, grad) in gradients.items()}})
-        return self._updated(loss, gradients)
+            return self._updated(*self._gradients(batch, dtype))
+
+    def outputs(self, batch: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """``loss`` and the other tensors that the graph returns, by name."""
+        with torch.no_grad():
+            found = self._run(batch, dtype)[0]
+        return {name: x for name, x in zip(self._names, found, strict=True) if isinstance(x, torch.Tensor)}
+
+    def gradients(self, batch: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """``loss``, and ``grad/<name>`` of every parameter that it depends on."""
+        with torch.enable_grad():
+            loss, found = self._gradients(batch, dtype)
+        return {"loss": loss, **{f"{GRAD}/{name}": grad for name, (_, grad) in found.items()}}
 
     def _run(self, batch: Mapping[str, Any], dtype: torch.dtype | None) -> tuple[list[Any], dict[str, Any]]:
         module, leaves = self._graph.graph_module, self._graph.flatten(batch)
