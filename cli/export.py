@@ -29,10 +29,15 @@ from .target import accelerated_program, batches_in, is_folder, names
 @click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), default="sgd", help="Of update steps.")
 @click.option("--optimizer-option", "rule", multiple=True, metavar="NAME=VALUE", help="As lr=1e-4; repeatable.")
 @click.option(
-    "--check", "check", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Batches to check on as well."
+    "--check",
+    "check",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Batches to check on as well.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was exported as JSON.")
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Results.  [default: out/MODEL, or OUT]")
+@click.option(
+    "-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Results.  [default: out/MODEL, or OUT]"
+)
 def export(
     model: str,
     settings: tuple[str, ...],
@@ -73,7 +78,7 @@ def export(
         return
     table = Table()
     for column in ("file", "nodes", "size", "output error", "gradient error"):
-        table.add_column(column, justify="left" if column == "file" else "right")
+        table.add_column(column, justify="left" if column == "file" else "right", no_wrap=column == "file")
     for name, file in found["files"].items():
         errors = [max(check[what] for check in file["checks"]) for what in ("output_error", "gradient_error")]
         gradient = "-" if file["kind"] == "forward" else f"{errors[1]:.1e}"

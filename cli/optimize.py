@@ -73,7 +73,9 @@ def optimize(
         click.echo(json.dumps(report, indent=2))
     else:
         print_report(report, Console())
-        click.echo(f"wrote {target / 'report.json'}, plan.json{' and ir/' if saved is None else ', ir/ and the program'}")
+        click.echo(
+            f"wrote {target / 'report.json'}, plan.json{' and ir/' if saved is None else ', ir/ and the program'}"
+        )
 
 
 def _dump_to(dumps: dict[str, str]) -> Any:
@@ -90,8 +92,9 @@ def _versions() -> dict[str, str]:
 
 def _results(accelerated: Accelerated, report: dict[str, Any]) -> dict[str, str]:
     files = {"plan.json": accelerated.plan.to_json(), "report.json": json.dumps(report, indent=2) + "\n"}
+    captured = accelerated.variants(with_baseline=True)["baseline"]
     for name in accelerated:
-        files[f"ir/{name}.before.txt"] = format_graph(accelerated.captured[name])
+        files[f"ir/{name}.before.txt"] = format_graph(captured[name])
         files[f"ir/{name}.after.txt"] = format_graph(accelerated.program[name])
     return files
 

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from tokgraph.errors import BatchError
 from tokgraph.export.files import ExportedFile
-from tokgraph.files import write_atomically
 from tokgraph.profile import profile_exported, profile_programs, write_trace
 
 from .common import model_options, policy_options, progress
@@ -24,14 +23,22 @@ from .target import Batches, accelerated_program, batches_in, example_of, holds_
 @model_options
 @policy_options
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="A plan file to apply.")
-@click.option("--runtime", type=click.Choice(["onnxruntime", "torch"]), help="[default: onnxruntime for exported graphs]")
+@click.option(
+    "--runtime", type=click.Choice(["onnxruntime", "torch"]), help="[default: onnxruntime for exported graphs]"
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
-    "--graph", "kinds", callback=names, default="forward,train-step,update-step", help="Of forward,train-step,update-step."
+    "--graph",
+    "kinds",
+    callback=names,
+    default="forward,train-step,update-step",
+    help="Of forward,train-step,update-step.",
 )
 @click.option("--runs", type=click.IntRange(1), default=10, show_default=True, help="Runs that count.")
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True, help="Runs before them.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Threads of an operator in ONNX Runtime.  [default: all]")
+@click.option(
+    "--threads", type=click.IntRange(0), default=0, help="Threads of an operator in ONNX Runtime.  [default: all]"
+)
 @click.option(
     "--batch", "batch", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Inputs.  [default: example]"
 )
@@ -132,12 +139,16 @@ def print_profile(found: dict[str, Any], console: Console) -> None:
                     _rows(table, f"{title} {key}".strip(), [of_variant.get(key) for of_variant in parts])
         table.add_section()
         profiles = [g["profile"] for g in variants.values()]
-        unmapped = [sum(p["unmapped"].values()) / p["kernels"]["median"] if p["kernels"]["median"] else 0 for p in profiles]
+        unmapped = [
+            sum(p["unmapped"].values()) / p["kernels"]["median"] if p["kernels"]["median"] else 0 for p in profiles
+        ]
         table.add_row("unmapped", *(f"{share:.2%}" for share in unmapped))
         console.print(table)
     for ratio in found["ratios"]:
         low, high = ratio["min"], ratio["max"]
-        console.print(f"{ratio['task']} {ratio['graph']}: {ratio['median']:.3f}x ({low:.3f} to {high:.3f}) of the baseline")
+        console.print(
+            f"{ratio['task']} {ratio['graph']}: {ratio['median']:.3f}x ({low:.3f} to {high:.3f}) of the baseline"
+        )
 
 
 def _rows(table: Table, name: str, spreads: list[dict[str, float] | None]) -> None:

@@ -24,13 +24,17 @@ from .target import Batches, batches_in, example_of, holds_onnx, holds_program
 
 @click.command()
 @click.argument("folder", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--batch", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Inputs.  [default: example]")
+@click.option(
+    "--batch", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Inputs.  [default: example]"
+)
 @click.option("--task", "tasks", multiple=True, help="Tasks to run; repeatable.  [default: all]")
 @click.option("--runtime", type=click.Choice(["torch", "onnxruntime"]), help="[default: torch, if a program is saved]")
 @click.option("--graph", type=click.Choice(["forward", "train-step"]), default="forward", show_default=True)
 @click.option("--baseline", is_flag=True, help="Run the graphs as captured.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write outputs to this safetensors file.")
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write outputs to this safetensors file."
+)
 def run(
     folder: Path,
     batch: Path | None,
@@ -70,7 +74,9 @@ def _in_onnxruntime(
     found = {}
     for task in tasks:
         if task not in files:
-            raise ExportError(f"there is no exported {graph} graph of task {task!r}", help=f"there is {', '.join(files)}")
+            raise ExportError(
+                f"there is no exported {graph} graph of task {task!r}", help=f"there is {', '.join(files)}"
+            )
         session = Session(files[task].path, device)
         found[task] = session.run(session.feeds(exported_inputs(files[task], {task: [first(batches, task)]})))
     return found
@@ -90,6 +96,3 @@ def _in_torch(
         inputs = program[task].example() | first(batches, task)
         found[task] = reference.gradients(inputs) if graph == "train-step" else reference.outputs(inputs)
     return found
-
-
-

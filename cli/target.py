@@ -48,7 +48,9 @@ def accelerated_program(
     given = chosen_options(options)
     if is_folder(target):
         if settings or policy or plan_file or given:
-            raise click.UsageError(f"{target} is a saved program: --set, --policy, --plan and policy options are for models")
+            raise click.UsageError(
+                f"{target} is a saved program: --set, --policy, --plan and policy options are for models"
+            )
         stage("load")
         return load_accelerated(target)
     if plan_file is not None and (policy is not None or given):

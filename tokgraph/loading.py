@@ -139,7 +139,7 @@ def _module(
     for node, name in zip(placeholders, about["state"], strict=False):
         attributes[name] = exported.state_dict[own[node.name]] if node.name in own else tensors[name]
         with graph.inserting_before(node):
-            read = graph.get_attr(name)
+            read = graph.create_node("get_attr", name)  # its module does not hold the tensor yet
         read.meta.update(node.meta)
         node.replace_all_uses_with(read)
         graph.erase_node(node)
@@ -162,7 +162,9 @@ def _module(
     return fx.GraphModule(attributes, graph)
 
 
-def _dimensions(described: Mapping[str, Any], module: fx.GraphModule, inputs: Mapping[str, Any]) -> tuple[Dimension, ...]:
+def _dimensions(
+    described: Mapping[str, Any], module: fx.GraphModule, inputs: Mapping[str, Any]
+) -> tuple[Dimension, ...]:
     """The dimensions, with the symbols that the file's graph has for them."""
     placeholders = iter(module.graph.find_nodes(op="placeholder"))
     of_input = {key: [next(placeholders) for _ in pytree.tree_leaves(x)] for key, x in inputs.items()}

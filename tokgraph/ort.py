@@ -33,9 +33,7 @@ def onnxruntime() -> ModuleType:
     try:
         import onnxruntime as module
     except ImportError as error:
-        raise DependencyError(
-            f"ONNX Runtime is not installed: {error}", help="pip install 'tokgraph[onnx]'"
-        ) from error
+        raise DependencyError(f"ONNX Runtime is not installed: {error}", help="pip install 'tokgraph[onnx]'") from error
     return module  # type: ignore[no-any-return]
 
 
@@ -61,9 +59,7 @@ class Session:
         ExportError: it cannot load or run the model.
     """
 
-    def __init__(
-        self, path: Path, device: Device = "cpu", *, threads: int = 0, profile: Path | None = None
-    ) -> None:
+    def __init__(self, path: Path, device: Device = "cpu", *, threads: int = 0, profile: Path | None = None) -> None:
         module = onnxruntime()
         options = module.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised

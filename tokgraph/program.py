@@ -106,7 +106,9 @@ class TaskGraph:
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, of those that a plan added to the model's, by name: optimizers count them."""
         named = self.graph_module.named_parameters()
-        return {name: parameter for name, parameter in sorted(named, key=lambda item: item[0]) if name.startswith(f"{OWN}.")}
+        return {
+            name: parameter for name, parameter in sorted(named, key=lambda item: item[0]) if name.startswith(f"{OWN}.")
+        }
 
     def symbol_names(self) -> dict[str, str]:
         """Symbol -> the user's name for it."""

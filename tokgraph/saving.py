@@ -66,7 +66,7 @@ def save_program(
     with new_directory(folder) as temporary:
         write_weights(temporary / WEIGHTS, state)
         plan.save(temporary / PLAN)
-        tasks = {}
+        tasks: dict[str, dict[str, Any]] = {}
         for variant, program in programs.items():
             for name, graph in program.items():
                 lowered = lower_program(graph, None if facts is None else facts[name])

@@ -127,6 +127,7 @@ class Locator:
         self._start = ends[0] if ends else 0
 
     def of(self, node: fx.Node) -> tuple[Region, int | None]:
+        """The region, and the block where it is one."""
         if node.name in self._blocks:
             return "block", self._blocks[node.name]
         if node.name in self._branch:

@@ -23,8 +23,15 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
     Our own operators; losses, whose conversion fakes ``total_weight``; and backward operators without a converter.
     """
     known = get_decompositions(
-        [aten.nll_loss_forward, aten.nll_loss_backward, aten.nll_loss2d_forward, aten.nll_loss2d_backward]
-        + [aten.silu_backward, aten.gelu_backward, aten._fused_rms_norm_backward]
+        [
+            aten.nll_loss_forward,
+            aten.nll_loss_backward,
+            aten.nll_loss2d_forward,
+            aten.nll_loss2d_backward,
+            aten.silu_backward,
+            aten.gelu_backward,
+            aten._fused_rms_norm_backward,
+        ]
     )
     return {
         **known,
@@ -58,7 +65,9 @@ def masked_scatter_backward(grad: Tensor, mask: Tensor, sizes: Sequence[Any]) ->
     width = grad.shape[-1] if rows.shape[-1] == 1 else 1
     count = reduce(mul, sizes, 1) // width
     flat = rows.reshape(-1)
-    at = torch.where(flat, flat.to(torch.int64).cumsum(0) - 1, count)  # what is not masked goes to a row that is cut off
+    at = torch.where(
+        flat, flat.to(torch.int64).cumsum(0) - 1, count
+    )  # what is not masked goes to a row that is cut off
     into = grad.new_zeros((count + 1, width))
     moved = into.scatter(0, at.unsqueeze(1).expand(-1, width), grad.reshape(-1, width))
     return moved[:count].reshape(sizes)

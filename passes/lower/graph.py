@@ -162,7 +162,7 @@ class Tracer(fx.Interpreter):
             if function is None or function in seen:
                 continue
             seen.add(function)
-            function.register_prehook(self._marker(self._made_by.get(function._sequence_nr())))  # type: ignore[attr-defined]
+            function.register_prehook(self._marker(self._made_by.get(function._sequence_nr())))
             stack += [following for following, _ in function.next_functions]
 
     @staticmethod
@@ -267,7 +267,7 @@ def _distinct_outputs(graph: fx.Graph) -> None:
     output = graph.output_node()
     seen: set[fx.Node] = set()
     outputs = []
-    for node in output.args[0]:
+    for node in output_args(graph):
         if node in seen or node.op != "call_function":
             with graph.inserting_before(output):
                 copy = graph.call_function(aten.clone.default, (node,))

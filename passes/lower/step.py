@@ -19,6 +19,7 @@ from .places import Place, carried
 GRAD, PARAMETER = "grad", "param"
 """Prefixes of names: outputs that are gradients; parameters as inputs, and as outputs after the update."""
 Tensors = Mapping[str, torch.Tensor]
+Decompositions = Mapping[Any, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,15 @@ class AdamW(Optimizer):
 OPTIMIZERS: dict[str, type[Optimizer]] = {rule.name: rule for rule in (SGD, AdamW)}
 
 
-def lower_train_step(graph: TaskGraph, facts: TaskFacts | None = None) -> Lowered:
+def lower_train_step(
+    graph: TaskGraph, facts: TaskFacts | None = None, decompositions: Decompositions | None = None
+) -> Lowered:
     """Inputs -> ``loss``, and ``grad/<name>`` of every parameter that requires a gradient and that the loss depends on.
 
     Args:
         graph: the captured or rewritten graph.
         facts: facts of the captured graph; ``None``: the graph's nodes carry their places, as loaded ones do.
+        decompositions: operator -> function to trace instead, besides :func:`runtime_decompositions`.
     """
     source = Source(graph, facts)
     counter = step_counter(source)
@@ -124,12 +128,18 @@ def lower_train_step(graph: TaskGraph, facts: TaskFacts | None = None) -> Lowere
         names[:] = ["loss", *(f"{GRAD}/{name}" for name in gradients)]
         return [loss, *gradients.values()]
 
-    module, state = trace(step, source, counter, runtime_decompositions(), training=True, trained=source.trained)
+    table = {**(decompositions or {}), **runtime_decompositions()}
+    module, state = trace(step, source, counter, table, training=True, trained=source.trained)
     inputs = (*(node.name for node in source.tensors), *counter)
     return Lowered(graph.name, "train-step", module, state, inputs, tuple(names), counter)
 
 
-def lower_update_step(graph: TaskGraph, optimizer: Optimizer, facts: TaskFacts | None = None) -> Lowered:
+def lower_update_step(
+    graph: TaskGraph,
+    optimizer: Optimizer,
+    facts: TaskFacts | None = None,
+    decompositions: Decompositions | None = None,
+) -> Lowered:
     """Inputs, parameters and optimizer state -> ``loss``, and both after one step.
 
     Parameters that the loss depends on are the inputs ``param/<name>``, their optimizer state ``state/<what>/<name>``;
@@ -139,6 +149,7 @@ def lower_update_step(graph: TaskGraph, optimizer: Optimizer, facts: TaskFacts |
         graph: the captured or rewritten graph.
         optimizer: the update rule.
         facts: facts of the captured graph; ``None``: the graph's nodes carry their places, as loaded ones do.
+        decompositions: operator -> function to trace instead, besides :func:`runtime_decompositions`.
     """
     source = Source(graph, facts)
     counter = step_counter(source)
@@ -162,7 +173,8 @@ def lower_update_step(graph: TaskGraph, optimizer: Optimizer, facts: TaskFacts |
 
     trained = [f"{PARAMETER}/{name}" for name in parameters]
     extra = {**counter, **initial}
-    module, state = trace(step, source, extra, runtime_decompositions(), training=True, trained=trained)
+    table = {**(decompositions or {}), **runtime_decompositions()}
+    module, state = trace(step, source, extra, table, training=True, trained=trained)
     inputs = (*(node.name for node in source.tensors), *counter, *initial)
     return Lowered(graph.name, "update-step", module, state, inputs, tuple(names), {**counter, **initial})
 

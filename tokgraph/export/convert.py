@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,11 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
+from torch.onnx._internal.exporter._decomp import (
+    create_onnx_friendly_decomposition_table,
+    get_onnx_implemented_overloads,
+)
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
 from ..errors import DependencyError, ExportError
@@ -35,17 +41,47 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 MIN_OPSET, DEFAULT_OPSET = 18, 23
+_OWN_TRANSLATIONS = {aten.sort.stable}
 _SHAPES = 64
 """Numbers up to which a constant counts as a shape, which is folded."""
 _UNKNOWN: Mapping[str, Any] = {"node": "", "module": "", "block": None, "kind": "input", "phase": "forward"}
 
 
-def exported_program(lowered: Lowered, given: Collection[str] = ()) -> ExportedProgram:
+class _Decomposed(ExportedProgram):
+    """A program of operators that have ONNX counterparts, all of them: there is nothing left to decompose."""
+
+    def run_decompositions(self, *args: Any, **options: Any) -> ExportedProgram:
+        """The program as it is; tracing it again would take longer than all the rest."""
+        return self
+
+
+def onnx_decompositions(opset: int) -> dict[Any, Callable[..., Any]]:
+    """The decompositions that the converter would apply, to be applied while a graph is lowered."""
+    table = create_onnx_friendly_decomposition_table(_implemented(opset))
+    return {op: function for op, function in table.items() if op not in _OWN_TRANSLATIONS}
+
+
+@cache
+def _implemented(opset: int) -> set[Any]:
+    with _quiet():
+        return set(get_onnx_implemented_overloads(ONNXRegistry.from_torchlib(opset_version=opset)))
+
+
+def _is_decomposed(lowered: Lowered, opset: int) -> bool:
+    calls = [node.target for node in lowered.module.graph.nodes if node.op == "call_function"]
+    known = _implemented(opset) | _OWN_TRANSLATIONS
+    return all(call in known for call in calls if isinstance(call, torch._ops.OpOverload))
+
+
+def exported_program(
+    lowered: Lowered, given: Collection[str] = (), into: type[ExportedProgram] = ExportedProgram
+) -> ExportedProgram:
     """The lowered graph as an ``ExportedProgram``.
 
     Args:
         lowered: the graph.
         given: names in its state that become inputs, before the others; the rest become parameters and buffers.
+        into: the class of the result.
     """
     graph = lowered.module.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
@@ -59,9 +95,9 @@ def exported_program(lowered: Lowered, given: Collection[str] = ()) -> ExportedP
         specs.append(InputSpec(kind, TensorArgument(node.name), name, persistent=persistent))
     inputs = placeholders[len(specs) :]
     specs += [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs]
-    output = graph.output_node()
-    output.args = (tuple(output.args[0]),)
-    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in output.args[0]]
+    returned: tuple[fx.Node, ...] = tuple(graph.output_node().args[0])  # type: ignore[arg-type]
+    graph.output_node().args = (returned,)
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in returned]
     count = sum(spec.kind is InputKind.USER_INPUT for spec in specs)
     in_spec = pytree.tree_structure((tuple(range(count)), {}))
     out_spec = pytree.tree_structure(tuple(range(len(outputs))))
@@ -69,7 +105,7 @@ def exported_program(lowered: Lowered, given: Collection[str] = ()) -> ExportedP
     symbols = mode.shape_env.var_to_range if mode is not None and mode.shape_env is not None else {}
     used = _symbols(graph)
     ranges = {symbol: of_symbol for symbol, of_symbol in symbols.items() if symbol in used}
-    return ExportedProgram(
+    return into(
         root=lowered.module,
         graph=graph,
         graph_signature=ExportGraphSignature(specs, outputs),
@@ -106,7 +142,7 @@ def to_onnx(
         ExportError: an operator has no ONNX counterpart.
         DependencyError: the packages that convert are not installed.
     """
-    program = exported_program(lowered)
+    program = exported_program(lowered, into=_Decomposed if _is_decomposed(lowered, opset) else ExportedProgram)
     with _quiet():
         try:
             converted = torch.onnx.export(
@@ -123,6 +159,7 @@ def to_onnx(
         except Exception as error:
             raise _failed(lowered, error) from error
     assert converted is not None
+    assert converted.exported_program is not None
     model: ir.Model = converted.model
     nodes = {node.name: lowered_place(node) for node in converted.exported_program.graph.nodes}
     _annotate(model, nodes)
@@ -153,25 +190,29 @@ def _failed(lowered: Lowered, error: BaseException) -> ExportError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the converter's remarks about packages that it does not need out of the user's way."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
+    """Keep the converter's remarks on packages and metadata that it does not need out of the user's way."""
+    loggers = [logging.getLogger(f"torch.onnx._internal.exporter.{name}") for name in ("_registration", "_core")]
+    levels = [logger.level for logger in loggers]
     try:
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _stable_sort() -> Any:
     """The translation of a stable sort: ONNX's TopK puts the earlier of equal values first."""
     try:
         import onnx_ir
-        from onnxscript import opset18 as op
+        from onnxscript import opset18
     except ImportError as error:
         raise _missing(error) from error
+
+    op: Any = opset18
 
     def sort_stable(x: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
         dtype = x.dtype
@@ -193,8 +234,8 @@ def _annotate(model: ir.Model, nodes: Mapping[str, Mapping[str, Any]]) -> None:
         node.metadata_props.update(NodePlace(**place).metadata())
         for output in node.outputs:
             output.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
+    for held in (*model.graph.inputs, *model.graph.initializers.values()):
+        held.metadata_props.clear()
 
 
 def _simplify(model: ir.Model) -> None:
@@ -230,10 +271,12 @@ def _name_sizes(model: ir.Model, symbols: Mapping[str, str]) -> None:
 
     values = [*model.graph.inputs, *model.graph.outputs]
     values += [output for node in model.graph.all_nodes() for output in node.outputs]
-    for value in {id(value): value for value in values}.values():
-        if value.shape is not None:
-            dims = [d if isinstance(d, int) or d.value is None else onnx_ir.SymbolicDim(named(d.value)) for d in value.shape]
-            value.shape = onnx_ir.Shape(dims)
+    for held in {id(x): x for x in values}.values():
+        if held.shape is not None:
+            dims = [
+                d if isinstance(d, int) or d.value is None else onnx_ir.SymbolicDim(named(d.value)) for d in held.shape
+            ]
+            held.shape = onnx_ir.Shape(dims)
 
 
 def link_weights(model: ir.Model, folder: Path, files: Mapping[str, tuple[str, Any]]) -> None:
@@ -246,14 +289,14 @@ def link_weights(model: ir.Model, folder: Path, files: Mapping[str, tuple[str, A
     """
     import onnx_ir
 
-    for name, value in model.graph.initializers.items():
-        if name in files and value.const_value is not None:
+    for name, held in model.graph.initializers.items():
+        if name in files and held.const_value is not None:
             file, stored = files[name]
-            value.const_value = onnx_ir.ExternalTensor(
+            held.const_value = onnx_ir.ExternalTensor(
                 file,
                 stored.offset,
                 stored.length,
-                value.const_value.dtype,
+                held.const_value.dtype,
                 shape=onnx_ir.Shape(stored.shape),
                 name=name,
                 base_dir=folder,

@@ -23,7 +23,7 @@ from ..program import Program, TaskGraph, is_meta
 from ..weights import WEIGHTS, Stored, stored_tensors, write_weights
 from .batches import other_sizes
 from .check import Check, check_file
-from .convert import DEFAULT_OPSET, MIN_OPSET, link_weights, to_onnx
+from .convert import DEFAULT_OPSET, MIN_OPSET, link_weights, onnx_decompositions, to_onnx
 from .files import ACCELERATED, KINDS, GraphKind, file_name
 from .reference import Reference
 
@@ -184,9 +184,9 @@ def _jobs(
                 if kind == "forward":
                     lowered = lower_forward(graph, of_task)
                 elif kind == "train-step":
-                    lowered = lower_train_step(graph, of_task)
+                    lowered = lower_train_step(graph, of_task, onnx_decompositions(options.opset))
                 else:
-                    lowered = lower_update_step(graph, options.rule(), of_task)
+                    lowered = lower_update_step(graph, options.rule(), of_task, onnx_decompositions(options.opset))
                 yield _Job(variant, graph, lowered, _blocks(lowered))
 
 

@@ -13,7 +13,6 @@ from ..passes.lower.step import GRAD, PARAMETER, AdamW, Optimizer
 from ..passes.verify.interpret import GraphInterpreter, in_dtype
 from ..program import TaskGraph, model_device
 
-
 NOISE = 1e-5
 """Gradients this much smaller than the largest may be nothing but rounding; AdamW makes whole steps of them."""
 _STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": "momentum"}
@@ -107,9 +106,7 @@ class Reference:
         gradients = {name: (p.detach(), grad) for (name, p), grad in pairs if grad is not None}
         return outputs[self._loss].detach(), gradients
 
-    def _updated(
-        self, loss: torch.Tensor, gradients: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    ) -> Expected:
+    def _updated(self, loss: torch.Tensor, gradients: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Expected:
         """The parameters and the optimizer's state after a step of ``torch.optim``."""
         assert self._optimizer is not None
         options = asdict(self._optimizer)

@@ -128,8 +128,8 @@ class _Marked(fx.Interpreter):
             if function is None or function in seen:
                 continue
             seen.add(function)
-            name = self._made_by.get(function._sequence_nr(), "")  # type: ignore[attr-defined]
-            function.register_prehook(lambda _, name=name: self._enter(name))  # type: ignore[misc]
+            name = self._made_by.get(function._sequence_nr(), "")
+            function.register_prehook(lambda _, name=name: self._enter(name))
             function.register_hook(lambda *_: self._leave())
             stack += [following for following, _ in function.next_functions]
 
