@@ -204,7 +204,7 @@ def _shapes(depth: int) -> list[tuple[int, int, int]]:
 
 def _nearest(costs: Costs, weight: Sequence[float], start: int, end: int, stride: int, target: float) -> Candidate:
     """The keep ratio that comes nearest to the target, by bisection: FLOPs grow with it."""
-    steps = math.gcd(*(task.visual.count for task in costs.facts.values()))
+    steps = math.gcd(*(task.visual.step for task in costs.facts.values()))
     low, high = 0, steps
     while high - low > 1:
         middle = (low + high) // 2

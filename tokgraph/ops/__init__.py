@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import indices, masks, moving, scores
 from .base import NAMESPACE, expand_index
-from .indices import keep_rows, ragged_rows, range_rows, ranks, rows, select_targets
+from .indices import drop_counts, keep_rows, lost_rows, ragged_rows, range_rows, ranks, rows, select_targets
 from .masks import demand_mask, prompt_mask, range_mask
 from .moving import drop, merge, restore, select
 from .scores import prompt_attention, random_score, similarity_score, spread_score, uniform_score
@@ -24,8 +24,10 @@ __all__ = [
     "decompositions",
     "demand_mask",
     "drop",
+    "drop_counts",
     "expand_index",
     "keep_rows",
+    "lost_rows",
     "merge",
     "prompt_attention",
     "prompt_mask",

@@ -27,6 +27,18 @@ def _keep_rows(candidates: Tensor, score: Tensor, keep: int, tokens: int) -> Ten
     return true_rows(alive, tokens - (candidates.shape[1] - keep))
 
 
+def _drop_counts(visual: Tensor, here: Tensor, padding: Tensor, free: Tensor, keep: float, least: int) -> Tensor:
+    wanted = (visual.sum(1).to(torch.float64) * keep + 0.5).floor().to(torch.int64)
+    alive = (here & ~padding).sum(1)
+    return torch.minimum(alive - wanted, free.sum(1)).clamp(min=0)
+
+
+def _lost_rows(candidates: Tensor, score: Tensor, drop: Tensor, tokens: int) -> Tensor:
+    best_first = candidates.gather(1, score.sort(dim=1, descending=True, stable=True).indices)
+    last = torch.arange(candidates.shape[1], device=candidates.device) >= candidates.shape[1] - drop.unsqueeze(1)
+    return last.new_zeros(candidates.shape[0], tokens).scatter(1, best_first, last)
+
+
 def _ragged_rows(mask: Tensor, most: int, least: int) -> Tensor:
     return true_rows(mask, most)
 
@@ -84,6 +96,51 @@ def ragged_rows(mask: Tensor, most: int, least: int) -> Tensor:
     return _ragged_rows(mask, most, least)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::drop_counts", mutates_args=())
+def drop_counts(visual: Tensor, here: Tensor, padding: Tensor, free: Tensor, keep: float, least: int) -> Tensor:
+    """How many visual tokens each sample loses at a site that keeps the same share of every sample.
+
+    Of ``n`` visual tokens of a sample, ``floor(keep * n + 0.5)`` stay, and more where fewer are free to go.
+
+    Args:
+        visual: ``[batch, tokens]`` bool, the visual tokens of the task.
+        here: ``[batch, rows]`` bool, those among the rows that enclosing sites left.
+        padding: ``[batch, rows]`` bool, those of ``here`` that enclosing sites dropped and kept as padding.
+        free: ``[batch, rows]`` bool, those that may be dropped.
+        keep: the ratio.
+        least: rows that leave every sample; a sample that loses more holds the others as padding.
+
+    Returns:
+        ``[batch]`` int64.
+
+    Raises:
+        BatchError: a sample of the batch, padding included, loses fewer than ``least`` rows.
+    """
+    found = _drop_counts(visual, here, padding, free, keep, least)
+    require(
+        (found + padding.sum(1) >= least).all(),
+        f"a sample has so few visual tokens that fewer than {least} of its rows go: the plan was made for an example batch "
+        "whose samples have more",
+    )
+    return found
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lost_rows", mutates_args=())
+def lost_rows(candidates: Tensor, score: Tensor, drop: Tensor, tokens: int) -> Tensor:
+    """The rows that are dropped, where samples drop different numbers of them.
+
+    Args:
+        candidates: ``[batch, m]`` int64 positions that may be dropped.
+        score: ``[batch, m]``; of equal scores the earlier position stays.
+        drop: ``[batch]`` int64, how many candidates of each sample go.
+        tokens: length of the token axis.
+
+    Returns:
+        ``[batch, tokens]`` bool.
+    """
+    return _lost_rows(candidates, score, drop, tokens)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::ranks", mutates_args=())
 def ranks(valid: Tensor) -> Tensor:
     """``[batch, m]`` int64: how many true positions lie before, where ``valid`` is true, else 0."""
@@ -137,6 +194,12 @@ def select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
 
 rows.register_fake(lambda mask, count, exact: mask.new_empty((mask.shape[0], count), dtype=torch.int64))
 ragged_rows.register_fake(lambda mask, most, least: mask.new_empty((mask.shape[0], most), dtype=torch.int64))
+drop_counts.register_fake(
+    lambda visual, here, padding, free, keep, least: visual.new_empty(visual.shape[:1], dtype=torch.int64)
+)
+lost_rows.register_fake(
+    lambda candidates, score, drop, tokens: candidates.new_empty((candidates.shape[0], tokens), dtype=torch.bool)
+)
 ranks.register_fake(lambda valid: torch.empty_like(valid, dtype=torch.int64))
 range_rows.register_fake(
     lambda like, start, stop: like.new_empty((like.shape[0], stop - start), dtype=torch.int64, requires_grad=False)
@@ -151,6 +214,8 @@ select_targets.register_fake(lambda targets, index, ignore_index: targets.new_em
 LOWERED: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
     torch.ops.tokgraph.rows.default: _rows,
     torch.ops.tokgraph.ragged_rows.default: _ragged_rows,
+    torch.ops.tokgraph.drop_counts.default: _drop_counts,
+    torch.ops.tokgraph.lost_rows.default: _lost_rows,
     torch.ops.tokgraph.ranks.default: rank_of,
     torch.ops.tokgraph.range_rows.default: _range_rows,
     torch.ops.tokgraph.keep_rows.default: _keep_rows,

@@ -67,8 +67,8 @@ def restore(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """``x`` with its rows ``index`` replaced: dropped rows, unchanged, take their places again.
 
     Args:
-        x: ``[batch, tokens, hidden]``, the residual stream at the start of the span.
-        rows: ``[batch, rows, hidden]``, the kept rows at its end.
+        x: ``[batch, tokens, hidden]``, the residual stream at the start of the span; or ``[batch, tokens]``, a mask.
+        rows: ``[batch, rows, hidden]``, the kept rows at its end; or ``[batch, rows]``.
         index: ``[batch, rows]`` int64 positions of ``rows`` in ``x``.
     """
     return _restore(x, rows, index)

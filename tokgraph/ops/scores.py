@@ -13,9 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 from .base import NAMESPACE, expand_index, rank_of
 
 
-def _spread_score(valid: Tensor, drop: int) -> Tensor:
+def _spread_score(valid: Tensor, drop: Tensor) -> Tensor:
     n = valid.sum(1, keepdim=True)
-    keep, rank = (n - drop).clamp(min=0), rank_of(valid)
+    keep, rank = (n - drop.unsqueeze(1)).clamp(min=0), rank_of(valid)
     n = n.clamp(min=1)
     ends = [(at * keep + n - 1) // n for at in (rank, rank + 1)]  # numbers j with j * n / keep below rank, rank + 1
     return ((ends[1] > ends[0]) & valid).to(torch.float32)
@@ -57,12 +57,12 @@ def _similarity_score(rows: Tensor, pivots: int) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::spread_score", mutates_args=())
-def spread_score(valid: Tensor, drop: int) -> Tensor:
+def spread_score(valid: Tensor, drop: Tensor) -> Tensor:
     """:func:`uniform_score` for samples with different numbers of candidates.
 
     Args:
         valid: ``[batch, m]`` bool, the candidates.
-        drop: how many of them go; ``n - drop`` of ``n`` stay.
+        drop: ``[batch]`` int64, or ``[1]`` for all samples: how many of them go; ``n - drop`` of ``n`` stay.
 
     Returns:
         ``[batch, m]`` float32: 1 at the candidates of rank ``floor(j * n / keep)``, ``j = 0 .. keep - 1``, else 0.
