@@ -268,9 +268,9 @@ def test_shared_pads(ragged: Captured) -> None:
     report = tg.report.make_report(model.program, accelerated)
     assert report["sharing_index"] == 1.0
     assert report["tasks"][U]["tokens_per_block"]["after"][1:3] == [4.0, 4.0]  # half of 8, on average
-    aimed = tg.make_plan(model.program, "shared", facts=model.facts, ragged="pad", target_flops=0.84)
+    aimed = tg.make_plan(model.program, "shared", facts=model.facts, ragged="pad", target_flops=0.86)
     assert {s.ragged for s in aimed.sites} == {"pad"}
-    assert tg.report.make_report(model.program, model.apply(aimed))["flops_ratio"] == pytest.approx(0.84, rel=0.01)
+    assert tg.report.make_report(model.program, model.apply(aimed))["flops_ratio"] == pytest.approx(0.86, rel=0.01)
 
 
 def test_uniform_is_uniform_in_each_sample() -> None:

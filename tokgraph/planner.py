@@ -97,6 +97,8 @@ class Search:
             f"target {self.target:g}x; attention mass {source}; plans that meet it: {len(self.others) + 1}",
             f"chosen: {self.best}",
         ]
+        if not self.best.blocks and not self.others:
+            lines[1] += ", no more than the target: what no output reads is all that goes"
         for other in self.others[:most]:
             if round(other.loss, DIGITS) == round(self.best.loss, DIGITS):
                 why = "loses as much, and is later in the order of spans"

@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..facts import Facts
 from ..plan import DropSite, Mode, Plan, Ragged
 from ..planner import Search, search
-from .base import Policy
+from .base import Policy, option
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Shared(Policy):
 
     name: ClassVar[str] = "shared"
 
-    span: tuple[int, int] | None = None
-    keep: float = 0.5
+    span: tuple[int, int] | None = option(None, "0 <= span[0] < span[1] < L")
+    keep: float = option(0.5, "0 <= keep <= 1")
     selector: str = "uniform"
     mode: Mode = "hide"
-    seed: int = 0
+    seed: int = option(0, "0 <= seed < 2**63")
     ragged: Ragged = "min"
     exact: bool = True
-    target_flops: float | None = None
+    target_flops: float | None = option(None, "0 < target_flops <= 1")
     mix: Mapping[str, float] | None = None
     mass: Mapping[str, Sequence[float]] | None = None
 
