@@ -133,7 +133,7 @@ class RandomLTD(Policy):
     name: ClassVar[str] = "random-ltd"
 
     keep: float = option(0.5, "0 <= keep <= 1")
-    seed: int = option(0, "0 <= seed < 2**63 - L")
+    seed: int = option(0, "0 <= seed <= 2**63 + 1 - L")
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:
