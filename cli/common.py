@@ -50,8 +50,9 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--exact/--no-exact", default=None, help="Also remove work that no output reads.  [default: exact]"
         ),
+        ragged_option,
         click.option("--target-flops", type=click.FloatRange(0, 1, min_open=True), help="FLOPs ratio to plan for."),
-        click.option("--mix", callback=_mix, metavar="TASK=WEIGHT,...", help="Weights of the tasks in the target."),
+        mix_option("Weights of the tasks in the target."),
         click.option(
             "--option", "others", multiple=True, metavar="NAME=VALUE", help="Any option of the policy; repeatable."
         ),
@@ -59,6 +60,19 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+ragged_option = click.option(
+    "--ragged",
+    type=click.Choice(["min", "pad"]),
+    help="Samples with different numbers of visual tokens: all lose as many as the one with the fewest, or each its own "
+    "share, under a padding mask.  [default: min]",
+)
+
+
+def mix_option(meaning: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--mix TASK=WEIGHT,...``."""
+    return click.option("--mix", callback=_mix, metavar="TASK=WEIGHT,...", help=meaning)
 
 
 def chosen_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,21 @@ from tokgraph.capture import capture
 from tokgraph.comparison import compare as run_compare
 from tokgraph.comparison import diff as run_diff
 from tokgraph.measure import image_mass, measure
-from tokgraph.plan import Plan
-from tokgraph.planning import check_plan
+from tokgraph.plan import Plan, Ragged
+from tokgraph.planning import make_plan
 from tokgraph.policies import Shared, policies
 from tokgraph.policies import policy as named
 
-from .common import calibration, chosen_options, load_model, model_options, policy_options, progress
+from .common import (
+    calibration,
+    chosen_options,
+    load_model,
+    mix_option,
+    model_options,
+    policy_options,
+    progress,
+    ragged_option,
+)
 
 
 @click.command()
@@ -52,8 +61,9 @@ def plan(
         if calibrate is not None:
             stage("measure")
             given["mass"] = image_mass(measure(program, facts, batches), facts)
+        ragged = given.pop("ragged", "min")
         chosen = named(policy or "shared", **given)
-        made = check_plan(chosen.plan(facts), facts)
+        made = make_plan(program, chosen, facts=facts, ragged=ragged)
     if out is not None:
         made.save(out)
     else:
@@ -99,9 +109,19 @@ def _site(site: dict[str, Any]) -> str:
 @click.option(
     "--policies", "names", required=True, metavar="A,B,C", help="Policies or plan files, separated by commas."
 )
+@mix_option("Weights of the tasks in the mixed ratios.  [default: all alike]")
+@ragged_option
 @click.option("--verify/--no-verify", default=True, help="Compare each with the oracle.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def compare(model: str, settings: tuple[str, ...], names: str, verify: bool, as_json: bool) -> None:
+def compare(
+    model: str,
+    settings: tuple[str, ...],
+    names: str,
+    mix: dict[str, float] | None,
+    ragged: Ragged | None,
+    verify: bool,
+    as_json: bool,
+) -> None:
     """Show what several policies do to MODEL, in one table.
 
     Exits with 3 when a result disagrees with the oracle.
@@ -116,7 +136,7 @@ def compare(model: str, settings: tuple[str, ...], names: str, verify: bool, as_
     with progress() as stage:
         stage("load")
         spec = load_model(model, settings)
-        found = run_compare(spec, chosen, verify=verify, progress=stage)
+        found = run_compare(spec, chosen, mix=mix, ragged=ragged or "min", verify=verify, progress=stage)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:

@@ -178,7 +178,7 @@ REFUSED = {
     "option of another policy": ([TINY, "--policy", "exact", "--keep", "0.5"], 1, "has no option 'keep'"),
     "unknown selector": ([TINY, "--selector", "best"], 1, "selector 'best' is unknown"),
     "selector that looks ahead": ([TINY, "--selector", "norm"], 1, "not causal"),
-    "uneven visual tokens": ([TINY, "--set", "uneven=True"], 1, "understanding: 5, generation: 6"),
+    "uneven visual tokens": ([TINY, "--set", "uneven=True"], 1, "hold 5 to 6 visual tokens"),
     "convolution over tokens": (
         [TINY, "--set", "token_mixer='conv'"],
         1,

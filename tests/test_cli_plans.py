@@ -110,6 +110,45 @@ def test_compare_as_json(run, tmp_path):
     assert all(row["verified"] is True and row["new_parameters"] == 0 for row in found["rows"])
 
 
+def test_compare_weighs_by_the_mix(run):
+    arguments = ("compare", TINY, *FOUR, "--policies", "pyramiddrop", "--no-verify", "--json")
+    (row,) = json.loads(run(*arguments, "--mix", "understanding=1,generation=0").stdout)["rows"]
+    assert row["mixed_flops_ratio"] == pytest.approx(row["flops_ratio"]["understanding"])
+    (even,) = json.loads(run(*arguments).stdout)["rows"]
+    assert even["mixed_flops_ratio"] > row["mixed_flops_ratio"] + 0.05
+
+
+def test_ragged_is_an_option_of_every_policy(run, tmp_path):
+    result = run("plan", TINY, *FOUR, "--policy", "fastv", "--option", "k=1", "--ragged", "pad", "-o", "plan.json")
+    assert result.exit_code == 0, result.output
+    assert [site.ragged for site in tg.Plan.load(tmp_path / "plan.json").sites] == ["pad"]
+    assert run("compare", TINY, *FOUR, "--policies", "random-ltd", "--ragged", "pad", "--no-verify").exit_code == 0
+    assert run("plan", TINY, "--ragged", "most").exit_code == 2
+    clash = run("optimize", TINY, "--plan", "plan.json", "--ragged", "pad")
+    assert clash.exit_code == 2
+    assert "--plan and --ragged exclude each other" in clash.stderr
+
+
+RAGGED = """
+from tests.test_ragged import IMAGES, spec
+
+def build():
+    return spec(IMAGES)
+"""
+
+
+@pytest.mark.parametrize("rule", ["min", "pad"])
+def test_optimize_verifies_a_ragged_batch(run, tmp_path, rule):
+    (tmp_path / "ragged.py").write_text(RAGGED)
+    options = ("--policy", "fastv", "--option", "k=1", "--ragged", rule, "-o", "results")
+    result = run("optimize", "ragged.py", *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "results/report.json").read_text())
+    assert report["verification"]["passed"] is True
+    kept = {"min": 9.25 - 3, "pad": (5 + 4 + 6 + 5) / 4}[rule]  # of 9, 7, 11 and 10: three less; or half
+    assert report["tasks"]["understanding"]["tokens_per_block"]["after"][1:3] == [kept, kept]
+
+
 def test_compare_as_a_table_with_a_policy_that_refuses(run):
     result = run("compare", TINY, "--policies", "exact,pyramiddrop", "--no-verify")  # three blocks, four stages
     assert result.exit_code == 0, result.output
@@ -142,13 +181,17 @@ TOY = """
 from dataclasses import dataclass
 from typing import ClassVar
 import tokgraph as tg
-from tokgraph.policies import Policy
+from tokgraph.policies import Policy, option
 
 @dataclass(frozen=True)
 class Toy(Policy):
-    '''Half of the visual tokens in block 1.'''
+    '''Half of the visual tokens in block 1.
+
+    Args:
+        keep: what stays.
+    '''
     name: ClassVar[str] = "toy"
-    keep: float = 0.5
+    keep: float = option(0.5, "0 <= keep <= 1")
 
     def plan(self, facts):
         return self.made([tg.DropSite(task, 1, 2, self.keep) for task in facts], True)
@@ -160,15 +203,32 @@ class NoPolicy:
 
 @pytest.fixture
 def plugin(tmp_path):
-    """Install a package whose entry point is ``value``; returns what runs the command line beside it."""
+    """Install a package whose entry point is ``value``, by pip from its source; returns what runs the command line beside it."""
 
     def install(value: str):
-        site = tmp_path / "site"
-        info = site / "toy_policies-1.0.dist-info"
-        info.mkdir(parents=True)
-        (site / "toy_policies.py").write_text(TOY)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-policies\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[tokgraph.policies]\ntoy = {value}\n")
+        source, site = tmp_path / "toy", tmp_path / "site"
+        source.mkdir()
+        (source / "toy_policies.py").write_text(TOY)
+        (source / "pyproject.toml").write_text(
+            f"""
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "toy-policies"
+version = "1.0"
+
+[project.entry-points."tokgraph.policies"]
+toy = "{value}"
+
+[tool.setuptools]
+py-modules = ["toy_policies"]
+"""
+        )
+        offline = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+        pip = [sys.executable, "-m", "pip", "install", *offline, "--target", str(site), str(source)]
+        subprocess.run(pip, check=True, capture_output=True, text=True, timeout=300)
 
         def invoke(*args: str) -> subprocess.CompletedProcess[str]:
             environment = {**os.environ, "PYTHONPATH": str(site)}
@@ -185,7 +245,7 @@ def test_a_policy_of_another_package(plugin):
     listed = json.loads(invoke("policies", "--json").stdout)["policies"]
     assert listed["toy"] == {
         "summary": "Half of the visual tokens in block 1.",
-        "options": {"keep": {"type": "<class 'float'>", "default": 0.5}},
+        "options": {"keep": {"type": "float", "default": 0.5, "allowed": "0 <= keep <= 1", "meaning": "what stays."}},
     }
     assert "shared" in listed
     planned = invoke("plan", TINY, "--policy", "toy", "--option", "keep=0.25")

@@ -59,7 +59,21 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
     TOKGRAPH.rows.default: [(MASK, 3, True), (MASK, 4, False), (~MASK, 2, True), (MASK & False, 0, True)],
     TOKGRAPH.ragged_rows.default: [(MASK, 3, 1), (MASK, 4, 0), (~MASK, 2, 2), (MASK & False, 2, 0)],
     TOKGRAPH.ranks.default: [(MASK,), (MASK & False,), (~MASK,)],
-    TOKGRAPH.spread_score.default: [(MASK, 0), (MASK, 1), (MASK, 3), (MASK & False, 0)],
+    TOKGRAPH.spread_score.default: [
+        *((MASK, torch.tensor([drop])) for drop in (0, 1, 3)),
+        (MASK, torch.tensor([2, 1])),
+        (MASK & False, torch.tensor([0])),
+    ],
+    TOKGRAPH.drop_counts.default: [
+        (MASK, MASK, MASK & False, MASK, 0.5, 1),
+        (MASK, MASK[:, 1:], ~MASK[:, 1:] & MASK[:, 1:], MASK[:, 1:], 0.0, 0),
+        (MASK, MASK, MASK, MASK & False, 0.3, 2),
+    ],
+    TOKGRAPH.lost_rows.default: [
+        (index([1, 3, 4], [0, 2, 3]), numbers(2, 3), torch.tensor([2, 0]), 6),
+        (index([1, 3, 4], [0, 2, 3]), index([7, 7, 9], [1, 0, 0]), torch.tensor([1, 3]), 5),
+        (NOTHING, torch.empty(2, 0), torch.tensor([0, 0]), 4),
+    ],
     TOKGRAPH.range_rows.default: [(MASK, 1, 4), (numbers(1, 6, 2), 0, 6), (MASK, 2, 2)],
     TOKGRAPH.keep_rows.default: [
         (index([1, 3, 4], [0, 2, 3]), numbers(2, 3), 2, 6),

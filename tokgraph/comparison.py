@@ -12,7 +12,7 @@ from .capture import capture
 from .errors import TokgraphError
 from .facts import Facts
 from .optimize import Progress
-from .plan import DropSite, Plan
+from .plan import DropSite, Plan, Ragged
 from .planner import checked_mix
 from .planning import make_plan
 from .policies import Policy
@@ -30,6 +30,7 @@ def compare(
     policies: Sequence[str | Policy | Plan],
     *,
     mix: Mapping[str, float] | None = None,
+    ragged: Ragged = "min",
     verify: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def compare(
         spec: the model and its tasks.
         policies: names, policies or plans.
         mix: task -> weight of its training step in the mixed ratio; default: all alike.
+        ragged: what the policies' sites do where samples hold different numbers of visual tokens.
         verify: compare each result with the oracle, where the model has values.
         progress: called with what is done next.
 
@@ -61,16 +63,21 @@ def compare(
         label = policy if isinstance(policy, str) else getattr(policy, "name", getattr(policy, "policy", "plan"))
         tell(label)
         try:
-            rows.append({"policy": label, **_row(program, facts, policy, weights, verify)})
+            rows.append({"policy": label, **_row(program, facts, policy, weights, ragged, verify)})
         except TokgraphError as error:
             rows.append({"policy": label, "error": error.message})
     return {"schema": SCHEMA, "mix": weights, "rows": rows}
 
 
 def _row(
-    program: Program, facts: Facts, policy: str | Policy | Plan, weights: Mapping[str, float], verify: bool
+    program: Program,
+    facts: Facts,
+    policy: str | Policy | Plan,
+    weights: Mapping[str, float],
+    ragged: Ragged,
+    verify: bool,
 ) -> dict[str, Any]:
-    plan = policy if isinstance(policy, Plan) else make_plan(program, policy, facts=facts)
+    plan = policy if isinstance(policy, Plan) else make_plan(program, policy, facts=facts, ragged=ragged)
     accelerated = apply(program, plan, facts=facts)
     if verify and not is_meta(program.model):
         accelerated.verification = run_verification(program, accelerated)

@@ -29,6 +29,8 @@ class VisualFlow:
         branch: nodes that make visual rows before ``entry``.
         most: visual tokens of a sample, the most in the example batch; 0: ``count``.
         mean: visual tokens of a sample on average; 0: ``count``.
+        step: greatest common divisor of the samples' numbers of visual tokens: every multiple of ``1 / step`` is a whole
+            number of tokens in all of them; 0: ``count``.
     """
 
     kind: Literal["ids", "mask", "range"]
@@ -44,10 +46,12 @@ class VisualFlow:
     branch: tuple[str, ...] = ()
     most: int = 0
     mean: float = 0
+    step: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "most", self.most or self.count)
         object.__setattr__(self, "mean", self.mean or self.count)
+        object.__setattr__(self, "step", self.step or self.count)
 
     @property
     def ragged(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .analyze import analyze
 from .capture import capture
+from .errors import PlanError
 from .passes.pipeline import Observer
 from .plan import Plan
 from .planning import check_plan, make_plan
@@ -38,7 +39,7 @@ def optimize(
         verify: compare with the oracle; a disagreement raises.
         progress: called with each stage's name (:data:`STAGES`) before it begins.
         observer: called after every rewrite pass.
-        options: options of the named policy.
+        options: options of the named policy, and ``ragged`` (:func:`tokgraph.make_plan`).
 
     Returns:
         The accelerated program, with ``plan``, ``facts``, ``verification`` and ``report``.
@@ -53,6 +54,8 @@ def optimize(
     facts = analyze(program)
     tell("plan")
     if isinstance(policy, Plan):
+        if options:
+            raise PlanError(f"a plan takes no options, such as {next(iter(options))}", help="options go with policies")
         plan = check_plan(policy, facts)
     else:
         plan = make_plan(program, policy, facts=facts, **options)

@@ -16,6 +16,7 @@ from .files import write_atomically
 SCHEMA = 1
 Mode = Literal["hide", "freeze"]
 Projections = Literal["shared", "own"]
+Ragged = Literal["min", "pad"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class DropSite:
         projections: ``"shared"``: visual rows use the model's query, key and value projections; ``"own"``: in the span
             they get their own copies, new parameters of the task that start as the model's. Kept rows have them, and
             frozen ones, which still serve as keys and values.
+        ragged: where samples hold different numbers of visual tokens, ``"min"``: every sample loses as many as the one
+            with the fewest; ``"pad"``: each loses its own share, and rows that one sample drops and another keeps stay
+            as padding, so that all samples stay equally long. Where all hold the same number, both are the same.
 
     Raises:
         PlanError: a field is out of range.
@@ -53,6 +57,7 @@ class DropSite:
     restore: bool = True
     seed: int = 0
     projections: Projections = "shared"
+    ragged: Ragged = "min"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.keep, (int, float)) and math.isfinite(self.keep) and 0.0 <= self.keep <= 1.0):
@@ -64,6 +69,8 @@ class DropSite:
             raise PlanError(f"mode={self.mode!r} is not one of 'hide', 'freeze'")
         if self.projections not in ("shared", "own"):
             raise PlanError(f"projections={self.projections!r} is not one of 'shared', 'own'")
+        if self.ragged not in ("min", "pad"):
+            raise PlanError(f"ragged={self.ragged!r} is not one of 'min', 'pad'")
         if self.start < 0 or (self.end is not None and self.end <= self.start):
             raise PlanError(f"span [{self.start}, {self.end}) is empty or negative", help="give 0 <= start < end")
 

@@ -97,6 +97,8 @@ class Search:
             f"target {self.target:g}x; attention mass {source}; plans that meet it: {len(self.others) + 1}",
             f"chosen: {self.best}",
         ]
+        if not self.best.blocks and not self.others:
+            lines[1] += ", no more than the target: what no output reads is all that goes"
         for other in self.others[:most]:
             if round(other.loss, DIGITS) == round(self.best.loss, DIGITS):
                 why = "loses as much, and is later in the order of spans"
@@ -204,7 +206,7 @@ def _shapes(depth: int) -> list[tuple[int, int, int]]:
 
 def _nearest(costs: Costs, weight: Sequence[float], start: int, end: int, stride: int, target: float) -> Candidate:
     """The keep ratio that comes nearest to the target, by bisection: FLOPs grow with it."""
-    steps = math.gcd(*(task.visual.count for task in costs.facts.values()))
+    steps = math.gcd(*(task.visual.step for task in costs.facts.values()))
     low, high = 0, steps
     while high - low > 1:
         middle = (low + high) // 2

@@ -8,19 +8,27 @@ from typing import Any
 from .analyze import analyze
 from .errors import PlanError
 from .facts import Facts
-from .plan import DropSite, Plan
+from .plan import DropSite, Plan, Ragged
 from .policies import Policy, policy
 from .program import Program
 from .selectors import selectors
 
 
-def make_plan(program: Program, policy: str | Policy = "shared", *, facts: Facts | None = None, **options: Any) -> Plan:
+def make_plan(
+    program: Program,
+    policy: str | Policy = "shared",
+    *,
+    facts: Facts | None = None,
+    ragged: Ragged = "min",
+    **options: Any,
+) -> Plan:
     """Plan with a policy.
 
     Args:
         program: the captured program.
         policy: a policy's name, or a policy.
         facts: facts of the program, when they are known already.
+        ragged: what all sites do where samples hold different numbers of visual tokens (:class:`tokgraph.DropSite`).
         options: options of the named policy.
 
     Raises:
@@ -28,7 +36,20 @@ def make_plan(program: Program, policy: str | Policy = "shared", *, facts: Facts
     """
     facts = analyze(program) if facts is None else facts
     chosen = _named(policy, options)
-    return check_plan(chosen.plan(facts), facts)
+    if ragged != "min" and "ragged" in chosen.options():
+        chosen = replace(chosen, ragged=ragged)  # type: ignore[type-var]
+    return check_plan(with_ragged(chosen.plan(facts), ragged), facts)
+
+
+def with_ragged(plan: Plan, ragged: Ragged) -> Plan:
+    """The plan with ``ragged`` in all its sites; ``"min"``, the default of sites, leaves them as they are.
+
+    Raises:
+        PlanError: it is neither ``"min"`` nor ``"pad"``.
+    """
+    if ragged == "min":
+        return plan
+    return replace(plan, sites=tuple(replace(site, ragged=ragged) for site in plan.sites))
 
 
 def _named(name: str | Policy, options: dict[str, Any]) -> Policy:
@@ -44,8 +65,14 @@ def check_plan(plan: Plan, facts: Facts) -> Plan:
 
     Raises:
         PlanError: a site names an unknown task or selector, leaves the blocks, or looks ahead on a path that predicts
-            visual tokens.
+            visual tokens; or sites of one task differ in ``ragged``.
     """
+    for name in facts:
+        if len({site.ragged for site in plan.for_task(name)}) > 1:
+            raise PlanError(
+                f"task {name!r} has sites with ragged='min' and sites with ragged='pad'",
+                help="let all sites of a task treat samples with different numbers of visual tokens alike",
+            )
     return replace(plan, sites=tuple(_check_site(site, facts) for site in plan.sites))
 
 

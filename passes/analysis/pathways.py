@@ -32,7 +32,7 @@ class Pathways:
 
     Args:
         profile: parameter name -> share of the visual tokens that it transforms, in ``[0, 1]``.
-        tokens_per_block: visual rows whose residual each block computes, averaged over the batch.
+        tokens_per_block: visual rows whose residual each block changes, averaged over the batch.
     """
 
     profile: Mapping[str, float]
@@ -47,7 +47,7 @@ def lean_graph(graph: TaskGraph, facts: TaskFacts) -> TaskGraph:
 def pathways(graph: TaskGraph, facts: TaskFacts) -> Pathways:
     """Profile a graph from which work that nobody demands is gone."""
     spaces = row_spaces(graph.graph, facts)
-    visual = visual_counts(graph, facts, set(spaces.values()))
+    visual = visual_counts(graph, facts, set(spaces.values()), padding=False)
     count = facts.visual.mean
     profile: dict[str, float] = {}
     branch = set(facts.visual.branch)
@@ -99,13 +99,13 @@ def _trains(val: torch.Tensor | None) -> bool:
     return isinstance(val, torch.nn.Parameter) or (val is not None and val.requires_grad)
 
 
-def visual_counts(graph: TaskGraph, facts: TaskFacts, chains: set[Chain]) -> dict[Chain, float]:
-    """Chain -> visual rows among its rows, averaged over the example batch."""
+def visual_counts(graph: TaskGraph, facts: TaskFacts, chains: set[Chain], padding: bool = True) -> dict[Chain, float]:
+    """Chain -> visual rows among its rows, averaged over the example batch; ``padding``: those that are padding as well."""
     entry = next(n for n in graph.graph.nodes if n.name in (facts.entry, facts.visual.entry))
     mask = visual_mask(graph, facts.visual, entry, facts.demand.tokens)
     counts: dict[Chain, float] = {(): float(facts.visual.mean)}
     try:
-        found = visual_rows(graph, mask, chains)
+        found = visual_rows(graph, mask, chains, padding)
     except AnalysisError:  # a selector that reads values, and a model without storage: what the rewrite noted
         return {chain: float(chain[-1].meta[VISUAL_ROWS]) if chain else counts[()] for chain in chains} | counts
     return counts | {chain: float(rows.sum(1).double().mean()) for chain, rows in found.items()}

@@ -53,27 +53,41 @@ def row_spaces(graph: fx.Graph, facts: TaskFacts) -> dict[Axis, Chain]:
     return {axis: part for axis, parts in held.items() for part in parts if part != SAMPLES}
 
 
-def visual_rows(graph: TaskGraph, visual: torch.Tensor, chains: Iterable[Chain]) -> dict[Chain, torch.Tensor]:
+def visual_rows(
+    graph: TaskGraph, visual: torch.Tensor, chains: Iterable[Chain], padding: bool = True
+) -> dict[Chain, torch.Tensor]:
     """Which rows of each chain are visual: ``[batch, rows]`` bool, for the task's inputs.
 
     Args:
         graph: the graph that the chains' indices are of.
         visual: ``[batch, tokens]`` bool, the visual tokens of the task's inputs.
         chains: the chains.
+        padding: rows that are there only to make samples equally long count as well.
 
     Raises:
         AnalysisError: an index depends on values that have no storage.
     """
     chains = set(chains)
     indices = sorted({index for chain in chains for index in chain})
-    values = dict(zip(indices, evaluate(graph, indices), strict=True)) if indices else {}
+    lost = {} if padding else _lost_rows(graph.graph)
+    wanted = [*indices, *sorted(set(lost.values()))]
+    values = dict(zip(wanted, evaluate(graph, wanted), strict=True)) if indices else {}
     found = {}
     for chain in chains:
         rows = visual
         for index in chain:
+            if index in lost:
+                rows = rows & ~values[lost[index]].to(rows.device)
             rows = rows.gather(1, values[index].to(rows.device))
         found[chain] = rows
     return found
+
+
+def _lost_rows(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Index of a site -> the rows that the site drops, some of which the index keeps as padding."""
+    lost = {node.args[:2]: node for node in graph.find_nodes(op="call_function", target=tokgraph.lost_rows.default)}
+    kept = graph.find_nodes(op="call_function", target=tokgraph.keep_rows.default)
+    return {node: lost[node.args[:2]] for node in kept if node.args[:2] in lost}
 
 
 def place_rows(node: fx.Node, held: Mapping[Axis, Held], rows: Mapping[Chain, torch.Tensor]) -> torch.Tensor | None:

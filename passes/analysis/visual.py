@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -41,7 +42,8 @@ def find_visual(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> Visu
     runs = (starts.sum(1) + mask[:, 0]).max()
     least, most = int(counts.min()), int(counts.max())
     mean = least if least == most else float(counts.double().mean())
-    return replace(flow, count=least, most=most, mean=mean, runs=int(runs))
+    step = math.gcd(*counts.tolist())
+    return replace(flow, count=least, most=most, mean=mean, step=step, runs=int(runs))
 
 
 def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node, tokens: int | None = None) -> torch.Tensor:

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from tokgraph.errors import IllegalRewriteError, InternalError, PlanError
-from tokgraph.facts import Attention, TaskFacts
-from tokgraph.fxnode import argument, rank
+from tokgraph.errors import IllegalRewriteError, PlanError
+from tokgraph.facts import TaskFacts
+from tokgraph.fxnode import rank
 from tokgraph.plan import DropSite
-from tokgraph.program import STEP
-from tokgraph.selectors import scorer, selectors
 
-from ..rules.registry import is_one
-from .nodes import VISUAL_ROWS, Emitter, hoist
+from .frames import Frame
+from .nodes import VISUAL_ROWS, Emitter
+from .scores import Scores, Seen
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
-
-
-PIVOTS = 8
-"""Pivots of the ``"similarity"`` selector."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A row space: the rows that a site keeps, in the space of the frames around it.
-
-    Args:
-        site: the drop site.
-        index: ``[batch, rows]`` positions in the enclosing space.
-        dropped: rows dropped by this site.
-        visual: visual rows that are left.
-    """
-
-    site: DropSite
-    index: fx.Node
-    dropped: int
-    visual: int
 
 
 class IndexBuilder:
@@ -57,6 +34,7 @@ class IndexBuilder:
         self._nodes = {node.name: node for node in emit.graph.nodes}
         self.entry = self._nodes[facts.entry]
         self._visual: fx.Node | None = None
+        self._scores = Scores(emit, facts, self.entry)
 
     @property
     def visual_count(self) -> int:
@@ -101,86 +79,82 @@ class IndexBuilder:
     def _bound(self, bound: int, offset: fx.Node | int, tokens: fx.Node | int) -> fx.Node | int:
         return self._emit.add(tokens if bound < 0 else offset, bound, self.entry)
 
-    def site(
-        self, site: DropSite, around: tuple[Frame, ...], stream: fx.Node, attention: Attention | None = None
-    ) -> Frame:
+    def site(self, site: DropSite, around: tuple[Frame, ...], seen: Seen) -> Frame:
         """The rows that ``site`` keeps.
 
         Args:
             site: a resolved drop site.
             around: the frames of the sites that enclose it.
-            stream: the residual stream at the start of its span, in the space of ``around``.
-            attention: the attention of the block before the span, which the ``"attention"`` selector reads.
+            seen: what selectors may look at.
 
         Raises:
             PlanError: demanded rows must stay, and samples hold different numbers of them.
         """
         if self._facts.visual.ragged:
-            return self._ragged_site(site, around, stream, attention)
+            return self._ragged_site(site, around, seen)
         outer = [frame.index for frame in around]
         alive = around[-1].visual if around else self._facts.visual.count
         free = self._emit.chain(self.visual, outer)
         protected = 0
         if not site.restore and self._facts.demand.visual:
             protected = self._protected()
-            read = self._emit.chain(self.demanded, outer)
-            free = self._call(aten.logical_and.default, free, self._call(aten.logical_not.default, read))
+            free = self._and_not(free, self._emit.chain(self.demanded, outer))
         width = alive - protected
         keep = min(max(site.kept(self._facts.visual.count) - protected, 0), width)
         candidates = self._call(tokgraph.rows.default, free, width, True)
         candidates.meta[VISUAL_ROWS] = width
-        score = self._score(site, candidates, keep, stream, around, attention)
+        score = self._scores.equal(site, candidates, keep, seen)
         index = self._call(tokgraph.keep_rows.default, candidates, score, keep, self._emit.size(free, 1))
         index.meta[VISUAL_ROWS] = alive - (width - keep)
         return Frame(site, index, width - keep, alive - (width - keep))
 
-    def _ragged_site(
-        self, site: DropSite, around: tuple[Frame, ...], stream: fx.Node, attention: Attention | None
-    ) -> Frame:
-        """The rows that ``site`` keeps where samples hold different numbers of visual tokens: each loses as many as the
-        sample that has the fewest.
+    def _ragged_site(self, site: DropSite, around: tuple[Frame, ...], seen: Seen) -> Frame:
+        """The rows that ``site`` keeps where samples hold different numbers of visual tokens.
+
+        As many leave every sample as may leave the one that has the fewest. With ``ragged="pad"`` a sample drops its own
+        share: what it drops beyond these rows stays as padding, which no row sees and no block changes.
         """
         flow, demand = self._facts.visual, self._facts.demand
         outer, gone = [frame.index for frame in around], sum(frame.dropped for frame in around)
-        free, least = self._emit.chain(self.visual, outer), flow.count - gone
+        here, least = self._emit.chain(self.visual, outer), flow.count - gone
+        padding = around[-1].padding(self._emit) if around else None
+        alive = here if padding is None else self._and_not(here, padding)
+        free = alive
         if not site.restore and demand.visual:
-            read = self._emit.chain(self.demanded, outer)
-            free = self._call(aten.logical_and.default, free, self._call(aten.logical_not.default, read))
+            free = self._and_not(alive, self._emit.chain(self.demanded, outer))
             least = demand.free - gone
         dropped = max(0, min(flow.count - gone - site.kept(flow.count), least))
-        candidates = self._call(tokgraph.ragged_rows.default, free, flow.most, dropped)
+        droppable = free if padding is None else self._call(aten.logical_or.default, free, padding)
+        width = flow.most - gone
+        candidates = self._call(tokgraph.ragged_rows.default, droppable, width, dropped)
         valid = self._call(aten.gather.default, free, 1, candidates)
-        score = self._ragged_score(site, candidates, valid, dropped, stream, around, attention)
-        index = self._call(tokgraph.keep_rows.default, candidates, score, flow.most - dropped, self._emit.size(free, 1))
-        index.meta[VISUAL_ROWS] = flow.count - gone - dropped
-        return Frame(site, index, dropped, flow.count - gone - dropped)
+        drop, lowest = self._drop_counts(site, here, padding, free, dropped)
+        score = self._scores.ragged(site, candidates, valid, drop, seen)
+        if padding is not None:  # what is lost already goes first
+            first = self._call(aten.gather.default, padding, 1, candidates)
+            score = self._call(aten.masked_fill.Scalar, score, first, -torch.inf)
+        tokens = self._emit.size(here, 1)
+        index = self._call(tokgraph.keep_rows.default, candidates, score, width - dropped, tokens)
+        index.meta[VISUAL_ROWS] = flow.mean - gone - dropped
+        lost = None
+        if site.ragged == "pad":
+            lost = self._call(tokgraph.lost_rows.default, candidates, score, lowest, tokens)
+        return Frame(site, index, dropped, flow.count - gone - dropped, lost)
 
-    def _ragged_score(
-        self,
-        site: DropSite,
-        candidates: fx.Node,
-        valid: fx.Node,
-        dropped: int,
-        stream: fx.Node,
-        around: tuple[Frame, ...],
-        attention: Attention | None,
-    ) -> fx.Node:
-        """Scores of candidates; positions that are none score infinity, which no candidate does, and stay."""
-        if site.selector == "uniform":
-            score = self._call(tokgraph.spread_score.default, valid, dropped)
-        elif site.selector == "similarity":  # rows of zeros are no pivots, unless all candidates are
-            rows = self._call(tokgraph.select.default, stream, candidates, 1, 0)
-            there = self._call(aten.unsqueeze.default, valid, -1)
-            rows = self._call(aten.mul.Tensor, self._call(aten.detach.default, rows), there)
-            score = self._call(tokgraph.similarity_score.default, rows, PIVOTS)
-        else:
-            score = self._score(site, candidates, 0, stream, around, attention)
-        if site.selector == "random":
-            score = self._call(aten.gather.default, score, 1, self._call(tokgraph.ranks.default, valid))
-        score = self._call(aten._to_copy.default, score, dtype=torch.float64)
-        score = self._call(aten.clamp.default, score, None, torch.finfo(torch.float32).max)
-        none = self._call(aten.logical_not.default, valid)
-        return self._call(aten.masked_fill.Scalar, score, none, torch.inf)
+    def _drop_counts(
+        self, site: DropSite, here: fx.Node, padding: fx.Node | None, free: fx.Node, dropped: int
+    ) -> tuple[fx.Node, fx.Node]:
+        """``[batch]``, or ``[1]`` for all samples: visual tokens that the site drops, and rows that go, padding included."""
+        if site.ragged == "min":
+            each = self._call(aten.full.default, [1], dropped, dtype=torch.int64, device=here.meta["val"].device)
+            return each, each
+        if padding is None:
+            padding = self._call(aten.zeros_like.default, here)
+        drop = self._call(tokgraph.drop_counts.default, self.visual, here, padding, free, site.keep, dropped)
+        return drop, self._call(aten.add.Tensor, drop, self._call(aten.sum.dim_IntList, padding, [1]))
+
+    def _and_not(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        return self._call(aten.logical_and.default, a, self._call(aten.logical_not.default, b))
 
     def _protected(self) -> int:
         if not self._facts.demand.even:
@@ -190,61 +164,6 @@ class IndexBuilder:
                 help="use restore=True, or give every sample the same number of images",
             )
         return self._facts.demand.visual
-
-    def _score(
-        self,
-        site: DropSite,
-        candidates: fx.Node,
-        keep: int,
-        stream: fx.Node,
-        around: tuple[Frame, ...],
-        attention: Attention | None,
-    ) -> fx.Node:
-        if site.selector == "uniform":
-            return self._call(tokgraph.uniform_score.default, candidates, keep)
-        if site.selector == "random":
-            step = self._emit.state(STEP, torch.zeros((), dtype=torch.int64), self.entry)
-            return self._call(tokgraph.random_score.default, candidates, site.seed, step)
-        if site.selector == "norm":
-            rows = self._call(tokgraph.select.default, stream, candidates, 1, 0)
-            return self._call(aten.linalg_vector_norm.default, rows, 2, [-1])
-        if site.selector == "similarity":
-            rows = self._call(tokgraph.select.default, stream, candidates, 1, 0)
-            return self._call(tokgraph.similarity_score.default, self._call(aten.detach.default, rows), PIVOTS)
-        if site.selector == "attention":
-            mass = self._call(aten.mean.dim, self._prompt_weights(site, around, attention), [1, 2])
-            return self._call(aten.gather.default, mass, 1, candidates)
-        known = selectors().get(site.selector)
-        if known is not None and known.score is not None:
-            seen = [] if known.causal else [self._call(tokgraph.select.default, stream, candidates, 1, 0)]
-            return self._call(scorer(known), candidates, *seen)
-        raise InternalError(f"selector {site.selector!r} passed the plan's check but has no scores")
-
-    def _prompt_weights(self, site: DropSite, around: tuple[Frame, ...], attention: Attention | None) -> fx.Node:
-        """``[batch, heads, 1, keys]``: weights of the last prompt token in the block before the span."""
-        prompt = self._facts.prompt
-        if prompt is None or attention is None:
-            missing = "its loss shows no labels" if prompt is None else f"block {site.start} has no block before it"
-            raise PlanError(
-                f"task {site.task!r}: selector 'attention' scores by the last prompt token at the block before the span, "
-                f"but {missing}",
-                help="start the span at block 1 or later, and compute the loss by cross entropy over [batch, tokens] labels",
-            )
-        targets = self._nodes[prompt.targets]
-        hoist(self._emit.graph, targets)  # labels are read by the loss only, at the graph's end
-        mask = self._call(tokgraph.prompt_mask.default, targets, self.entry, prompt.ignore_index, prompt.first)
-        outer = [frame.index for frame in around]
-        row = self._call(tokgraph.rows.default, self._emit.chain(mask, outer), 1, True)
-        node = self._nodes[attention.node]
-        if attention.kind == "eager":
-            return self._emit.chain(node, [*outer, row], rank(node) - 2, 0)
-        query, seen = argument(node, "query"), argument(node, "attn_mask")
-        query = self._emit.chain(query, [*outer, row], rank(query) - 2, 0)
-        if seen is not None and not is_one(seen, rank(seen) - 2):
-            seen = self._emit.with_batch(seen, rank(query), 0, row)
-            seen = self._emit.chain(seen, [*outer, row], rank(query) - 2, 0)
-        query, key = (self._call(aten.detach.default, x) for x in (query, argument(node, "key")))  # no gradient flows
-        return self._call(tokgraph.prompt_attention.default, query, key, seen, argument(node, "scale"))
 
     def demand(self, around: tuple[Frame, ...], window: tuple[fx.Node, int, int] | None = None) -> fx.Node | None:
         """The demanded rows, in the space of ``around`` (and of ``window``, an index of a slice of the token axis).

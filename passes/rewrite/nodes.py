@@ -94,14 +94,18 @@ class Emitter:
         dim = dims(node)[axis]
         if isinstance(dim, int):
             return dim
-        known = self._known_size(dim)
+        known = self._known_size(dim, node)
         return known if known is not None else self.call(aten.sym_size.int, node, axis, origin=node)
 
-    def _known_size(self, dim: Dim) -> fx.Node | None:
+    def _known_size(self, dim: Dim, of: fx.Node) -> fx.Node | None:
+        """A node that computes the size, from no other choice of rows than ``of`` is made by: the choice may itself depend on
+        what the size is for.
+        """
         node: fx.Node
         for node in self.graph.nodes:
             val = value(node)
-            if isinstance(val, torch.SymInt) and node.op == "call_function" and same_size(val.node.expr, dim):
+            same = isinstance(val, torch.SymInt) and same_size(val.node.expr, dim)
+            if same and node.op == "call_function" and _choices(node) <= _choices(of):
                 return node
         return None
 
@@ -138,6 +142,11 @@ class Emitter:
         for index in indices:
             x = self.select(x, index, dim, batch)
         return x
+
+
+def _choices(node: fx.Node) -> set[fx.Node]:
+    """The choices of rows that a node depends on."""
+    return {n for n in ancestors([node]) if n.target is tokgraph.keep_rows.default}
 
 
 def _nodes(tree: Any) -> list[fx.Node]:

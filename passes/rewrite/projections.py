@@ -12,7 +12,8 @@ from tokgraph.facts import Block, Projection
 from tokgraph.fxnode import argument
 from tokgraph.program import OWN
 
-from .index import Frame, IndexBuilder
+from .frames import Frame
+from .index import IndexBuilder
 from .nodes import VISUAL_ROWS, Emitter
 
 aten = torch.ops.aten

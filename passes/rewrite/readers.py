@@ -15,7 +15,8 @@ from tokgraph.program import COMPACT_OUTPUTS
 from ..analysis.axes import AxisClasses
 from ..rules.registry import Axis, first_input
 from ..rules.shape import VIEWS
-from .index import Frame, IndexBuilder
+from .frames import Frame
+from .index import IndexBuilder
 from .nodes import VISUAL_ROWS, Emitter, refresh_after
 
 aten = torch.ops.aten

@@ -6,6 +6,7 @@ selections towards the inputs, where they save work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,11 +21,13 @@ from tokgraph.plan import DropSite
 
 from ..pipeline import GraphPass, Numerics
 from ..rules.registry import is_one
-from .index import Frame, IndexBuilder, check_disjoint_or_nested
+from .frames import Frame, indices, unpadded
+from .index import IndexBuilder, check_disjoint_or_nested
 from .legality import check_blocks
 from .nodes import RESIDUAL, Emitter, remove_dead_code
 from .projections import seed_projections
 from .readers import seed_readers
+from .scores import Seen
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -140,13 +143,15 @@ class SeedSites(GraphPass):
     def _frames(
         self, block: int, frames: tuple[Frame, ...], build: IndexBuilder, emit: Emitter, stream: fx.Node
     ) -> tuple[Frame, ...]:
-        """The frames open in ``block``, outermost first."""
+        """The frames open in ``block``, outermost first; ``frames``: those of the block before."""
+        before = frames
         frames = tuple(f for f in frames if not f.site.restore or block < (f.site.end or 0))
         for site in self.sites:
             if site.start == block and not only_projects(site, self.facts):
-                inner = emit.chain(stream, [f.index for f in frames])
-                before = self.facts.blocks[block - 1].attention[0] if block else None
-                frames = (*frames, build.site(site, frames, inner, before))
+                inner = emit.chain(stream, indices(frames))
+                attention = self.facts.blocks[block - 1].attention[0] if block else None
+                keys = tuple(f for f in before if _hides(f.site, block - 1))
+                frames = (*frames, build.site(site, frames, Seen(inner, frames, attention, before, keys)))
         hidden = [_hides(f.site, block) for f in frames]
         if hidden != sorted(hidden, reverse=True):
             raise PlanError(
@@ -161,11 +166,12 @@ class SeedSites(GraphPass):
         end = nodes[block.end]
         if not frames:
             return end
-        hidden = tuple(f.index for f in frames if _hides(f.site, block.index))
+        hidden = [f for f in frames if _hides(f.site, block.index)]
+        seen = unpadded(emit, frames, hidden)
         for attention in block.attention:
-            _hide_keys(attention, hidden, emit, nodes)
+            _hide_keys(attention, indices(hidden), seen, emit, nodes)
         readers = list(end.users)
-        merged = _frozen(emit, stream, end, [f.index for f in frames])
+        merged = _frozen(emit, stream, end, frames)
         for reader in readers:
             reader.replace_input_with(end, merged)
         return merged
@@ -180,20 +186,35 @@ def _hides(site: DropSite, block: int) -> bool:
     return site.mode == "hide" or (site.end is not None and block >= site.end)
 
 
-def _frozen(emit: Emitter, before: fx.Node, after: fx.Node, indices: list[fx.Node]) -> fx.Node:
-    """``after`` with the rows that any index leaves out taken from ``before``."""
-    if not indices:
+def _frozen(emit: Emitter, before: fx.Node, after: fx.Node, frames: Sequence[Frame]) -> fx.Node:
+    """``after`` with the rows that any frame leaves out, and padding, taken from ``before``."""
+    if not frames:
         return after
-    index, *inner = indices
-    rows = _frozen(emit, emit.select(before, index), emit.select(after, index), inner)
-    merged = emit.call(tokgraph.restore.default, before, rows, index, origin=after)
+    frame, *inner = frames
+    unchanged = emit.select(before, frame.index)
+    rows = _frozen(emit, unchanged, emit.select(after, frame.index), inner)
+    padding = None if inner else frame.padding(emit)
+    if padding is not None:
+        padding = emit.call(aten.unsqueeze.default, padding, -1, origin=padding)
+        rows = emit.call(aten.where.self, padding, unchanged, rows, origin=after)
+        rows.meta[RESIDUAL] = True
+    merged = emit.call(tokgraph.restore.default, before, rows, frame.index, origin=after)
     merged.meta[RESIDUAL] = True
     return merged
 
 
-def _hide_keys(attention: Attention, hidden: tuple[fx.Node, ...], emit: Emitter, nodes: dict[str, fx.Node]) -> None:
+def _hide_keys(
+    attention: Attention, hidden: list[fx.Node], seen: fx.Node | None, emit: Emitter, nodes: dict[str, fx.Node]
+) -> None:
     """Select the visible keys: key, value and mask of a fused attention; the scores that softmax normalises and the
     values that it weighs.
+
+    Args:
+        attention: the attention.
+        hidden: indices, outermost first, of the keys that stay.
+        seen: ``[batch, 1, tokens, keys]`` bool, who may see whom among these.
+        emit: where nodes go.
+        nodes: the graph's nodes by name.
     """
     if not hidden:
         return
@@ -205,13 +226,24 @@ def _hide_keys(attention: Attention, hidden: tuple[fx.Node, ...], emit: Emitter,
         mask = argument(node, "attn_mask")
         if mask is not None and not is_one(mask, rank(mask) - 1):
             mask = emit.with_batch(mask, rank(node), 0, hidden[0])
-            _set_argument(node, "attn_mask", emit.chain(mask, hidden, rank(node) - 1, 0))
+            mask = emit.chain(mask, hidden, rank(node) - 1, 0)
+        _set_argument(node, "attn_mask", mask if seen is None else _masked(emit, mask, seen))
     else:
         scores, values = (next(k for k in attention.keys if k.role == role) for role in ("scores", "value"))
         product = nodes[values.user]
-        node.update_arg(0, emit.chain(nodes[scores.node], hidden, scores.axis, 0))
+        weighed = emit.chain(nodes[scores.node], hidden, scores.axis, 0)
+        node.update_arg(0, weighed if seen is None else _masked(emit, weighed, seen))
         product.update_arg(1, emit.chain(nodes[values.node], hidden, values.axis, 0))
         _refresh_weights(node, product)
+
+
+def _masked(emit: Emitter, mask: fx.Node | None, seen: fx.Node) -> fx.Node:
+    """A mask, or scores, that also leave out what is not seen."""
+    if mask is None:
+        return seen
+    if mask.meta["val"].dtype is torch.bool:
+        return emit.call(aten.logical_and.default, mask, seen, origin=mask)
+    return emit.call(aten.where.ScalarOther, seen, mask, -torch.inf, origin=mask)
 
 
 def _refresh_weights(softmax: fx.Node, product: fx.Node) -> None:

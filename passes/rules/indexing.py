@@ -210,7 +210,8 @@ def restore(node: fx.Node) -> AxisMap:
     assert isinstance(x, fx.Node)
     assert isinstance(rows, fx.Node)
     assert isinstance(index, fx.Node)
-    return AxisMap((((x, 0), (rows, 0), (index, 0)), None, ((x, 2), (rows, 2))), aligned=((1, (x, 1)),))
+    features = tuple(((x, axis), (rows, axis)) for axis in range(2, rank(node)))
+    return AxisMap((((x, 0), (rows, 0), (index, 0)), None, *features), aligned=((1, (x, 1)),))
 
 
 @rule(tokgraph.merge.default)

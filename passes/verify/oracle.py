@@ -215,9 +215,11 @@ def drop_mask(
     samples = [[i for i, v in enumerate(row) if v] for row in visual.tolist()]
     alive = [[i for i in of_sample if not gone[b, i]] for b, of_sample in enumerate(samples)]
     frees = [[i for i in left if site.restore or not demanded[b, i]] for b, left in enumerate(alive)]
-    kept = math.floor(site.keep * min(map(len, samples)) + 0.5)  # all samples lose as many as the one with the fewest
-    drop = max(0, min(min(map(len, alive)) - kept, *map(len, frees)))
-    for b, free in enumerate(frees):
+    kept = [math.floor(site.keep * len(of_sample) + 0.5) for of_sample in samples]
+    drops = [max(0, min(len(a) - k, len(f))) for a, k, f in zip(alive, kept, frees, strict=True)]
+    if site.ragged == "min":  # all samples lose as many as the one with the fewest
+        drops = [max(0, min(min(map(len, alive)) - min(kept), *map(len, frees)))] * len(samples)
+    for b, (free, drop) in enumerate(zip(frees, drops, strict=True)):
         paid = mass[b] if site.selector == "attention" and mass is not None else None
         stay = _stay(site, free, len(free) - drop, b, stream[b], paid, step)
         for i in free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from unittest import mock
 
 import pytest
@@ -127,6 +128,44 @@ def test_options_out_of_range_are_refused(four: Captured, case: str) -> None:
     name, options, message = REFUSED[case]
     with pytest.raises(tg.PlanError, match=f"(?s){message}"):
         policy(name, **options).plan(four.facts)
+
+
+RANGED = [(name, f.name) for name, cls in policies().items() for f in fields(cls) if "allowed" in f.metadata]
+NUMBERS = {
+    "int": (-1, 0, 1, 2, 3, 4, 5, 2**63 - 4, 2**63 - 3, 2**63 - 2, 2**63),
+    "float": (-0.01, 0.0, 0.01, 0.5, 0.99, 1.0, 1.01),
+    "span": ((0, 0), (0, 1), (-1, 2), (1, 3), (1, 4), (3, 3), (2, 1), (4, 5)),
+}
+
+
+@pytest.mark.parametrize(("name", "option"), RANGED)
+def test_ranges_are_what_they_say(four: Captured, name: str, option: str) -> None:
+    """`tokgraph policies` prints the range; a value is refused where the range says so, and nowhere else."""
+    (field,) = [f for f in fields(policies()[name]) if f.name == option]
+    kind = "span" if option == "span" else "int" if "int" in str(field.type) else "float"
+    seen = set()
+    for number in NUMBERS[kind]:
+        fits = bool(eval(field.metadata["allowed"], {option: number, "L": 4}))
+        try:
+            policy(name, **{option: number}).plan(four.facts)
+            accepted = True
+        except tg.PlanError as error:
+            accepted = error.message.startswith("no plan with sharing index 1.0")
+        assert accepted == fits, number
+        seen.add(fits)
+    assert seen == {True, False}
+
+
+def test_every_number_has_a_range() -> None:
+    ranged = set(RANGED)
+    numbers = {
+        (name, f.name)
+        for name, cls in policies().items()
+        for f in fields(cls)
+        if str(f.type).split(" | ")[0] in ("int", "float")
+    }
+    assert numbers <= ranged
+    assert len(numbers) >= 15
 
 
 @pytest.mark.parametrize("name", ["random-ltd", "hmgen"])

@@ -1,6 +1,6 @@
 """Policies: each turns facts and options into a plan."""
 
-from .base import Policy, policies, policy
+from .base import Policy, option, policies, policy
 from .exact import Exact
 from .none import NoDrop
 from .published import Dart, FastV, HiMix, HMGen, PyramidDrop, RandomLTD, ShareAll, SharePartial, TaskSpecific
@@ -20,6 +20,7 @@ __all__ = [
     "SharePartial",
     "Shared",
     "TaskSpecific",
+    "option",
     "policies",
     "policy",
 ]

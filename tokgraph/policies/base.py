@@ -20,8 +20,19 @@ GROUP = "tokgraph.policies"
 _POLICIES: dict[str, type[Policy]] = {}
 
 
+def option(default: Any, allowed: str) -> Any:
+    """A field of a policy that says which values it takes.
+
+    Args:
+        default: its default.
+        allowed: the values, as a Python expression of the option's name and of ``L``, the number of blocks:
+            ``"0 <= keep <= 1"``.
+    """
+    return dataclasses.field(default=default, metadata={"allowed": allowed})
+
+
 class Policy(abc.ABC):
-    """Facts in, plan out. Subclasses are frozen dataclasses; their fields are their options.
+    """Facts in, plan out. Subclasses are frozen dataclasses; their fields are their options (:func:`option` adds a range).
 
     Class attributes:
         name: the policy's name on the command line.

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from ..errors import PlanError
 from ..facts import Facts, TaskFacts
 from ..plan import DropSite, Plan, Projections
-from .base import Policy
+from .base import Policy, option
 
 Task = Literal["understanding", "generation"]
 
@@ -68,8 +68,8 @@ class FastV(Policy):
 
     name: ClassVar[str] = "fastv"
 
-    k: int = 2
-    drop: float = 0.5
+    k: int = option(2, "1 <= k < L")
+    drop: float = option(0.5, "0 <= drop <= 1")
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:
@@ -97,8 +97,8 @@ class PyramidDrop(Policy):
 
     name: ClassVar[str] = "pyramiddrop"
 
-    stages: int = 4
-    keep: float = 0.5
+    stages: int = option(4, "2 <= stages <= L")
+    keep: float = option(0.5, "0 <= keep <= 1")
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:
@@ -132,8 +132,8 @@ class RandomLTD(Policy):
 
     name: ClassVar[str] = "random-ltd"
 
-    keep: float = 0.5
-    seed: int = 0
+    keep: float = option(0.5, "0 <= keep <= 1")
+    seed: int = option(0, "0 <= seed <= 2**63 + 1 - L")
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:
@@ -143,6 +143,8 @@ class RandomLTD(Policy):
             raise PlanError(
                 f"task {short.name!r} has {len(short.blocks)} blocks, and none between the first and the last"
             )
+        if self.seed < 0:
+            raise PlanError(f"seed={self.seed} is negative")
         sites = [
             DropSite(task.name, b, b + 1, ratio("keep", self.keep), "random", seed=self.seed + b)
             for task in facts.values()
@@ -166,8 +168,8 @@ class Dart(Policy):
 
     name: ClassVar[str] = "dart"
 
-    k: int = 2
-    drop: float = 0.5
+    k: int = option(2, "0 <= k < L")
+    drop: float = option(0.5, "0 <= drop <= 1")
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:
@@ -194,8 +196,8 @@ class TaskSpecific(Policy):
 
     name: ClassVar[str] = "task-specific"
 
-    start: float = 0.5
-    keep: float = 0.0
+    start: float = option(0.5, "0 <= start < 1")
+    keep: float = option(0.0, "0 <= keep <= 1")
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:
@@ -278,7 +280,7 @@ class HMGen(Policy):
     Source: the generation accelerator of arXiv 2606.01503.
 
     Args:
-        skipped: blocks that run without image rows; default: a third of the depth.
+        skipped: blocks that run without image rows; default: a third of the depth, ``L // 3``.
         projections: ``"own"``: in the full blocks image rows have their own query, key and value projections, as
             published; ``"shared"``: the model's.
         exact: also remove work that no demanded output reads.
@@ -286,7 +288,7 @@ class HMGen(Policy):
 
     name: ClassVar[str] = "hmgen"
 
-    skipped: int | None = None
+    skipped: int | None = option(None, "1 <= skipped <= (L - 1) // 2")
     projections: Projections = "own"
     exact: bool = True
 
@@ -308,7 +310,7 @@ class ShareAll(Policy):
 
     name: ClassVar[str] = "himix-hmgen-share-all"
 
-    skipped: int | None = None
+    skipped: int | None = option(None, "1 <= skipped <= (L - 1) // 2")
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:
@@ -330,7 +332,7 @@ class SharePartial(Policy):
 
     name: ClassVar[str] = "himix-hmgen-share-partial"
 
-    skipped: int | None = None
+    skipped: int | None = option(None, "1 <= skipped <= (L - 1) // 2")
     exact: bool = True
 
     def plan(self, facts: Facts) -> Plan:

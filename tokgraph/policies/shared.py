@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
 from ..errors import PlanError
 from ..facts import Facts
-from ..plan import DropSite, Mode, Plan
+from ..plan import DropSite, Mode, Plan, Ragged
 from ..planner import Search, search
-from .base import Policy
+from .base import Policy, option
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Shared(Policy):
             tokens.
         mode: ``"hide"`` or ``"freeze"``.
         seed: seed of the ``"random"`` selector.
+        ragged: what sites do where samples hold different numbers of visual tokens; tasks that differ in these numbers are
+            alike with ``"pad"`` only, which keeps the same share of every sample.
         exact: also remove work that no demanded output reads.
         target_flops: FLOPs of the training step relative to the captured program; the planner then chooses span,
             alternation and keep ratio (:mod:`tokgraph.planner`), and ``span`` and ``keep`` must be left alone.
@@ -36,13 +38,14 @@ class Shared(Policy):
 
     name: ClassVar[str] = "shared"
 
-    span: tuple[int, int] | None = None
-    keep: float = 0.5
+    span: tuple[int, int] | None = option(None, "0 <= span[0] < span[1] < L")
+    keep: float = option(0.5, "0 <= keep <= 1")
     selector: str = "uniform"
     mode: Mode = "hide"
-    seed: int = 0
+    seed: int = option(0, "0 <= seed < 2**63")
+    ragged: Ragged = "min"
     exact: bool = True
-    target_flops: float | None = None
+    target_flops: float | None = option(None, "0 < target_flops <= 1")
     mix: Mapping[str, float] | None = None
     mass: Mapping[str, Sequence[float]] | None = None
 
@@ -53,8 +56,10 @@ class Shared(Policy):
             PlanError: the target cannot be met, the span reaches the last block, or no ratio near ``keep`` thins the
                 tasks alike.
         """
+        self._check_ragged(facts)
         if self.target_flops is not None:
-            return self.made(self.search(facts).best.sites(facts), self.exact)
+            found = self.search(facts).best.sites(facts)
+            return self.made([replace(site, ragged=self.ragged) for site in found], self.exact)
         if self.mix is not None or self.mass is not None:
             raise PlanError(
                 f"{'mass' if self.mix is None else 'mix'} is for the planner, which works towards target_flops",
@@ -77,7 +82,8 @@ class Shared(Policy):
             )
         keep = self._common_ratio(facts)
         sites = tuple(
-            DropSite(name, start, end, keep, self.selector, self.mode, restore=True, seed=self.seed) for name in facts
+            DropSite(name, start, end, keep, self.selector, self.mode, seed=self.seed, ragged=self.ragged)
+            for name in facts
         )
         options = {**self.options(), "span": [start, end]}
         return Plan(sites, exact=self.exact, policy=self.name, options=options)
@@ -100,10 +106,22 @@ class Shared(Policy):
             )
         return search(facts, self.target_flops, mix=self.mix, mass=self.mass, exact=self.exact)
 
+    def _check_ragged(self, facts: Facts) -> None:
+        """Raise :class:`PlanError` where to drop as many tokens of every sample leaves the tasks different shares."""
+        flows = {name: task.visual for name, task in facts.items()}
+        if self.ragged == "pad" or len({(flow.count, flow.mean) for flow in flows.values()}) == 1:
+            return
+        for name, flow in flows.items():
+            if flow.ragged:
+                raise PlanError(
+                    f"samples of task {name!r} hold {flow.count} to {flow.most} visual tokens: to drop as many of each leaves "
+                    "the tasks different shares, and a sharing index below 1",
+                    help="use ragged='pad' (--ragged pad), which keeps the same share of every sample",
+                )
+
     def _common_ratio(self, facts: Facts) -> float:
         """The ratio nearest to ``keep`` that leaves every task the same share of its visual tokens."""
-        counts = [task.visual.count for task in facts.values()]
-        steps = math.gcd(*counts)
+        steps = math.gcd(*(task.visual.step for task in facts.values()))
         ratio = Fraction(math.floor(self.keep * steps + 0.5), steps)
         if abs(float(ratio) - self.keep) > 0.05:
             shown = ", ".join(f"{name}: {task.visual.count}" for name, task in facts.items())

@@ -210,7 +210,7 @@ CASES: dict[Any, list[tuple[Any, ...]]] = {
     # tokgraph's own
     tokgraph.select.default: [(stream, two_rows, 1, 0), (numbers(B, HEADS, S, S), two_rows, 3, 0)],
     tokgraph.drop.default: [(stream, two_rows)],
-    tokgraph.restore.default: [(stream, numbers(B, 2, H), two_rows)],
+    tokgraph.restore.default: [(stream, numbers(B, 2, H), two_rows), (numbers(B, S), numbers(B, 2), two_rows)],
     tokgraph.merge.default: [(numbers(B, S - 2, H), numbers(B, 2, H), two_rows)],
     tokgraph.select_targets.default: [(torch.full((B, S), -100), two_rows, -100)],
 }  # fmt: skip

@@ -1,0 +1,51 @@
+"""Run-time operators: index building, select, drop and restore, with fake kernels, autograd and an ATen lowering.
+
+Every index is a ``[batch, rows]`` int64 tensor of token positions, unique and ascending in each row. Operators that build
+one know its width before they run (shapes stay static or symbolic, so graphs compile and export), and check on each
+batch that the width is right: a :class:`BatchError` on the CPU, ``torch._assert_async`` on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import indices, masks, moving, scores
+from .base import NAMESPACE, expand_index
+from .indices import drop_counts, keep_rows, lost_rows, ragged_rows, range_rows, ranks, rows, select_targets
+from .masks import demand_mask, prompt_mask, range_mask
+from .moving import drop, merge, restore, select
+from .scores import prompt_attention, random_score, similarity_score, spread_score, uniform_score
+
+__all__ = [
+    "NAMESPACE",
+    "decompositions",
+    "demand_mask",
+    "drop",
+    "drop_counts",
+    "expand_index",
+    "keep_rows",
+    "lost_rows",
+    "merge",
+    "prompt_attention",
+    "prompt_mask",
+    "ragged_rows",
+    "random_score",
+    "range_mask",
+    "range_rows",
+    "ranks",
+    "restore",
+    "rows",
+    "select",
+    "select_targets",
+    "similarity_score",
+    "spread_score",
+    "uniform_score",
+]
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
+    """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out."""
+    return moving.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED

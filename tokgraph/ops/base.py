@@ -1,0 +1,43 @@
+"""What the operators share: the namespace, checks on a batch, indices as ``gather`` takes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import BatchError
+
+NAMESPACE = "tokgraph"
+
+
+def require(ok: Tensor, message: str) -> None:
+    """Raise on the CPU, assert asynchronously on a device: ``ok`` is a boolean scalar tensor."""
+    if ok.device.type == "meta":
+        return
+    if ok.device.type == "cpu":
+        if not bool(ok):
+            raise BatchError(
+                message, help="make the batch like the example batch of the task, or optimize for this one"
+            )
+    else:
+        torch._assert_async(ok, message)
+
+
+def expand_index(index: Tensor, shape: torch.Size, dim: int, batch_dim: int) -> Tensor:
+    """``[batch, rows]`` index -> the index that ``gather`` along ``dim`` of a tensor of ``shape`` needs."""
+    view = [1] * len(shape)
+    view[batch_dim], view[dim] = index.shape
+    sizes = list(shape)
+    sizes[dim] = index.shape[1]
+    return index.reshape(view).expand(sizes)
+
+
+def true_rows(mask: Tensor, count: int) -> Tensor:
+    """``[batch, count]`` int64, ascending: the first ``count`` true positions of ``mask``, filled up with false ones."""
+    first = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
+    return first[:, :count].sort(dim=1).values
+
+
+def rank_of(valid: Tensor) -> Tensor:
+    """``[batch, m]`` int64: how many true positions lie before, where ``valid`` is true, else 0."""
+    return (valid.to(torch.int64).cumsum(1) - 1).clamp(min=0) * valid
