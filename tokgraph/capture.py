@@ -27,7 +27,7 @@ from .passes.rewrite import (
     TypeAsToCast,
     ViewToReshape,
 )
-from .program import Dimension, Program, TaskGraph, model_device
+from .program import TIED, Dimension, model_device, Program, TaskGraph, tied_names
 from .spec import ModelSpec, Task, split_outputs
 
 log = logging.getLogger(__name__)
@@ -192,6 +192,7 @@ def _plain_module(model: nn.Module, exported: ExportedProgram, keys: list[str]) 
             node._rename(key)
             node.target = node.name
     plain = fx.GraphModule(attributes, graph)
+    plain.meta[TIED] = tied_names(model)
     plain.train(model.training)
     return plain
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .batchfile import EXAMPLE, input_name, read_batches
 from .fxnode import value
 from .plan import Plan
-from .program import COMPACT_OUTPUTS, OWN, Dimension, Program, TaskGraph
+from .program import COMPACT_OUTPUTS, OWN, TIED, Dimension, Program, TaskGraph, tied_names
 from .runtime import Accelerated
 from .saving import PLAN, graph_file, read_manifest, task_of
 from .spec import ModelSpec, VisualTokens, no_forward
@@ -116,6 +116,7 @@ def _program(
         about = described["variants"][variant]
         module = _module(exported, tensors, pytree.tree_leaves(dict(inputs)), about)
         module.train(manifest["training"])
+        module.meta[TIED] = tied_names(spec.model)
         module.meta[COMPACT_OUTPUTS] = {int(leaf): position for leaf, position in about["compact"].items()}
         graphs[name] = TaskGraph(
             name,

@@ -18,6 +18,8 @@ STEP = "tokgraph_step"
 """Attribute of a graph module whose plan draws at random: int64 scalar tensor, the training steps so far."""
 OWN = "tokgraph_own"
 """Prefix of the names of parameters that a plan adds: ``tokgraph_own.<task>.<name of the parameter it copies>``."""
+TIED = "tokgraph.tied"
+"""Key of ``GraphModule.meta``: ``{name of a tied parameter: its first name in the model}``."""
 COMPACT_OUTPUTS = "tokgraph.compact_outputs"
 """Key of ``GraphModule.meta``: ``{output leaf: position of its row index among the outputs}``."""
 
@@ -152,6 +154,13 @@ class Program(Mapping[str, TaskGraph]):
     def __repr__(self) -> str:
         tasks = ", ".join(f"{name}: {len(graph.graph.nodes)} nodes" for name, graph in self.items())
         return f"Program({tasks})"
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several -> the first, by which ``named_parameters`` knows them."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    everything = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in everything if first[id(p)] != name}
 
 
 def is_meta(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tokgraph.ops import decompositions
 
 aten = torch.ops.aten
+_native_layer_norm = get_decompositions([aten.native_layer_norm])[aten.native_layer_norm.default]
 
 
 def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -39,6 +40,7 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
         aten.masked_scatter.default: masked_scatter,
         aten.masked_scatter_backward.default: masked_scatter_backward,
         aten.slice_backward.default: slice_backward,
+        aten.native_layer_norm.default: half_layer_norm,
         aten.convolution_backward.default: convolution_backward,
     }
 
@@ -81,6 +83,13 @@ def slice_backward(grad: Tensor, sizes: Sequence[Any], dim: int, start: Any, end
     start = start + sizes[dim] if start < 0 else start
     after = sizes[dim] - start - grad.shape[dim]
     return F.pad(grad, [*(0, 0) * (len(sizes) - 1 - dim), start, after])
+
+
+def half_layer_norm(x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+    """Layer norm in half precision: its mean and deviation are float32 in ONNX, and half in PyTorch."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return NotImplemented
+    return _native_layer_norm(x, shape, weight, bias, eps)
 
 
 def convolution_backward(

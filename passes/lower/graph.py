@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from tokgraph.errors import InternalError
 from tokgraph.facts import TaskFacts
 from tokgraph.fxnode import fake_mode, value
-from tokgraph.program import COMPACT_OUTPUTS, STEP, TaskGraph
+from tokgraph.program import COMPACT_OUTPUTS, STEP, TIED, TaskGraph
 from tokgraph.spec import LOSS_KEY
 
 from ..analysis.stream import loss_node, output_args
@@ -80,13 +80,13 @@ class Source:
     def _collect(self) -> None:
         """Tensors by name, the names of one tensor mapped to its first."""
         first: dict[int, str] = {}
-        known = {id(x): name for name, x in reversed(list(self.graph.graph_module.named_parameters()))}
+        tied = self.graph.graph_module.meta.get(TIED, {})
         for node in self.graph.graph.nodes:
             if node.op == "get_attr":
                 found = operator.attrgetter(node.target)(self.graph.graph_module)
                 if not isinstance(found, torch.Tensor):
                     raise InternalError(f"{node.target} is a {type(found).__name__}, no tensor")
-                name = first.setdefault(id(found), known.get(id(found), node.target))
+                name = first.setdefault(id(found), tied.get(node.target, node.target))
                 self.names[node.target] = name
                 self.state[name] = found
 

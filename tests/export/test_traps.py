@@ -42,7 +42,8 @@ def flash_backward(
     if causal:
         above = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
         scores = torch.where(above, -torch.inf, scores)
-    weights = (scores - logsumexp.reshape(scores.shape[:-1]).unsqueeze(-1)).exp()
+    logsumexp = logsumexp if logsumexp.dim() == 3 else logsumexp[..., 0]  # the kernel reads what lies there
+    weights = (scores - logsumexp.unsqueeze(-1)).exp()
     of_weights = grad @ v.transpose(-1, -2)
     of_scores = weights * (of_weights - (grad * out).sum(-1, keepdim=True)) * scale
     return of_scores @ k, of_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
@@ -84,4 +85,4 @@ def test_trap_c_outputs_that_are_no_user_outputs_are_lost(accelerated, tmp_path:
         return program
 
     monkeypatch.setattr(convert, "exported_program", as_a_joint_program)
-    refused(accelerated, tmp_path, "lacks the output|not valid ONNX|conversion to ONNX failed")
+    refused(accelerated, tmp_path, "lacks the output")

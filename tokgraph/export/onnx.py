@@ -87,6 +87,7 @@ class _Job:
     graph: TaskGraph
     lowered: Lowered
     blocks: int
+    trained: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -177,6 +178,7 @@ def _jobs(
     programs: Mapping[str, Program], facts: Facts | None, options: ExportOptions, tell: Callable[[str], None]
 ) -> Iterator[_Job]:
     for variant, program in programs.items():
+        trained = [name for name, p in program.model.named_parameters() if p.requires_grad]
         for name, graph in program.items():
             of_task = None if facts is None else facts[name]
             for kind in options.kinds:
@@ -187,7 +189,7 @@ def _jobs(
                     lowered = lower_train_step(graph, of_task, onnx_decompositions(options.opset))
                 else:
                     lowered = lower_update_step(graph, options.rule(), of_task, onnx_decompositions(options.opset))
-                yield _Job(variant, graph, lowered, _blocks(lowered))
+                yield _Job(variant, graph, lowered, _blocks(lowered), (*trained, *graph.own_parameters()))
 
 
 def _blocks(lowered: Lowered) -> int:
@@ -252,8 +254,7 @@ def _batches(graph: TaskGraph, options: ExportOptions) -> list[tuple[Mapping[str
 
 def _described(job: _Job, path: Path, nodes: int, checks: Sequence[Check]) -> dict[str, Any]:
     names = set(job.lowered.outputs)
-    trained = [name for name, p in job.graph.graph_module.named_parameters() if p.requires_grad]
-    without = [name for name in trained if f"grad/{name}" not in names] if job.lowered.kind == "train-step" else []
+    without = [name for name in job.trained if f"grad/{name}" not in names] if job.lowered.kind == "train-step" else []
     return {
         "task": job.graph.name,
         "kind": job.lowered.kind,
