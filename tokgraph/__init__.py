@@ -2,7 +2,7 @@
 their parameters.
 """
 
-from .analyze import analyze
+from .analyze import analyze, costs
 from .capture import capture
 from .cost import TaskCost
 from .errors import (
@@ -18,7 +18,7 @@ from .errors import (
     VerificationError,
 )
 from .facts import Facts, TaskFacts
-from .measure import Measurements, load_batches, measure, save_batches
+from .measure import ImageAttention, Measurements, image_attention, load_batches, measure, save_batches
 from .optimize import optimize
 from .plan import DropSite, Plan
 from .planning import make_plan
@@ -42,6 +42,7 @@ __all__ = [
     "DropSite",
     "Facts",
     "IllegalRewriteError",
+    "ImageAttention",
     "InternalError",
     "LoadError",
     "Measurements",
@@ -63,6 +64,8 @@ __all__ = [
     "analyze",
     "apply",
     "capture",
+    "costs",
+    "image_attention",
     "load",
     "load_batches",
     "make_plan",
