@@ -210,7 +210,11 @@ def _observe(node: fx.Node, make: Callable[[fx.Node], Any]) -> Probe:
         kept.append(x)
         return x
 
-    with sdpa_kernel(SDPBackend.MATH), Parts() as parts, FlopCounterMode(display=False, custom_mapping=MORE) as counter:
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        Parts() as parts,
+        FlopCounterMode(display=False, custom_mapping=dict(MORE)) as counter,
+    ):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             outputs = tensors(node.target(*args, **kwargs))  # type: ignore[operator]
         forward, unknown = counter.get_total_flops(), parts.unknown
