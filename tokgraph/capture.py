@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import logging
 import operator
@@ -130,25 +129,11 @@ def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> Expo
         return pytree.tree_map(lambda _: None, value)
 
     shapes = ({key: dims_of(key, value) for key, value in inputs.items()},) if dynamic else None
-    with torch.no_grad(), warnings.catch_warnings(), _quiet_torch(), _no_collection():
+    with torch.no_grad(), warnings.catch_warnings(), _quiet_torch():
         warnings.simplefilter("ignore")
         exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         functional: ExportedProgram = exported.run_decompositions({})
         return functional
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Collect no garbage meanwhile: tracing makes millions of objects that stay, and looking through them again and again
-    is a fifth of its time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager
