@@ -12,8 +12,12 @@ from rich.console import Console
 from tokgraph.analyze import analyze
 from tokgraph.capture import capture
 from tokgraph.conventions import NAMES
+from tokgraph.facts import Facts, known_cost
 from tokgraph.files import write_atomically
 from tokgraph.measure import measure
+from tokgraph.plan import Plan
+from tokgraph.report import make_report
+from tokgraph.rewrite import apply
 from tokgraph.summary import summarise, with_nodes
 
 from .common import calibration, load_model, model_options, parse_settings, progress
@@ -27,7 +31,7 @@ from .tables import print_summary
     "sizes",
     multiple=True,
     metavar="SIZES",
-    help="Also the cost at other sizes, as batch=8,tokens=2048; repeatable.",
+    help="Also the cost at other sizes, as batch=8,tokens=2048; repeatable.  [default: batch=1]",
 )
 @click.option(
     "--flops-convention", "convention", type=click.Choice(NAMES), default="exact", help="Also count as a paper does."
@@ -37,6 +41,9 @@ from .tables import print_summary
     metavar="FILE",
     help="Measure attention, redundancy and gradients on the batches of a safetensors file, or on the 'example' batch.",
 )
+@click.option(
+    "--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="Also the cost after this plan file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Write facts.json here.")
 def inspect(
@@ -45,11 +52,13 @@ def inspect(
     sizes: tuple[str, ...],
     convention: str,
     calibrate: str | None,
+    plan_file: Path | None,
     as_json: bool,
     out: Path | None,
 ) -> None:
     """Show where the visual tokens of MODEL flow, what they cost by block and task, and what the tasks share."""
     asked = [_sizes(text) for text in sizes]
+    plan = None if plan_file is None else Plan.load(plan_file)
     with progress() as stage:
         stage("load")
         spec = load_model(model, settings)
@@ -62,13 +71,35 @@ def inspect(
         if calibrate is not None:
             stage("measure")
             measured = measure(program, facts, batches)
-        summary = summarise(program, facts, measured, sizes=asked, convention=convention)
+        accelerated = None
+        if plan is not None:
+            stage("apply the plan")
+            accelerated = apply(program, plan, facts=facts)
+        stage("summarise")
+        summary = summarise(
+            program,
+            facts,
+            measured,
+            sizes=asked or _one_sample(facts),
+            convention=convention,
+            accelerated=accelerated,
+        )
+        if accelerated is not None:
+            report = make_report(program, accelerated)
+            summary["plan"] = {name: report[name] for name in ("policy", "options", "sharing_index", "coverage")}
     if out is not None:
         write_atomically(out / "facts.json", json.dumps(with_nodes(summary, facts), indent=1) + "\n")
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
         print_summary(summary, Console())
+
+
+def _one_sample(facts: Facts) -> list[dict[str, int]]:
+    """``batch=1``, where the example batch is larger and every task's graph leaves the batch open."""
+    sizes = [known.sizes for task in facts.values() if (known := known_cost(task)).sizes is not None]
+    free = all(x.names["batch"].free_symbols for x in sizes)
+    return [{"batch": 1}] if free and any(x.example_of("batch") != 1 for x in sizes) else []
 
 
 def _sizes(text: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -20,8 +21,13 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     )
     for i in range(len(next(iter(tasks.values()))["cost"]["at"])):
         _print_cost({name: task["cost"]["at"][i] for name, task in tasks.items()}, console)
+    if "plan" in summary:
+        plan = summary["plan"]
+        console.print(f"plan: sharing index {plan['sharing_index']:.3f}, coverage {plan['coverage']:.3f}")
+    _print_pathways(summary["pathways"], list(tasks), console)
     if summary["gradient_cosines"] is not None:
         _print_measured(tasks, console)
+        _print_asymmetry(summary["image_attention"], console)
         _print_cosines(summary["gradient_cosines"], console)
 
 
@@ -62,44 +68,59 @@ def _blocks(blocks: list[dict[str, Any]]) -> str:
 
 
 def _print_cost(costs: dict[str, Any], console: Console) -> None:
-    """One table for one set of sizes: a row a region (equal neighbouring blocks together) and a kind of token."""
+    """For one set of sizes a table a task, and one more after a plan."""
     for name, cost in costs.items():
         sizes = cost["sizes"]
-        table = Table(
-            title=f"{name}: batch {sizes['batch']}, {sizes['tokens']} tokens, {sizes['visual']} visual",
-            caption="FLOPs; bytes moved; bytes kept for backward; share of FLOPs",
-        )
-        table.add_column("", no_wrap=True)
-        for column in ("forward", "backward", "moved", "kept", "share"):
-            table.add_column(column, justify="right", no_wrap=True)
-        total = cost["total"]
-        for label, work in _grouped(cost["by_region"]):
-            table.add_row(label, *_cells(work, total))
-        table.add_section()
-        for kind, work in cost["by_kind"].items():
-            table.add_row(f"{kind} tokens" if kind != "other" else "no token axis", *_cells(work, total))
-        table.add_section()
-        table.add_row("training step", *_cells(total, total))
-        if "convention" in cost:
-            label = f"{cost['convention']['name']}, one sample"
-            table.add_row(label, amount(cost["convention"]["forward_flops"]), "-", "-", "-", "-")
-        console.print(table)
+        title = f"{name}: batch {sizes['batch']}, {sizes['tokens']} tokens, {sizes['visual']} visual"
+        console.print(_cost_table(title, cost, cost["total"], "share of FLOPs"))
+        if "after" in cost:
+            after = cost["after"]
+            console.print(_cost_table(f"{title}, after the plan", after, cost["total"], "share of FLOPs before it"))
+
+
+def _cost_table(title: str, cost: dict[str, Any], whole: dict[str, int], share: str) -> Table:
+    """A row a region (equal neighbouring blocks together) and a kind of token.
+
+    Args:
+        title: of the table.
+        cost: rolled up.
+        whole: what shares are of.
+        share: what they are called.
+    """
+    table = Table(title=title, caption=f"FLOPs; bytes moved; bytes kept for backward; {share}")
+    table.add_column("", no_wrap=True)
+    for column in ("forward", "backward", "moved", "kept", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for label, work in _grouped(cost["by_region"]):
+        table.add_row(label, *_cells(work, whole))
+    table.add_section()
+    for kind, work in cost["by_kind"].items():
+        table.add_row(f"{kind} tokens" if kind != "other" else "no token axis", *_cells(work, whole))
+    table.add_section()
+    table.add_row("training step", *_cells(cost["total"], whole))
+    if "convention" in cost:
+        label = f"{cost['convention']['name']}, one sample"
+        table.add_row(label, amount(cost["convention"]["forward_flops"]), "-", "-", "-", "-")
+    return table
 
 
 def _grouped(regions: dict[str, Any]) -> list[tuple[str, dict[str, int]]]:
     """Runs of blocks that cost the same become one row, ``blocks 0-29, each``."""
-    rows: list[tuple[str, dict[str, int]]] = []
-    run: list[int] = []
-    names = list(regions)
-    for i, name in enumerate(names):
+    return [(label, regions[first]) for label, first in _runs(list(regions), lambda name: _flops(regions[name]))]
+
+
+def _runs(names: list[str], looks: Callable[[str], Any]) -> list[tuple[str, str]]:
+    """``(label, first name)``: neighbouring blocks that look alike become one, all else stays as it is."""
+    rows: list[tuple[str, str]] = []
+    run: list[str] = []
+    for name, after in zip(names, [*names[1:], ""], strict=True):
         if not name.startswith("block "):
-            rows.append((name, regions[name]))
+            rows.append((name, name))
             continue
-        run.append(int(name.removeprefix("block ")))
-        after = names[i + 1] if i + 1 < len(names) else ""
-        if not after.startswith("block ") or _flops(regions[after]) != _flops(regions[name]):
-            label = f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]}-{run[-1]}, each"
-            rows.append((label, regions[f"block {run[0]}"]))
+        run.append(name)
+        if not after.startswith("block ") or looks(after) != looks(name):
+            first, last = (x.removeprefix("block ") for x in (run[0], run[-1]))
+            rows.append((run[0] if len(run) == 1 else f"blocks {first}-{last}, each", run[0]))
             run = []
     return rows
 
@@ -113,6 +134,51 @@ def _cells(work: dict[str, int], total: dict[str, int]) -> list[str]:
     share = _flops(work) / _flops(total) if _flops(total) else 0.0
     amounts = (work["forward_flops"], work["backward_flops"], moved, work["saved"])
     return [*map(amount, amounts), f"{share:.1%}"]
+
+
+def _print_pathways(pathways: list[dict[str, Any]], tasks: list[str], console: Console) -> None:
+    """A row a group of parameters (neighbouring blocks that look alike together)."""
+    groups = {entry["group"]: entry for entry in pathways}
+    measured = bool(pathways) and pathways[0]["visual_gradient"] is not None
+
+    def cells(group: str) -> list[str]:
+        entry = groups[group]
+        found = [f"{entry['profile'][task]:.3f}" for task in tasks]
+        return found + ([_number(entry["visual_gradient"][task]) for task in tasks] if measured else [])
+
+    table = Table(title="pathways: share of the visual tokens that parameters transform")
+    for column in ("parameters", "elements"):
+        table.add_column(column, overflow="fold", justify="left" if column == "parameters" else "right")
+    for column in (*tasks, *(f"{task} gradient" for task in tasks if measured)):
+        table.add_column(column, justify="right", overflow="fold")
+    for label, first in _runs(list(groups), lambda group: (groups[group]["elements"], *cells(group))):
+        table.add_row(label, amount(groups[first]["elements"]), *cells(first))
+    console.print(table)
+    if measured:
+        console.print("gradient: share of its norm that flows through visual rows")
+
+
+def _print_asymmetry(found: list[dict[str, Any]], console: Console) -> None:
+    """Attention to the image, the tasks side by side, and what is left of it in the later half of the blocks."""
+    if not found:
+        return
+    table = Table(title="asymmetry: attention to the image")
+    table.add_column("block", justify="right", no_wrap=True)
+    for one in found:
+        table.add_column(f"{one['task']}, from {one['query']}", justify="right")
+    for block in range(max(len(one["mass"]) for one in found)):
+        table.add_row(str(block), *(_percent(one["mass"][block : block + 1]) for one in found))
+    console.print(table)
+    for one in found:
+        early, late = one["early"], one["late"]
+        kept = f"{late / early:.2f}x" if early and late is not None else "-"
+        console.print(
+            f"{one['task']}: {_percent([early])} in the first half of the blocks, {_percent([late])} in the second ({kept})"
+        )
+
+
+def _percent(values: list[float | None]) -> str:
+    return f"{values[0]:.1%}" if values and values[0] is not None else "-"
 
 
 def _print_measured(tasks: dict[str, Any], console: Console) -> None:

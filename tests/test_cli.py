@@ -32,6 +32,12 @@ def test_optimize_writes_plan_report_and_ir(run, tmp_path):
         assert entry["flops"]["ratio"] == entry["flops"]["after"]["total"] / entry["flops"]["before"]["total"] < 1
         kept = entry["activation_bytes"]
         assert kept["ratio"] == kept["after"] / kept["before"] < 1
+        for when, cost in entry["cost"].items():
+            assert cost["total"]["saved"] == kept[when]
+            for parts in ("by_region", "by_kind", "by_module"):
+                assert sum(work["forward_flops"] for work in cost[parts].values()) == entry["flops"][when]["forward"]
+        before, after = (entry["cost"][when]["by_region"]["block 1"] for when in ("before", "after"))
+        assert all(after[what] < before[what] for what in ("forward_flops", "backward_flops", "saved"))
         assert entry["tokens_per_block"]["before"] == [6] * 4
         assert entry["tokens_per_block"]["after"][1:3] == [3, 3]
         assert "drop(" in (tmp_path / f"results/ir/{task}.after.txt").read_text()
@@ -91,6 +97,32 @@ def test_inspect_shows_the_flow(run, tmp_path):
     assert written["shared_parameters"] == facts["shared_parameters"]
 
 
+def test_inspect_shows_one_sample_beside_the_example(run):
+    """Where nothing else is asked for, and the batch is open."""
+    facts = json.loads(run("inspect", TINY, "--json").stdout)
+    assert [at["sizes"]["batch"] for at in facts["tasks"]["generation"]["cost"]["at"]] == [2, 1]
+    facts = json.loads(run("inspect", TINY, "--json", "--at", "batch=3").stdout)
+    assert [at["sizes"]["batch"] for at in facts["tasks"]["generation"]["cost"]["at"]] == [2, 3]
+
+
+def test_inspect_shows_the_cost_after_a_plan(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    site = tg.DropSite("understanding", 1, 2, 0.5)
+    tg.Plan((site,), exact=True).save(tmp_path / "plan.json")
+    arguments = ("inspect", TINY, "--plan", "plan.json", "--flops-convention", "fastv")
+    facts = json.loads(run(*arguments, "--json").stdout)
+    assert facts["plan"]["sharing_index"] < 1
+    for at in facts["tasks"]["understanding"]["cost"]["at"]:
+        before, after = (by["by_region"]["block 1"] for by in (at, at["after"]))
+        for what in ("forward_flops", "backward_flops", "saved"):
+            assert after[what] < before[what]
+        assert at["after"]["convention"]["forward_flops"] < at["convention"]["forward_flops"]
+    text = run(*arguments).stdout
+    assert "understanding: batch 2, 11 tokens, 6 visual, after the plan" in text
+    assert f"plan: sharing index {facts['plan']['sharing_index']:.3f}" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_inspect_measures_batches_of_a_file(run, tmp_path, monkeypatch):
     """In tables that fit a terminal of 80 columns."""
     tg.save_batches(tmp_path / "batches.safetensors", {t: [dict(x.inputs)] for t, x in five().tasks.items()})
@@ -104,6 +136,9 @@ def test_inspect_measures_batches_of_a_file(run, tmp_path, monkeypatch):
         "understanding: batch 4, 12 tokens, 6 visual",
         "generation: batch 4, 12 tokens, 6 visual",
         "understanding: attention to the image, visual rows",
+        "pathways: share of the visual tokens",
+        "asymmetry: attention to the image",
+        "in the first half of the blocks",
         "gradient cosines: understanding, generation",
     ):
         assert title in text
@@ -139,6 +174,7 @@ INSPECT_REFUSED = {
     "size of zero": ([TINY, "--at", "batch=0"], 2, "batch=0 is no positive whole number"),
     "size that is no number": ([TINY, "--at", "tokens=many"], 2, "tokens=many is no positive whole number"),
     "unknown convention": ([TINY, "--flops-convention", "mine"], 2, "'mine' is not one of"),
+    "no such plan": ([TINY, "--plan", "plan.json"], 1, "cannot read plan file plan.json"),
     "no such batches": ([TINY, "--calibrate", "b.safetensors"], 2, "no such file: b.safetensors"),
     "batches of another kind": ([TINY, "--calibrate", TINY], 1, "is no safetensors file"),
     "unknown size": ([TINY, "--at", "pixels=3"], 1, "has no size 'pixels'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from examples import digits
 from tests import tiny
 from tests.harness import Captured
 from tokgraph.facts import Facts
-from tokgraph.measure import TaskMeasures, load_batches, measure, save_batches
+from tokgraph.measure import TaskMeasures, image_mass, load_batches, measure, save_batches
 
 
 def batch(first: int, last: int) -> dict[str, dict[str, Any]]:
@@ -80,6 +81,34 @@ def test_a_task_without_batches_is_measured_on_its_example(
     assert numbers(found.tasks["generation"]) == pytest.approx(numbers(example.tasks["generation"]))
     assert numbers(found.tasks["understanding"]) == pytest.approx(numbers(measured["one"].tasks["understanding"]))
     assert numbers(found.tasks["understanding"]) != pytest.approx(numbers(example.tasks["understanding"]))
+
+
+def test_attention_to_the_image_is_that_of_the_queries_that_matter(
+    digits_example: Captured, measured: dict[str, tg.Measurements]
+) -> None:
+    found = {a.task: a for a in tg.image_attention(measured["both"], digits_example.facts)}
+    assert {name: a.query for name, a in found.items()} == {"understanding": "output", "generation": "image"}
+    for name, attention in found.items():
+        allocation = measured["both"].tasks[name].allocation
+        row, column = allocation.queries.index(attention.query), allocation.keys.index("image")
+        by_block = allocation.mass[:, :, row, column].mean(1)
+        assert attention.mass == pytest.approx(by_block.tolist())
+        assert attention.early == pytest.approx(float(by_block[:2].mean()))
+        assert attention.late == pytest.approx(float(by_block[2:].mean()))
+    assert image_mass(measured["both"], digits_example.facts) == {name: a.mass for name, a in found.items()}
+
+
+def test_attention_to_an_image_that_is_no_segment(
+    digits_example: Captured, measured: dict[str, tg.Measurements]
+) -> None:
+    both = measured["both"]
+    task = both.tasks["understanding"]
+    other = replace(task.allocation, keys=tuple(k.replace("image", "picture") for k in task.allocation.keys))
+    tasks = {**both.tasks, "understanding": replace(task, allocation=other)}
+    found = replace(both, tasks=tasks)
+    assert [a.task for a in tg.image_attention(found, digits_example.facts)] == ["generation"]
+    with pytest.raises(tg.AnalysisError, match="task 'understanding': no segment is named 'image'"):
+        image_mass(found, digits_example.facts)
 
 
 def test_measuring_leaves_the_model_as_it_was(digits_example: Captured) -> None:

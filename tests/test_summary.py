@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import tokgraph as tg
-from tests.harness import Captured
-from tokgraph.conventions import Shape, fastv
+from tests.harness import Captured, captured_tiny
+from tokgraph.conventions import Shape, fastv, himix, himix_rows
 from tokgraph.facts import known_cost
 from tokgraph.measure import measure
 from tokgraph.summary import summarise, with_nodes
@@ -105,6 +105,71 @@ def test_measures(summary: dict[str, Any]) -> None:
         for head in allocation["mass"][0]:
             assert [sum(query) for query in head] == pytest.approx([1] * len(head))
         assert set(task["measured"]["gradients"]["head.weight"]) == {"visual", "text"}
+
+
+def test_pathways_by_group(summary: dict[str, Any], digits_example: Captured) -> None:
+    """Every parameter that a task uses is in one group; means are weighted by size, norms are those of the whole group."""
+    groups = {entry["group"]: entry for entry in summary["pathways"]}
+    assert [name for name in groups if name.startswith("block")] == [f"block {i}" for i in range(4)]
+    elements = {name: p.numel() for name, p in digits_example.model.named_parameters()}
+    used = {name for task in digits_example.facts.values() for name in task.profile}
+    assert sum(entry["elements"] for entry in groups.values()) == sum(elements[name] for name in used)
+    mine = [name for name in used if name.startswith("blocks.3.")]
+    for task, facts in digits_example.facts.items():
+        mean = sum(elements[name] * facts.profile.get(name, 0) for name in mine) / groups["block 3"]["elements"]
+        assert groups["block 3"]["profile"][task] == pytest.approx(mean)
+        norms = summary["tasks"][task]["measured"]["gradients"]
+        visual, text = (sum(norms[n][k] ** 2 for n in mine if n in norms) ** 0.5 for k in ("visual", "text"))
+        assert groups["block 3"]["visual_gradient"][task] == pytest.approx(visual / (visual + text))
+        assert 0 < mean <= 1
+        assert (mean < 1) == (task == "understanding")  # one image row of its last block is read, all of the other's
+    for entry in groups.values():
+        for task, share in entry["profile"].items():
+            assert share > 0 or not entry["visual_gradient"][task]
+
+
+def test_attention_to_the_image_side_by_side(summary: dict[str, Any]) -> None:
+    assert [(a["task"], a["query"]) for a in summary["image_attention"]] == [
+        ("understanding", "output"),
+        ("generation", "image"),
+    ]
+    assert all(len(a["mass"]) == 4 for a in summary["image_attention"])
+
+
+def test_cost_after_a_plan() -> None:
+    """Beside the cost before it, for all sizes; the published formula counts the rows that are left."""
+    tiny = captured_tiny(4)
+    sites = tuple(tg.DropSite(task, 1, 3, 0.5) for task in tiny.facts)
+    accelerated = tiny.apply(tg.Plan(sites, exact=False))
+    sizes = [{"batch": 8}, {"batch": 3, "tokens": 40}]
+    program, facts = tiny.program, tiny.facts
+    found = summarise(program, facts, sizes=sizes, convention="fastv", accelerated=accelerated)
+    after = tg.costs(accelerated.program, facts)
+    for name, task in found["tasks"].items():
+        for asked, at in zip(({}, *sizes), task["cost"]["at"], strict=True):
+            assert at["after"] == after[name].at(**asked).rollups() | {"convention": at["after"]["convention"]}
+            assert at["after"]["total"]["forward_flops"] < at["total"]["forward_flops"]
+            flops = [
+                [by["by_region"][f"block {block}"]["forward_flops"] for block in range(4)] for by in (at, at["after"])
+            ]
+            assert [a < b for b, a in zip(*flops, strict=True)] == [False, True, True, False]
+            shape = Shape(**at["convention"]["of"])
+            rows = [shape.text + visual for visual in (6, 3, 3, 6)]
+            assert at["after"]["convention"]["forward_flops"] == fastv(shape, rows_per_layer=rows)
+
+
+def test_keys_of_frozen_rows_count_in_a_published_formula() -> None:
+    """``himix``: all rows are keys, text rows alone are computed."""
+    tiny = captured_tiny(4)
+    sites = tuple(tg.DropSite(task, 0, None, 0.0, mode="freeze") for task in tiny.facts)
+    accelerated = tiny.apply(tg.Plan(sites, exact=False))
+    program, facts = tiny.program, tiny.facts
+    found = summarise(program, facts, convention="himix", accelerated=accelerated)
+    for task in found["tasks"].values():
+        (at,) = task["cost"]["at"]
+        rows = himix_rows(Shape(**at["convention"]["of"]))
+        expected = himix(Shape(**at["convention"]["of"]), rows_per_layer=rows.rows, keys_per_layer=rows.keys)
+        assert at["after"]["convention"]["forward_flops"] == expected < at["convention"]["forward_flops"]
 
 
 def test_the_file_holds_every_node_and_profile(summary: dict[str, Any], digits_example: Captured) -> None:

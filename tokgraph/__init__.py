@@ -2,7 +2,7 @@
 their parameters.
 """
 
-from .analyze import analyze
+from .analyze import analyze, costs
 from .capture import capture
 from .cost import TaskCost
 from .errors import (
@@ -22,7 +22,7 @@ from .errors import (
 )
 from .facts import Facts, TaskFacts
 from .loading import load_accelerated
-from .measure import Measurements, load_batches, measure, save_batches
+from .measure import ImageAttention, Measurements, image_attention, load_batches, measure, save_batches
 from .optimize import optimize
 from .plan import DropSite, Plan
 from .planning import make_plan
@@ -50,6 +50,7 @@ __all__ = [
     "Facts",
     "FileError",
     "IllegalRewriteError",
+    "ImageAttention",
     "InternalError",
     "LoadError",
     "Measurements",
@@ -71,6 +72,8 @@ __all__ = [
     "analyze",
     "apply",
     "capture",
+    "costs",
+    "image_attention",
     "load",
     "load_accelerated",
     "load_batches",

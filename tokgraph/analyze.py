@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .cost import TaskCost
 from .facts import Facts
 from .passes.analysis.attribution import task_cost
 from .passes.analysis.facts import task_facts
@@ -28,3 +29,16 @@ def analyze(program: Program) -> Facts:
             exact_cost=task_cost(lean, found),
         )
     return Facts(facts)
+
+
+def costs(program: Program, facts: Facts) -> dict[str, TaskCost]:
+    """The cost of every task of a program, captured or rewritten: before and after a plan.
+
+    Args:
+        program: a captured program, or the ``program`` of an :class:`~tokgraph.Accelerated`.
+        facts: facts of the captured program.
+
+    Returns:
+        Task -> cost, symbolic; that of a rewritten graph is known for the visual tokens of the example batch only.
+    """
+    return {name: task_cost(graph, facts[name]) for name, graph in program.items()}

@@ -27,7 +27,7 @@ from .passes.rewrite import (
     TypeAsToCast,
     ViewToReshape,
 )
-from .program import TIED, Dimension, model_device, Program, TaskGraph, tied_names
+from .program import TIED, Dimension, Program, TaskGraph, model_device, tied_names
 from .spec import ModelSpec, Task, split_outputs
 
 log = logging.getLogger(__name__)

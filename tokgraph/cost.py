@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import sympy
@@ -272,3 +272,14 @@ class TaskCost:
             visual, other = visual.rounded(), other.rounded()
         text = self.total() + (visual + other).scaled(-1)  # what is left: the kinds sum to the whole
         return {"visual": visual, "text": text, "other": other}
+
+    def rollups(self) -> dict[str, Any]:
+        """``total``, ``by_region``, ``by_kind`` and ``by_module`` as plain integers, for JSON; of a cost in numbers."""
+
+        def plain(work: Work) -> dict[str, int]:
+            return {name: int(amount) for name, amount in asdict(work).items()}
+
+        parts = {"by_region": self.by_region(), "by_kind": self.by_kind(), "by_module": self.by_module()}
+        return {"total": plain(self.total())} | {
+            how: {name: plain(work) for name, work in works.items()} for how, works in parts.items()
+        }

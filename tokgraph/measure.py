@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from .batchfile import read_batches
 from .errors import AnalysisError, BatchError
 from .facts import Facts
 from .passes.measure import Allocation, Redundancy, measure_forward
@@ -81,19 +81,68 @@ def measure(
     return Measurements(tasks, gradient_cosines(splits, facts))
 
 
-def image_mass(measured: Measurements, facts: Facts) -> dict[str, tuple[float, ...]]:
-    """Task -> attention mass on image keys by block, from the queries that matter: the answer's, or the image's own.
+@dataclass(frozen=True)
+class ImageAttention:
+    """How much attention a task pays to its image, block by block: where it falls away, visual tokens are redundant.
+
+    Args:
+        task: the task.
+        query: whose attention: the segment that the loss is about, ``"output"`` or ``"image"``.
+        mass: share of the attention of these queries on image keys, by block, the mean over heads.
+        early: mean over the first half of the blocks.
+        late: mean over the others.
+    """
+
+    task: str
+    query: str
+    mass: tuple[float, ...]
+    early: float
+    late: float
+
+
+def image_attention(measured: Measurements, facts: Facts) -> tuple[ImageAttention, ...]:
+    """The asymmetry between tasks, as found on this model: attention to the image from the queries that matter.
+
+    Those are the answer's, and the image's own where the task predicts visual tokens. A task whose declared segments have
+    no ``"image"`` is left out.
 
     Args:
         measured: what :func:`measure` found.
         facts: facts of the same program.
+
+    Source: arXiv 2606.01503 (understanding turns away from visual tokens in late layers, generation does not).
     """
-    found = {}
+    found = []
     for name, task in facts.items():
         allocation = measured.tasks[name].allocation
+        if "image" not in allocation.keys or not allocation.queries:
+            continue
         wanted = "image" if task.demand.reads == "visual" else "output"
         query = wanted if wanted in allocation.queries else allocation.queries[-1]
-        found[name] = tuple(allocation.between(query, "image").tolist())
+        mass = tuple(allocation.between(query, "image").tolist())
+        half = max(1, len(mass) // 2)
+        late = mass[half:] or mass
+        found.append(ImageAttention(name, query, mass, sum(mass[:half]) / half, sum(late) / len(late)))
+    return tuple(found)
+
+
+def image_mass(measured: Measurements, facts: Facts) -> dict[str, tuple[float, ...]]:
+    """Task -> attention mass on image keys by block, from the queries that matter (:func:`image_attention`).
+
+    Args:
+        measured: what :func:`measure` found.
+        facts: facts of the same program.
+
+    Raises:
+        AnalysisError: a task's declared segments have no ``"image"``.
+    """
+    found = {attention.task: attention.mass for attention in image_attention(measured, facts)}
+    for name in facts:
+        if name not in found:
+            raise AnalysisError(
+                f"task {name!r}: no segment is named 'image', so attention to it is not known",
+                help="name the segment of the visual tokens 'image' in Task.segments",
+            )
     return found
 
 
@@ -115,26 +164,13 @@ def load_batches(path: Path, spec: ModelSpec) -> dict[str, list[dict[str, Any]]]
     Raises:
         BatchError: the file is not as :func:`save_batches` writes it, or names another model's tasks or inputs.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BatchError(f"{path} is no safetensors file: {error}") from error
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for key in sorted(tensors):
-        task, number, name = key.split("/") if key.count("/") == 2 else ("", "", "")
-        if not number.isdigit():
-            raise BatchError(
-                f"{path}: tensor {key!r} is not named TASK/NUMBER/INPUT", help="as understanding/0/input_ids"
-            )
-        found.setdefault(task, {}).setdefault(int(number), {})[name] = tensors[key]
-    if not found:
-        raise BatchError(f"{path} holds no batches", help="write some with tokgraph.save_batches")
+    found = read_batches(path)
     _known_tasks(found, spec.tasks)
     batches: dict[str, list[dict[str, Any]]] = {}
-    for task, numbered in found.items():
+    for task, of_task in found.items():
         inputs = spec.tasks[task].inputs
         plain = {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
-        batches[task] = [plain | numbered[number] for number in sorted(numbered)]
+        batches[task] = [plain | batch for batch in of_task]
         for batch in batches[task]:
             if set(batch) != set(inputs):
                 odd = sorted(set(batch) ^ set(inputs))

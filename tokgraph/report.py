@@ -22,7 +22,8 @@ SCHEMA = 1
 def make_report(program: Program, accelerated: Accelerated) -> dict[str, Any]:
     """The report (schema 1) of an accelerated program against the captured one.
 
-    FLOPs and activation bytes (kept for the backward pass) are of one training step on the example batch.
+    FLOPs and activation bytes (kept for the backward pass) are of one training step on the example batch; ``cost`` has
+    them, and bytes read and written, by region and block, by kind of token and by module.
     ``tokens_per_block`` counts the visual rows whose residual a block computes. Sharing index and coverage are read off
     the rewritten graphs.
     """
@@ -72,7 +73,8 @@ def _pathways_after(captured: TaskGraph, accelerated: Accelerated, facts: Facts)
 
 def _task_report(captured: TaskGraph, rewritten: TaskGraph, facts: Facts, after: Pathways) -> dict[str, Any]:
     task = facts[captured.name]
-    before, now = known_cost(task).at().total(), task_cost(rewritten, task).at().total()
+    costs = {"before": known_cost(task).at(), "after": task_cost(rewritten, task).at()}
+    before, now = (cost.total() for cost in costs.values())
     return {
         "nodes": {"before": len(captured.graph.nodes), "after": len(rewritten.graph.nodes)},
         "blocks": len(task.blocks),
@@ -80,6 +82,7 @@ def _task_report(captured: TaskGraph, rewritten: TaskGraph, facts: Facts, after:
         "tokens_per_block": {"before": [task.visual.mean] * len(task.blocks), "after": list(after.tokens_per_block)},
         "flops": {"before": _flops(before), "after": _flops(now), "ratio": now.flops / before.flops},
         "activation_bytes": {"before": before.saved, "after": now.saved, "ratio": now.saved / before.saved},
+        "cost": {when: cost.rollups() for when, cost in costs.items()},
         "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},
     }
 

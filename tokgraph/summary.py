@@ -7,15 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import fx
 
-from .conventions import CONVENTIONS, Shape, whole
-from .cost import TaskCost, Work
+from .analyze import costs
+from .conventions import CONVENTIONS, Rows, Shape, whole
+from .cost import TaskCost, expression
 from .errors import AnalysisError
 from .facts import Facts, TaskFacts, known_cost
 from .fxnode import argument, dims
-from .measure import Measurements, TaskMeasures
+from .measure import Measurements, TaskMeasures, image_attention
+from .passes.analysis.pathways import pathways
 from .program import Program, TaskGraph
+from .runtime import Accelerated
 
 SCHEMA = 2
 LINEAR = "aten.linear.default"
@@ -28,6 +32,7 @@ def summarise(
     *,
     sizes: Iterable[Mapping[str, int]] = (),
     convention: str = "exact",
+    accelerated: Accelerated | None = None,
 ) -> dict[str, Any]:
     """The facts as plain data (schema 2).
 
@@ -37,21 +42,30 @@ def summarise(
         measured: what was measured of it.
         sizes: sizes beside those of the example batch at which to give the cost, as ``{"batch": 8, "tokens": 2048}``.
         convention: whose formula to give beside the exact count (:data:`tokgraph.conventions.NAMES`).
+        accelerated: the program with a plan applied, to give every cost ``after`` it as well.
 
     Raises:
-        AnalysisError: a captured graph fixes a size to another value.
+        AnalysisError: a captured graph fixes a size to another value, or a plan fixes the number of visual tokens.
     """
     elements = {name: p.numel() for name, p in program.model.named_parameters(remove_duplicate=False)}
     shared = facts.shared_parameters()
+    after = {} if accelerated is None else costs(accelerated.program, facts)
+    sizes = [{}, *sizes]
     tasks = {}
     for name, task in facts.items():
         tasks[name] = _task(task, program[name])
-        tasks[name]["cost"] = _cost(task, program[name], [{}, *sizes], convention)
+        tasks[name]["cost"] = _cost(task, program[name], sizes, convention)
+        if accelerated is not None:
+            _add_after(tasks[name]["cost"], after[name], task, accelerated.program[name], sizes, convention)
         tasks[name]["measured"] = None if measured is None else _measured(measured.tasks[name])
     return {
         "schema": SCHEMA,
         "shared_parameters": {"names": list(shared), "elements": sum(elements[name] for name in shared)},
+        "pathways": _pathways(elements, facts, measured),
         "tasks": tasks,
+        "image_attention": None
+        if measured is None
+        else [_plain(asdict(found)) for found in image_attention(measured, facts)],
         "gradient_cosines": None if measured is None else [_plain(asdict(c)) for c in measured.cosines],
     }
 
@@ -107,21 +121,95 @@ def _cost_at(
     assert symbolic.sizes is not None
     values = symbolic.sizes.values(**asked)
     named = {name: int(expression.xreplace(values)) for name, expression in symbolic.sizes.names.items()}
-    found = {
-        "sizes": named,
-        "total": _work(cost.total()),
-        "by_kind": {name: _work(work) for name, work in cost.by_kind().items()},
-        "by_region": {name: _work(work) for name, work in cost.by_region().items()},
-        "by_module": {name: _work(work) for name, work in cost.by_module().items()},
-    }
+    found = {"sizes": named, **cost.rollups()}
     if convention != "exact":
         shape = convention_shape(task, graph, named["tokens"], named["visual"])
-        rows = whole(shape)
-        flops = CONVENTIONS[convention](
-            shape, rows_per_layer=rows.rows, keys_per_layer=rows.keys, visual_per_layer=rows.visual
-        )
-        found["convention"] = {"name": convention, "forward_flops": flops, "of": asdict(shape)}
+        found["convention"] = _as_published(convention, shape, whole(shape))
     return found
+
+
+def _add_after(
+    data: dict[str, Any],
+    after: TaskCost,
+    task: TaskFacts,
+    rewritten: TaskGraph,
+    sizes: Iterable[Mapping[str, int]],
+    convention: str,
+) -> None:
+    """What a plan makes of each cost."""
+    data["uncounted"] = sorted({*data["uncounted"], *(op for _, op in after.uncounted)})
+    for found, asked in zip(data["at"], sizes, strict=True):
+        found["after"] = after.at(**asked).rollups()
+        if convention != "exact":
+            shape = Shape(**found["convention"]["of"])
+            rows = _planned_rows(task, rewritten, shape)
+            found["after"]["convention"] = _as_published(convention, shape, rows)
+
+
+def _as_published(convention: str, shape: Shape, rows: Rows) -> dict[str, Any]:
+    flops = CONVENTIONS[convention](
+        shape, rows_per_layer=rows.rows, keys_per_layer=rows.keys, visual_per_layer=rows.visual
+    )
+    return {"name": convention, "forward_flops": flops, "of": asdict(shape)}
+
+
+def _planned_rows(task: TaskFacts, rewritten: TaskGraph, shape: Shape) -> Rows:
+    """Rows that the blocks of a rewritten graph work on: text counts whole, as in the papers."""
+    visual = pathways(rewritten, task).tokens_per_block
+    nodes = {node.name: node for node in rewritten.graph.nodes}
+    lengths = [_keys(nodes[block.attention[0].node], task, shape) for block in task.blocks if block.attention]
+    rows = tuple(shape.text + found for found in visual)
+    keys = lengths if len(lengths) == len(rows) else [float(shape.tokens)] * len(rows)
+    return Rows(rows, tuple(max(k, r) for k, r in zip(keys, rows, strict=True)), visual)
+
+
+def _keys(attention: fx.Node, task: TaskFacts, shape: Shape) -> float:
+    """Keys of an attention: the example's, and the text that other sizes have more."""
+    assert task.cost is not None
+    assert task.cost.sizes is not None
+    fused = attention.target is torch.ops.aten.scaled_dot_product_attention.default
+    size = expression(dims(argument(attention, "key"))[-2] if fused else dims(attention)[-1])
+    return float(size.xreplace(task.cost.sizes.values(tokens=shape.tokens)))
+
+
+def _pathways(elements: Mapping[str, int], facts: Facts, measured: Measurements | None) -> list[dict[str, Any]]:
+    """Group of parameters -> share of the visual tokens that it transforms, task by task, weighted by size.
+
+    Groups are blocks, and modules two levels deep outside of them. What was measured is the share of the gradient's norm
+    that flows through visual rows, ``null`` where a task has no gradient.
+    """
+    blocks = {block.module: block.index for task in facts.values() for block in task.blocks if block.module}
+    used = {name for task in facts.values() for name in task.profile}
+    groups: dict[str, list[str]] = {}
+    for name in elements:
+        if name in used:
+            groups.setdefault(_group(name, blocks), []).append(name)
+    found = []
+    for group, names in groups.items():
+        size = sum(elements[name] for name in names)
+        profile = {
+            task: sum(elements[name] * of.profile.get(name, 0.0) for name in names) / size for task, of in facts.items()
+        }
+        entry: dict[str, Any] = {"group": group, "elements": size, "profile": profile, "visual_gradient": None}
+        if measured is not None:
+            entry["visual_gradient"] = {task: _visual_part(of, names) for task, of in measured.tasks.items()}
+        found.append(entry)
+    return found
+
+
+def _group(parameter: str, blocks: Mapping[str, int]) -> str:
+    path = parameter.rpartition(".")[0]
+    parts = path.split(".")
+    for depth in range(len(parts), 0, -1):
+        if (module := ".".join(parts[:depth])) in blocks:
+            return f"block {blocks[module]}"
+    return ".".join(parts[:2]) or parameter
+
+
+def _visual_part(task: TaskMeasures, names: Iterable[str]) -> float | None:
+    norms = [task.gradients[name] for name in names if name in task.gradients]
+    visual, text = (math.sqrt(sum(getattr(n, kind) ** 2 for n in norms)) for kind in ("visual", "text"))
+    return visual / (visual + text) if visual + text > 0 else None
 
 
 def convention_shape(task: TaskFacts, graph: TaskGraph, tokens: int, visual: int) -> Shape:
@@ -146,13 +234,9 @@ def _nodes(task: TaskFacts) -> list[dict[str, Any]]:
     return [
         {"node": n.node, "op": n.op, "module": n.module, "region": n.region, "block": n.block}
         | {"visual": float(n.visual), "text": float(n.text)}
-        | _work(n.work)
+        | {name: int(amount) for name, amount in asdict(n.work).items()}
         for n in cost.nodes
     ]
-
-
-def _work(work: Work) -> dict[str, int]:
-    return {name: int(amount) for name, amount in asdict(work).items()}
 
 
 def _measured(task: TaskMeasures) -> dict[str, Any]:

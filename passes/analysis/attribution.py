@@ -16,7 +16,7 @@ from tokgraph.program import TaskGraph
 
 from ..rules import axis_map
 from ..rules.registry import Axis
-from .cost import example_symbols, node_works, uncounted
+from .cost import count_nodes, example_symbols
 from .pathways import visual_counts
 from .rows import SAMPLES, Chain, held_rows
 
@@ -35,18 +35,18 @@ def task_cost(graph: TaskGraph, facts: TaskFacts) -> TaskCost:
         AnalysisError: a size depends on values that have no storage.
     """
     sizes = _sizes(graph, facts)
-    works = node_works(graph, _Encoder(graph, facts, sizes).resize)
+    counted = count_nodes(graph, _Encoder(graph, facts, sizes).resize)
     locate = Locator(graph, facts)
     share = _Shares(graph, facts, sizes)
     nodes = []
-    for node, work in works.items():
+    for node, work in counted.works.items():
         region, block = locate.of(node)
         visual, text = share.of(node, region)
         path, op = module_path(node), str(node.target)
         nodes.append(NodeCost(node.name, op, path, region, block, work, visual, text, share.degree(node)))
     if share.planned:
         sizes = replace(sizes, planned=True)
-    return TaskCost(graph.name, tuple(nodes), sizes, uncounted(works))
+    return TaskCost(graph.name, tuple(nodes), sizes, counted.uncounted)
 
 
 def _sizes(graph: TaskGraph, facts: TaskFacts) -> Sizes:

@@ -27,8 +27,8 @@ from tokgraph.cost import Work
 from tokgraph.fxnode import ancestors, argument, fake_mode, tensor, value
 from tokgraph.program import TaskGraph
 
-from ..rules import axis_map
 from .evaluate import evaluate, example_leaves
+from .operators import MORE, Parts
 from .stream import loss_node
 
 aten = torch.ops.aten
@@ -53,6 +53,7 @@ class Probe:
         saved_outputs: outputs kept for the backward pass.
         saved_bytes: bytes of other tensors kept for the backward pass.
         needs_grad: whether an output requires a gradient.
+        unknown: whether the forward pass runs, somewhere inside the call, an operator of unknown FLOPs.
     """
 
     forward: Any
@@ -62,11 +63,24 @@ class Probe:
     saved_outputs: frozenset[int]
     saved_bytes: Any
     needs_grad: bool
+    unknown: bool
 
 
-def node_works(
-    graph: TaskGraph, resize: Callable[[fx.Node, Any], Any] = lambda _, amount: amount
-) -> dict[fx.Node, Work]:
+@dataclass(frozen=True)
+class Counted:
+    """The calls of a graph, counted.
+
+    Args:
+        works: call -> what it costs.
+        uncounted: ``(node, operator)`` of calls that may multiply matrices, themselves or in a part, and whose FLOPs are
+            not, or not wholly, known.
+    """
+
+    works: dict[fx.Node, Work]
+    uncounted: tuple[tuple[str, str], ...]
+
+
+def count_nodes(graph: TaskGraph, resize: Callable[[fx.Node, Any], Any] = lambda _, amount: amount) -> Counted:
     """The cost of every call that makes tensors, in expressions over the graph's symbols, for one training step.
 
     Args:
@@ -75,24 +89,19 @@ def node_works(
     """
     mode = fake_mode(graph.graph) or FakeTensorMode()
     prober, counter = _Prober(mode, example_symbols(graph)), _Counter(graph, resize)
-    calls = [n for n in graph.graph.nodes if n.op == "call_function" and tensors(value(n))]
-    return {node: counter.count(node, prober.probe(node, counter.needs_grad)) for node in calls}
+    works, uncounted = {}, []
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and tensors(value(node)):
+            probe = prober.probe(node, counter.needs_grad)
+            works[node] = counter.count(node, probe)
+            if probe.unknown:
+                uncounted.append((node.name, str(node.target)))
+    return Counted(works, tuple(uncounted))
 
 
-def uncounted(works: dict[fx.Node, Work]) -> tuple[tuple[str, str], ...]:
-    """``(node, operator)`` of calls without FLOPs of which it is not known that they multiply no matrices."""
-    return tuple((n.name, str(n.target)) for n, work in works.items() if work.forward_flops == 0 and not _is_free(n))
-
-
-def _is_free(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True  # a function, as a user's selector: the counter saw its parts
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return True
-    if node.target._can_decompose():
-        return True  # the counter saw its parts
-    described = axis_map(node)
-    return described is not None and not {"attention", "contraction", "window"} & {m.kind for m in described.mixes}
+def node_works(graph: TaskGraph) -> dict[fx.Node, Work]:
+    """The cost of every call that makes tensors: :func:`count_nodes` without the rest."""
+    return count_nodes(graph).works
 
 
 def example_symbols(graph: TaskGraph) -> dict[sympy.Symbol, int]:
@@ -201,10 +210,14 @@ def _observe(node: fx.Node, make: Callable[[fx.Node], Any]) -> Probe:
         kept.append(x)
         return x
 
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        Parts() as parts,
+        FlopCounterMode(display=False, custom_mapping=dict(MORE)) as counter,
+    ):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             outputs = tensors(node.target(*args, **kwargs))  # type: ignore[operator]
-        forward = counter.get_total_flops()
+        forward, unknown = counter.get_total_flops(), parts.unknown
         ends, starts = [t for t in outputs if t.requires_grad], [t for t in inputs if t.requires_grad]
         if ends:
             torch.autograd.grad(ends, starts, [torch.ones_like(t) for t in ends], allow_unused=True)
@@ -219,6 +232,7 @@ def _observe(node: fx.Node, make: Callable[[fx.Node], Any]) -> Probe:
         frozenset(results[_storage(t)] for t in kept if _storage(t) in results),
         sum(_bytes(t) for t in others.values()),
         bool(ends),
+        unknown,
     )
 
 

@@ -75,8 +75,7 @@ class AllocationMeter:
         graph: the captured task graph, for diagnostics.
         facts: facts of the task that runs.
         queries: the query segments; ``None``: all that have rows, but ``"other"``.
-        max_bytes: bound of the attention weights (scores and softmax) held at once. What an attention that is not fused
-            makes by itself, in the model, is not bounded by it.
+        max_bytes: bound of the attention weights (scores and softmax) held at once.
     """
 
     graph: TaskGraph
@@ -187,7 +186,8 @@ def attention_allocation(
     """Measure a captured task's attention allocation.
 
     Weights are recomputed from queries, keys and mask for the query rows that are asked for, some at a time, and summed
-    up by segment at once. Dropout is off.
+    up by segment at once. Attention that is not fused runs some query rows at a time itself; where it reshapes its scores
+    on the way, or somebody else reads them, it runs whole, and ``max_bytes`` does not hold. Dropout is off.
 
     Args:
         graph: the captured task graph.
@@ -204,5 +204,5 @@ def attention_allocation(
             ``max_bytes`` does not hold a single row.
     """
     meter = AllocationMeter(graph, facts, queries, max_bytes)
-    observe(graph, facts, [meter], batches, dtype)
+    observe(graph, facts, [meter], batches, dtype, max_bytes)
     return meter.result()

@@ -54,5 +54,5 @@ def measure_forward(
         SpecError: a segment or ``max_bytes`` is not usable.
     """
     allocation, redundancy = AllocationMeter(graph, facts, queries, max_bytes), RedundancyMeter(facts)
-    observe(graph, facts, [allocation, redundancy], batches, dtype)
+    observe(graph, facts, [allocation, redundancy], batches, dtype, max_bytes)
     return ForwardMeasures(allocation.result(), redundancy.result())

@@ -41,7 +41,8 @@ def weights_shape(call: Call) -> tuple[int, ...]:
     if is_fused(call):
         given = call.named()
         return (*given["query"].shape[:-1], given["key"].shape[-2])
-    return tuple(call.result.shape)
+    shape = tuple(call.result.shape)
+    return shape if call.rows is None else (*shape[:-2], call.total, shape[-1])
 
 
 def weight_chunks(call: Call, asked: torch.Tensor, max_bytes: int) -> Iterator[Chunk]:
@@ -63,7 +64,8 @@ def weight_chunks(call: Call, asked: torch.Tensor, max_bytes: int) -> Iterator[C
     # a fused attention: scores and their softmax; another: a copy of its rows, and that in the wider type
     some_heads, some_rows = _pieces(heads, shape[-1] * (width.itemsize + (width if fused else own).itemsize), max_bytes)
     for sample, positions in enumerate(asked.to(call.result.device)):
-        for rows in positions.nonzero().squeeze(1).split(some_rows):
+        here = positions if call.rows is None else positions[call.rows]  # of the rows that the result holds
+        for rows in here.nonzero().squeeze(1).split(some_rows):
             for start in range(0, heads, some_heads):
                 part = slice(start, min(start + some_heads, heads))
                 if not len(rows):
@@ -71,7 +73,9 @@ def weight_chunks(call: Call, asked: torch.Tensor, max_bytes: int) -> Iterator[C
                 if fused:
                     yield Chunk(sample, part, rows, _recomputed(call.named(), sample, part, rows, width))
                 else:
-                    yield Chunk(sample, part, rows, _widened(_by_head(call.result[sample])[part, rows], width))
+                    weights = _widened(_by_head(call.result[sample])[part, rows], width)
+                    yield Chunk(sample, part, rows if call.rows is None else call.rows[rows], weights)
+                    del weights
 
 
 def _pieces(heads: int, row: int, max_bytes: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from tokgraph.cost import Work
 from tokgraph.facts import known_cost
 from tokgraph.fxnode import fake_mode, value
 from tokgraph.passes.analysis.attribution import task_cost
-from tokgraph.passes.analysis.cost import node_works, uncounted
+from tokgraph.passes.analysis.cost import count_nodes, node_works
 from tokgraph.spec import split_outputs
 
 aten = torch.ops.aten
@@ -307,22 +307,65 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 product.register_fake(lambda x, w: x.new_empty(x.shape[0], w.shape[1]))
 
 
+def names_of_uncounted(run: Callable[..., Tensor], *inputs: Tensor) -> list[str]:
+    return [op for _, op in count_nodes(traced(lambda *x: (run(*x).float().sum(),), *inputs)).uncounted]
+
+
 def test_an_unknown_operator_is_listed() -> None:
     """It multiplies matrices, and nothing says so."""
     graph = traced(lambda x, w: (torch.ops.tokgraph_tests.product(x, w).sum(),), torch.rand(2, 3), torch.rand(3, 4))
-    works = node_works(graph)
-    assert [op for _, op in uncounted(works)] == ["tokgraph_tests.product.default"]
+    counted = count_nodes(graph)
     (node,) = calls(graph, torch.ops.tokgraph_tests.product.default)
-    assert uncounted(works)[0][0] == node.name
-    assert (works[node].forward_flops, works[node].forward_written) == (0, 4 * 2 * 4)
+    assert counted.uncounted == ((node.name, "tokgraph_tests.product.default"),)
+    assert (counted.works[node].forward_flops, counted.works[node].forward_written) == (0, 4 * 2 * 4)
+
+
+UNKNOWN: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "cdist": (torch.cdist, (torch.rand(2, 30, 4), torch.rand(2, 30, 4))),
+    "bilinear": (F.bilinear, (torch.rand(2, 3), torch.rand(2, 4), torch.rand(5, 3, 4))),
+    "linalg_inv": (torch.linalg.inv, (torch.rand(4, 4),)),
+    "_int_mm": (torch._int_mm, (torch.ones(32, 16, dtype=torch.int8), torch.ones(16, 8, dtype=torch.int8))),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_hides_in_a_composite_operator_is_listed(name: str) -> None:
+    """Torch takes most of these apart, and what is then left has no formula."""
+    run, inputs = UNKNOWN[name]
+    assert names_of_uncounted(run, *inputs) == [f"aten.{name}.default"]
+
+
+PRODUCTS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int]] = {
+    "matrix and vector": (torch.matmul, (torch.rand(3, 4), torch.rand(4)), 2 * 3 * 4),
+    "vectors": (torch.dot, (torch.rand(4), torch.rand(4)), 2 * 4),
+    "addmv": (torch.addmv, (torch.rand(3), torch.rand(3, 4), torch.rand(4)), 2 * 3 * 4),
+    "addbmm": (torch.addbmm, (torch.rand(3, 5), torch.rand(2, 3, 4), torch.rand(2, 4, 5)), 2 * 2 * 3 * 4 * 5),
+    "einsum": (lambda x, y: torch.einsum("bij,bkj->bik", x, y), (torch.rand(2, 3, 4), torch.rand(2, 5, 4)), 240),
+    "transposed convolution": (F.conv_transpose1d, (torch.rand(1, 3, 8), torch.rand(3, 4, 5)), 2 * 8 * 3 * 4 * 5),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_that_are_no_matmul_are_counted(name: str) -> None:
+    """Products with vectors among them, of which torch's own counter knows nothing."""
+    run, inputs, flops = PRODUCTS[name]
+    assert names_of_uncounted(run, *inputs) == []
+    works = node_works(traced(lambda *x: (run(*x).sum(),), *inputs))
+    assert Work.sum(works.values()).forward_flops == flops
 
 
 def test_known_free_operators_are_not_listed() -> None:
-    def run(x: Tensor) -> tuple[Tensor]:
+    def run(x: Tensor) -> Tensor:
         y = torch.special.i0e(x).softmax(-1).cumsum(0) + F.layer_norm(x, (4,))
-        return (F.one_hot(y.argmax(-1), 4).to(y.dtype).add(y.flip(0)).masked_fill(y > 0, 0).sum(),)
+        return F.one_hot(y.argmax(-1), 4).to(y.dtype).add(y.flip(0)).masked_fill(y > 0, 0)
 
-    assert uncounted(node_works(traced(run, torch.rand(3, 4)))) == ()
+    assert names_of_uncounted(run, torch.rand(3, 4)) == []
+
+
+@pytest.mark.parametrize("selector", ["uniform", "random", "norm"])
+def test_what_a_plan_adds_is_not_listed(selector: str) -> None:
+    found = captured(layers=3)
+    assert task_cost(found.sunk(site(1, 2, 0.5, selector=selector)), found.facts).uncounted == ()
 
 
 def test_the_examples_are_counted_whole(digits_example: Captured, janus_example: Captured) -> None:

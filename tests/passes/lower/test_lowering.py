@@ -526,7 +526,7 @@ def test_an_example_step(digits_example: Captured, task: str) -> None:
 
 
 class Mixed(nn.Module):
-    """A decoder behind an image encoder that convolves, as real ones do, and a loss with what backward slices give."""
+    """A decoder behind an image encoder that convolves, as real ones do, and a slice that begins before the first row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -539,7 +539,7 @@ def mixed(model: Mixed, ids: Tensor, pixels: Tensor) -> Tensor:
     x = model.decoder.embed(ids)
     x = x.masked_scatter((ids == tiny.IMAGE_ID).unsqueeze(-1), features.flatten(0, 1))
     logits = model.decoder.head(model.decoder.backbone(x))
-    far = F.silu(logits[:, -20:-1]).square().mean()
+    far = F.silu(features[:, -20:-1]).square().mean()
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + far
 
 

@@ -45,7 +45,9 @@ def on_tensors(graph: tg.TaskGraph) -> list[fx.Node]:
     return [node for node in calls(graph) if isinstance(node.meta["val"], torch.Tensor)]
 
 
-def by_names(block: str, kinds: Mapping[str, str], rest: Mapping[str, str]) -> Callable[[tg.TaskGraph], dict[str, tuple]]:
+def by_names(
+    block: str, kinds: Mapping[str, str], rest: Mapping[str, str]
+) -> Callable[[tg.TaskGraph], dict[str, tuple]]:
     """Name -> (block, kind), as module names have it; the two additions of a block come after attention and after FFN.
 
     Args:
