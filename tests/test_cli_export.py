@@ -15,7 +15,7 @@ from tests import tiny
 pytest.importorskip("onnx")
 TINY = str(Path(tiny.__file__))
 SMALL = ("--set", "layers=1")
-PLAN = tg.Plan((tg.DropSite("understanding", 0, 1, 0.5), tg.DropSite("generation", 0, 1, 0.5)))
+PLAN = tg.Plan((tg.DropSite("understanding", 0, 1, 0.5), tg.DropSite("generation", 0, 1, 0.5)), exact=True)
 
 
 @pytest.fixture(scope="module")

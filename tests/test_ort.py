@@ -167,7 +167,7 @@ def test_a_type_without_a_kernel(tmp_path: Path) -> None:
     assert "float32" in str(raised.value.help)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_values_survive(tmp_path: Path, dtype: torch.dtype) -> None:
     """Bit for bit, infinities and signed zeros too; numpy has no bfloat16."""
     session = ort.Session(model(tmp_path / "same.onnx", "Identity", TYPES[dtype], TYPES[dtype]), threads=1)
