@@ -156,7 +156,7 @@ def places(facts: TaskFacts) -> dict[str, object]:
     return {
         "entry": facts.entry,
         "blocks": facts.blocks,
-        "visual": replace(facts.visual, count=0, most=0, mean=0, low=None, high=None),
+        "visual": replace(facts.visual, count=0, most=0, mean=0, step=0, low=None, high=None),
         "exits": facts.exits,
         "windows": [window.node for window in facts.windows],
         "token axes": dict(facts.token_axes),

@@ -16,6 +16,8 @@ from .errors import InternalError, Where
 
 Dim = int | sympy.Expr
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_NO_MODULE = "_empty_nn_module_stack"
+"""What torch.export calls the module of nodes that it makes itself."""
 
 
 def value(node: fx.Node) -> Any:
@@ -75,7 +77,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 def module_path(node: fx.Node) -> str:
     """The path of the innermost user module that made the node, ``""`` for the task's own forward."""
     stack = node.meta.get("nn_module_stack") or {}
-    return next((path for path, _ in reversed(stack.values()) if path), "")
+    return next((path for path, _ in reversed(stack.values()) if path and not path.startswith(_NO_MODULE)), "")
 
 
 def source_line(node: fx.Node) -> str | None:

@@ -90,13 +90,12 @@ def _tasks(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     tasks = {}
     for name, described in manifest["tasks"].items():
         inputs: dict[str, Any] = {}
-        for key in described["inputs"]:
-            if key in described["plain"]:
-                inputs[key] = described["plain"][key]
-                continue
-            structure = pytree.treespec_loads(described["nested"][key])
-            names = [input_name(key, i, structure.num_leaves) for i in range(structure.num_leaves)]
-            leaves = [examples[name][0].get(leaf) for leaf in names]
+        for key, saved in described["inputs"].items():
+            structure, plain = pytree.treespec_loads(saved["structure"]), saved["plain"]
+            count = structure.num_leaves
+            leaves = [
+                plain[str(i)] if str(i) in plain else examples[name][0][input_name(key, i, count)] for i in range(count)
+            ]
             inputs[key] = pytree.tree_unflatten(leaves, structure)
         visual = described["visual"]
         if visual is not None:

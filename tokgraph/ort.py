@@ -151,5 +151,5 @@ def _value(x: torch.Tensor) -> Any:
 
 def _tensor(found: Any) -> torch.Tensor:
     if found.data_type() == "tensor(bfloat16)":
-        return torch.from_numpy(found.numpy().view("int16")).view(torch.bfloat16)
+        return torch.from_dlpack(found._get_c_value()).clone()  # numpy has no such type
     return torch.from_numpy(found.numpy().copy())

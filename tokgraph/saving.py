@@ -26,6 +26,7 @@ from .weights import WEIGHTS, write_weights
 
 SCHEMA = 1
 MANIFEST, PLAN = "manifest.json", "plan.json"
+_REQUIRED = ("versions", "training", "state", "parameters", "own", "tasks", "files")
 
 
 def graph_file(task: str, variant: str) -> str:
@@ -87,7 +88,8 @@ def save_program(
         if report:
             (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for stale in (*folder.glob("*.onnx"), *folder.glob("constants.safetensors")):
+        gone = ("*.onnx", "constants.safetensors", *([] if report else ["report.json"]))
+        for stale in [path for pattern in gone for path in folder.glob(pattern)]:
             stale.unlink()
 
 
@@ -97,18 +99,8 @@ def _own(program: Program) -> dict[str, torch.nn.Parameter]:
 
 def _described(graph: TaskGraph) -> dict[str, Any]:
     task = graph.task
-    plain = {key: x for key, x in task.inputs.items() if not _tensors(x)}
-    try:
-        json.dumps(plain)
-    except TypeError as error:
-        raise FileError(
-            f"task {graph.name!r}: an input that holds no tensors cannot be written as JSON: {error}",
-            help="pass numbers, strings, lists and tensors",
-        ) from None
     return {
-        "inputs": list(task.inputs),
-        "plain": plain,
-        "nested": {k: pytree.treespec_dumps(pytree.tree_structure(x)) for k, x in task.inputs.items() if _tensors(x)},
+        "inputs": {key: _plain_input(graph.name, key, x) for key, x in task.inputs.items()},
         "reads": task.reads,
         "outputs": task.outputs,
         "visual": None if task.visual is None else asdict(task.visual),
@@ -128,8 +120,20 @@ def _variant(graph: TaskGraph, lowered: Lowered) -> dict[str, Any]:
     }
 
 
-def _tensors(x: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(x))
+def _plain_input(task: str, key: str, x: Any) -> dict[str, Any]:
+    """The structure of an input, and its leaves that are no tensors, as JSON gives them back."""
+    leaves, structure = pytree.tree_flatten(x)
+    plain = {str(i): leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
+    try:
+        text = pytree.treespec_dumps(structure)
+        same = pytree.treespec_loads(text) == structure and json.loads(json.dumps(plain)) == plain
+    except (TypeError, ValueError, NotImplementedError):
+        same = False
+    if not same:
+        raise FileError(
+            f"task {task!r}: input {key!r} cannot be written as JSON", help="pass numbers, strings, lists and tensors"
+        )
+    return {"structure": text, "plain": plain}
 
 
 def _plain_result(graph: TaskGraph) -> str:
@@ -175,6 +179,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FileError(
             f"{path} is not of schema {SCHEMA}, which this version of tokgraph reads", help="save the program again"
         )
+    missing = [key for key in _REQUIRED if key not in manifest]
+    if missing:
+        raise FileError(f"{path} says nothing of {missing[0]!r}: it was changed", help="save the program again")
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():

@@ -81,6 +81,7 @@ def slice_backward(grad: Tensor, sizes: Sequence[Any], dim: int, start: Any, end
         return torch.slice_scatter(grad.new_zeros(sizes), grad, dim, start, end, step)
     dim = dim % len(sizes)
     start = start + sizes[dim] if start < 0 else start
+    start = min(max(start, 0), sizes[dim])
     after = sizes[dim] - start - grad.shape[dim]
     return F.pad(grad, [*(0, 0) * (len(sizes) - 1 - dim), start, after])
 

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from tokgraph.errors import InternalError
+from tokgraph.errors import ExportError, InternalError
 from tokgraph.facts import TaskFacts
 from tokgraph.fxnode import fake_mode, value
 from tokgraph.program import COMPACT_OUTPUTS, STEP, TIED, TaskGraph
@@ -167,11 +167,13 @@ class Tracer(fx.Interpreter):
 
     @staticmethod
     def _marker(place: Place | None) -> Callable[[Any], None]:
-        def mark(_: Any) -> None:
-            if place is not None:  # else it stays with the last: sums of gradients, casts
-                fx_traceback.current_meta["custom"] = carried(place, "backward")
+        return lambda _: mark(place, "backward")
 
-        return mark
+
+def mark(place: Place | None, phase: str) -> None:
+    """Let what is traced from here on carry a place; where none is known, it goes on carrying the last."""
+    if place is not None:
+        fx_traceback.current_meta["custom"] = carried(place, phase)
 
 
 def _sequence() -> int:
@@ -341,6 +343,11 @@ def _lower(
     names = source.output_names()
     made = [value(node) if isinstance(node, fx.Node) else node for node in output_args(source.graph.graph)]
     fixed = {i: x for i, x in enumerate(made) if not isinstance(x, torch.Tensor)}
+    if any(isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)) for x in fixed.values()):
+        raise ExportError(
+            f"task {source.graph.name!r} returns a number that follows the batch's sizes",
+            help="return tensors, and numbers that are the same for every batch",
+        )
 
     def forward(state: Mapping[str, torch.Tensor], *tensors: torch.Tensor, **extra: torch.Tensor) -> Any:
         outputs = source.interpreter({**state, **extra}).run(*source.leaves(tensors), enable_io_processing=False)

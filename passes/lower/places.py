@@ -66,10 +66,15 @@ def find_places(graph: TaskGraph, facts: TaskFacts | None) -> dict[str, Place]:
             for name, place in carried.items()
             if place is not None
         }
-    locate, kinds = Locator(graph, facts), _Kinds(graph.graph, facts.blocks, Locator(graph, facts))
+    locate = Locator(graph, facts)
+    kinds = _Kinds(graph.graph, facts.blocks, locate)
+    inside = [node for node in calls if locate.of(node)[0] == "block"]
+    before = ancestors(inside)
     places = {}
     for node in calls:
         region, block = locate.of(node)
+        if region == "head" and node in before and tensor(node) is not None:
+            region = "input"  # as masks that are made late
         kind: Kind = "drop" if _moves_rows(node) else kinds.of(node, block) if region == "block" else region
         places[node.name] = Place(node.name, module_path(node), block, kind)
     return places
@@ -112,18 +117,23 @@ class _Kinds:
 
     def _divide(self, members: list[fx.Node], outputs: list[fx.Node]) -> None:
         inside = set(members)
-        before, after = ancestors(outputs) & inside, descendants(outputs) & inside
+        before, after = ancestors(outputs) & inside, descendants(outputs[-1:]) & inside
         join = next((n for n in members if _is_addition(n) and n in after and _other_operand(n, after, inside)), None)
-        tail = set(members[: members.index(join) + 1]) & after if join is not None else after
-        attention = before | tail
+        last = members.index(join) + 1 if join is not None else len(members)
+        attention = before | (set(members[:last]) & descendants(outputs))
         for part, kind in ((attention, "attention"), (inside - attention, "ffn")):
             mixed: set[fx.Node] = set()
             for node in members:
                 if node in part:
                     if _contracts(node) or any(x in mixed for x in node.all_input_nodes):
                         mixed.add(node)
-                    norm = node.target in _NORMS or (node not in mixed and node is not join)
+                    norm = node.target in _NORMS or (node not in mixed and node is not join and _is_real(node))
                     self._known[node] = "norm" if norm else kind  # type: ignore[assignment]
+
+
+def _is_real(node: fx.Node) -> bool:
+    val = tensor(node)
+    return val is not None and val.is_floating_point()
 
 
 def _is_addition(node: fx.Node) -> bool:

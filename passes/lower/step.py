@@ -7,14 +7,14 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-import torch.fx.traceback as fx_traceback
 
 from tokgraph.facts import TaskFacts
 from tokgraph.program import TaskGraph
 
+from ..analysis.stream import loss_node
 from .decompositions import runtime_decompositions
-from .graph import STATE, Lowered, Source, step_counter, trace
-from .places import Place, carried
+from .graph import STATE, Lowered, Source, mark, step_counter, trace
+from .places import Place
 
 GRAD, PARAMETER = "grad", "param"
 """Prefixes of names: outputs that are gradients; parameters as inputs, and as outputs after the update."""
@@ -96,8 +96,9 @@ class AdamW(Optimizer):
         step = state[count] + 1
         mean = self.beta1 * state[first] + (1 - self.beta1) * grad
         square = self.beta2 * state[second] + (1 - self.beta2) * grad * grad
-        size = (self.lr / (1 - self.beta1**step)).to(parameter.dtype)
-        root = (square / (1 - self.beta2**step).to(parameter.dtype)).sqrt() + self.eps
+        exponent = step.double()  # in float32 the corrections would be off by more than rounding
+        size = (self.lr / (1 - self.beta1**exponent)).to(parameter.dtype)
+        root = (square / (1 - self.beta2**exponent).to(parameter.dtype)).sqrt() + self.eps
         return {
             name: parameter * (1 - self.lr * self.weight_decay) - size * mean / root,
             first: mean,
@@ -165,7 +166,7 @@ def lower_update_step(
         loss, gradients = _gradients(source, {**state, **rest, **held}, tensors, list(parameters))
         new: dict[str, torch.Tensor] = {}
         for name, grad in gradients.items():
-            fx_traceback.current_meta["custom"] = carried(_updates(name), "update")
+            mark(_updates(name), "update")
             updated = optimizer.update(name, held[name].detach(), grad, extra)
             new |= {f"{PARAMETER}/{key}" if key == name else key: x for key, x in updated.items()}
         names[:] = ["loss", *(f"new_{name}" for name in new)]
@@ -190,10 +191,14 @@ def _gradients(
     held = [state[name] for name in trained]
     run = source.interpreter(state)
     loss = run.run(*source.leaves(tensors), enable_io_processing=False)[source.loss]
+    place = source.places.get(loss_node(source.graph).name)
+    mark(place, "forward")
+    value = loss.detach()
+    mark(place, "backward")
     run.mark_backward(loss)
     found = torch.autograd.grad(loss, held, allow_unused=True)
     gradients = {name: grad for name, grad in zip(trained, found, strict=True) if grad is not None}
-    return loss.detach(), gradients
+    return value, gradients
 
 
 def make_optimizer(name: str, options: Mapping[str, Any]) -> Optimizer:

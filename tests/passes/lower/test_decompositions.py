@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import tokgraph as tg
 from tokgraph.passes.lower.decompositions import (
     convolution_backward,
+    half_layer_norm,
     masked_scatter,
     masked_scatter_backward,
     runtime_decompositions,
@@ -217,6 +218,30 @@ def test_a_transposed_convolution_is_left_to_torch() -> None:
     x, weight = random(1, 2, 4), random(2, 3, 3)
     arguments = (x, weight, [3], [1], [0], [1], True, [0], 1, [True, True, True])
     assert convolution_backward(random(1, 3, 6), *arguments) is NotImplemented
+
+
+# Layer norms in half precision.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_norm_in_half_precision(dtype: torch.dtype, affine: bool) -> None:
+    """As near to the norm in float64 as torch's own; mean and deviation in the type that torch gives them."""
+    x = random(3, 5, 8).to(dtype)
+    weight, bias = (random(8, seed=s).to(dtype) if affine else None for s in (1, 2))
+    found = half_layer_norm(x, [8], weight, bias, 1e-5)
+    own = torch.native_layer_norm(x, [8], weight, bias, 1e-5)
+    exact = F.layer_norm(x.double(), [8], *(None if p is None else p.double() for p in (weight, bias)))
+    assert found[0].dtype is dtype
+    error, least = ((y.double() - exact).abs().max() for y in (found[0], own[0]))
+    assert error <= 2 * least
+    torch.testing.assert_close(found[1].double(), x.double().mean(-1, keepdim=True), rtol=2e-2, atol=2e-3)
+
+
+def test_other_layer_norms_stay_whole() -> None:
+    assert half_layer_norm(random(2, 4), [4], None, None, 1e-5) is NotImplemented
+    traced = make_fx(lambda x: F.layer_norm(x, [4]), decomposition_table=runtime_decompositions())(random(2, 4))
+    assert "native_layer_norm" in called(traced)
 
 
 # The table.
