@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from .errors import BatchError, DependencyError, ExportError
 
@@ -151,5 +152,5 @@ def _value(x: torch.Tensor) -> Any:
 
 def _tensor(found: Any) -> torch.Tensor:
     if found.data_type() == "tensor(bfloat16)":
-        return torch.from_dlpack(found._get_c_value()).clone()  # numpy has no such type
+        return from_dlpack(found._get_c_value()).clone()  # numpy has no such type
     return torch.from_numpy(found.numpy().copy())
