@@ -232,7 +232,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+SLOW = ("running sum over tokens", "operator without a rule")  # as the convolution, which is in the default run
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in REFUSED])
 def test_bad_input_is_refused_and_leaves_nothing(run, tmp_path, case):
     arguments, code, message = REFUSED[case]
     result = run("optimize", *arguments, "-o", "results")
@@ -241,7 +244,7 @@ def test_bad_input_is_refused_and_leaves_nothing(run, tmp_path, case):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mixer", ["conv", "unruled"])
+@pytest.mark.parametrize("mixer", ["conv", pytest.param("unruled", marks=pytest.mark.slow)])
 def test_an_illegal_rewrite_names_the_place(run, mixer):
     message = run("optimize", TINY, "--set", f"token_mixer={mixer}", "-o", "results").stderr
     assert "error[TG006]" in message
@@ -304,6 +307,7 @@ def test_an_existing_result_survives_a_failed_run(run, tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "results").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_model_without_storage_is_planned_but_not_verified(run, tmp_path):
     (tmp_path / "meta.py").write_text(
         "import sys, torch\n"

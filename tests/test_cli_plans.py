@@ -91,6 +91,7 @@ def test_equal_plans(run, two_plans):
     assert run("diff", two_plans[0], "nowhere.json").exit_code == 2
 
 
+@pytest.mark.slow
 def test_compare_as_json(run, tmp_path):
     tg.Plan((tg.DropSite("understanding", 1, 2, 0.5),), policy="mine").save(tmp_path / "mine.json")
     result = run("compare", TINY, *FOUR, "--policies", "none, exact,pyramiddrop,mine.json", "--json")
@@ -137,7 +138,7 @@ def build():
 """
 
 
-@pytest.mark.parametrize("rule", ["min", "pad"])
+@pytest.mark.parametrize("rule", [pytest.param("min", marks=pytest.mark.slow), "pad"])
 def test_optimize_verifies_a_ragged_batch(run, tmp_path, rule):
     (tmp_path / "ragged.py").write_text(RAGGED)
     options = ("--policy", "fastv", "--option", "k=1", "--ragged", rule, "-o", "results")

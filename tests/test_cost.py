@@ -131,7 +131,11 @@ def test_no_sizes_are_those_of_the_example(janus_example: Captured) -> None:
 # ------------------------------------------------------------------ what adds up
 
 
-EXAMPLES = [(model, task) for model in ("digits_example", "janus_example") for task in ("understanding", "generation")]
+EXAMPLES = [
+    pytest.param(model, task, marks=pytest.mark.slow if model == "janus_example" else ())
+    for model in ("digits_example", "janus_example")
+    for task in ("understanding", "generation")
+]
 
 
 @pytest.mark.parametrize(("model", "task"), EXAMPLES)

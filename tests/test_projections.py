@@ -133,6 +133,7 @@ def test_checkpoints(four: Captured) -> None:
         fresh.load_state_dict({**state, "stranger": state[of]})
 
 
+@pytest.mark.slow
 def test_separate_projections_and_frozen_queries(captured_janus) -> None:
     """Frozen rows ask nothing: keys and values get copies, queries do not."""
     model: Captured = captured_janus()

@@ -124,6 +124,7 @@ def test_the_oracle_agrees(ragged: Captured, case: str, exact: bool, rule: Ragge
     tg.verify(ragged.program, accelerated).raise_if_failed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", [pytest.param(additive, marks=pytest.mark.slow), eager])
 def test_the_oracle_agrees_on_other_attentions(attend: Attend) -> None:
     model = Captured.of(spec(IMAGES, attend=attend))

@@ -18,9 +18,9 @@ from tests.zoo import LAYERS, ZOO, Attention, ZooModel, ZooTask
 
 aten = torch.ops.aten
 
-SLOW = ("janus", "emu3", "smolvlm", "qwen2_5_vl")
-"""Left out of the default run: Janus has tests of its own, Emu3 takes longest, the others are another one but for their
-encoders.
+SLOW = ("janus", "emu3", "smolvlm", "qwen2_5_vl", "glm_image", "idefics3", "internvl")
+"""Left out of the default run: Janus has tests of its own, Emu3 and GLM-Image take longest, the others are another one but
+for their encoders.
 """
 
 OPERATORS = {

@@ -213,7 +213,9 @@ def test_tied_and_frozen_parameters(tmp_path: Path) -> None:
     assert "inner.head.weight" not in stored
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-2), ("bfloat16", 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [pytest.param("float16", 2e-2, marks=pytest.mark.slow), ("bfloat16", 1e-4)]
+)
 def test_half_precision(tmp_path: Path, dtype: str, tolerance: float) -> None:
     captured = Captured.of(tiny.build(layers=1, dtype=dtype))
     site = tg.DropSite("understanding", 0, 1, 0.5)

@@ -24,7 +24,7 @@ from tokgraph.passes.analysis.cost import count_nodes, node_works
 from tokgraph.spec import split_outputs
 
 aten = torch.ops.aten
-EXAMPLES = ("digits_example", "janus_example")
+EXAMPLES = ("digits_example", pytest.param("janus_example", marks=pytest.mark.slow))
 
 
 # ------------------------------------------------------------------ FLOPs, against the counter
@@ -118,7 +118,8 @@ def test_kept_activations_of_digits_are_those_of_the_model(digits_example: Captu
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_kept_activations_of_janus_are_those_of_its_graph(
     captured_janus: Callable[..., Captured], attention: str, task: str
 ) -> None:

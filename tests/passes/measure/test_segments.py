@@ -106,9 +106,9 @@ def by_hand(model: Decoder, ids: Tensor, labels: Tensor) -> Tensor:
     [
         shifted_loss,
         shifted_logits,
-        classes_second,
+        pytest.param(classes_second, marks=pytest.mark.slow),
         from_the_sixth_row,
-        counted_from_the_end,
+        pytest.param(counted_from_the_end, marks=pytest.mark.slow),
         counted_by_a_size,
         other_ignored_label,
     ],
