@@ -677,14 +677,16 @@ def test_a_failure_writes_nothing(saved: Saved, tmp_path: Path, monkeypatch: pyt
 
 
 def test_saving_over_another_program(saved: Saved, rich_saved: Saved, tmp_path: Path) -> None:
-    """The last one is there; exports of the first, which belong to other weights, are gone; other files stay."""
+    """The last one is there; exports of the first, which belong to other weights, are gone; files of the user's stay."""
     folder = changed(rich_saved.folder, tmp_path)
-    for name in ("understanding.onnx", "constants.safetensors", "notes.txt"):
+    for name in ("understanding.forward.onnx", "constants.safetensors", "mine.onnx", "mine.pt2", "notes.txt"):
         (folder / name).write_text("x")
+    (folder / "report.json").write_text(json.dumps({"onnx": {"files": {"understanding.forward.onnx": {}}}}))
     saved.before.save(folder)
-    assert not (folder / "understanding.onnx").exists()
-    assert not (folder / "constants.safetensors").exists()
-    assert (folder / "notes.txt").read_text() == "x"
+    for name in ("understanding.forward.onnx", "constants.safetensors"):
+        assert not (folder / name).exists()
+    for name in ("mine.onnx", "mine.pt2", "notes.txt"):
+        assert (folder / name).read_text() == "x"
     same(tg.load_accelerated(folder)[G](**saved.inputs(G)), saved.before[G](**saved.inputs(G)))
 
 

@@ -46,7 +46,7 @@ def save_program(
 ) -> None:
     """Write a program that :func:`tokgraph.load_accelerated` reads. On any failure the folder stays as it was.
 
-    Exported ONNX graphs of a program that was in the folder before are removed: they belong to its weights.
+    What another program left in the folder, its exported graphs among it, is removed: it belongs to other weights.
 
     Args:
         programs: variant (``"accelerated"``, ``"baseline"``) -> program.
@@ -88,9 +88,25 @@ def save_program(
         if report:
             (temporary / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        gone = ("*.onnx", "constants.safetensors", *([] if report else ["report.json"]))
-        for stale in [path for pattern in gone for path in folder.glob(pattern)]:
-            stale.unlink()
+        for name in _written_before(folder):
+            if not (temporary / name).exists():
+                (folder / name).unlink(missing_ok=True)
+
+
+def _written_before(folder: Path) -> set[str]:
+    """Files of the program that is in the folder, and of what was exported from it; nothing that tokgraph did not write."""
+    if not (folder / MANIFEST).exists():
+        return set()
+    names = {"report.json"}
+    for file, path in ((MANIFEST, ("files",)), ("report.json", ("onnx", "files"))):
+        try:
+            found = json.loads((folder / file).read_text(encoding="utf-8"))
+            for key in path:
+                found = found[key]
+            names |= {*found, *(["constants.safetensors"] if len(path) > 1 else [])}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {name for name in names if Path(name).name == name}
 
 
 def _own(program: Program) -> dict[str, torch.nn.Parameter]:

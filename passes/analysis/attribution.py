@@ -122,7 +122,8 @@ class Locator:
         self._modules = {block.module: block.index for block in facts.blocks if block.module}
         self._branch = set(facts.visual.branch)
         order = [node.name for node in graph.graph.nodes]
-        ends = [order.index(name) for name in (facts.blocks[0].start, facts.entry) if name in order]
+        first = set(facts.blocks[0].nodes)
+        ends = [i for i, name in enumerate(order) if name in first][:1]
         self._position = {name: i for i, name in enumerate(order)}
         self._start = ends[0] if ends else 0
 

@@ -201,6 +201,7 @@ class IndexBuilder:
             high: fx.Node | int = tokens
         else:
             high = self._emit.add(tokens, stop, self.entry) if isinstance(stop, int) and stop < 0 else stop
+        low, high = (max(x, 0) if isinstance(x, int) else x for x in (low, high))  # slices may begin before the axis
         return self._call(tokgraph.range_rows.default, self.visual, low, high)
 
 
