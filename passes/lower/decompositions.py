@@ -41,6 +41,7 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
         aten.masked_scatter_backward.default: masked_scatter_backward,
         aten.slice_backward.default: slice_backward,
         aten.native_layer_norm.default: half_layer_norm,
+        aten.embedding_dense_backward.default: embedding_dense_backward,
         aten.convolution_backward.default: convolution_backward,
     }
 
@@ -84,6 +85,22 @@ def slice_backward(grad: Tensor, sizes: Sequence[Any], dim: int, start: Any, end
     start = min(max(start, 0), sizes[dim])
     after = sizes[dim] - start - grad.shape[dim]
     return F.pad(grad, [*(0, 0) * (len(sizes) - 1 - dim), start, after])
+
+
+def embedding_dense_backward(grad: Tensor, indices: Tensor, rows: Any, padding_idx: int, by_frequency: bool) -> Any:
+    """The gradient of an embedding table, by adding rows one after another.
+
+    The usual decomposition becomes a ScatterND that adds, and ONNX Runtime's runs on several threads: where a token occurs
+    twice, one addition may get lost.
+    """
+    if by_frequency:
+        return NotImplemented
+    width = grad.shape[-1]
+    at = indices.reshape(-1, 1).expand(-1, width)
+    added = grad.reshape(-1, width)
+    if padding_idx >= 0:
+        added = torch.where(at == padding_idx, 0.0, added)
+    return grad.new_zeros((rows, width)).scatter_add(0, at, added)
 
 
 def half_layer_norm(x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:

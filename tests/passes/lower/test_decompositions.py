@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import tokgraph as tg
 from tokgraph.passes.lower.decompositions import (
     convolution_backward,
+    embedding_dense_backward,
     half_layer_norm,
     masked_scatter,
     masked_scatter_backward,
@@ -294,3 +295,12 @@ def test_a_traced_gradient_holds_no_operator_that_runtimes_lack(case: str) -> No
     assert operator not in called(traced)
     x = random(4, 6, seed=3)
     torch.testing.assert_close(traced(x), gradient(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", [-1, 0, 3])
+def test_embedding_dense_backward(padding: int) -> None:
+    """Every occurrence of a token counts, padding none."""
+    indices = torch.tensor([[0, 3, 3, 1], [3, 3, 0, 6]])
+    grad = torch.randn(2, 4, 5, dtype=torch.float64)
+    expected = aten.embedding_dense_backward(grad, indices, 7, padding, False)
+    torch.testing.assert_close(embedding_dense_backward(grad, indices, 7, padding, False), expected)
