@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tokgraph.ops import decompositions
 
 aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
 _native_layer_norm = get_decompositions([aten.native_layer_norm])[aten.native_layer_norm.default]
 
 
@@ -42,6 +43,10 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
         aten.slice_backward.default: slice_backward,
         aten.native_layer_norm.default: half_layer_norm,
         aten.embedding_dense_backward.default: embedding_dense_backward,
+        aten.index_put.default: index_put,
+        aten._unsafe_index_put.default: index_put,
+        aten.index_add.default: index_add,
+        aten.scatter_add.default: half_scatter_add,
         aten.convolution_backward.default: convolution_backward,
     }
 
@@ -88,24 +93,71 @@ def slice_backward(grad: Tensor, sizes: Sequence[Any], dim: int, start: Any, end
 
 
 def embedding_dense_backward(grad: Tensor, indices: Tensor, rows: Any, padding_idx: int, by_frequency: bool) -> Any:
-    """The gradient of an embedding table, by adding rows one after another.
-
-    The usual decomposition becomes a ScatterND that adds, and ONNX Runtime's runs on several threads: where a token occurs
-    twice, one addition may get lost.
-    """
+    """The gradient of an embedding table: the rows of ``grad``, each added to its token's row."""
     if by_frequency:
         return NotImplemented
-    width = grad.shape[-1]
-    at = indices.reshape(-1, 1).expand(-1, width)
-    added = grad.reshape(-1, width)
+    added = grad.reshape(-1, grad.shape[-1])
+    at = indices.reshape(-1)
     if padding_idx >= 0:
-        added = torch.where(at == padding_idx, 0.0, added)
-    return grad.new_zeros((rows, width)).scatter_add(0, at, added)
+        added = torch.where((at == padding_idx).unsqueeze(1), 0.0, added)
+    return add_rows(grad.new_zeros((rows, grad.shape[-1])), at, added)
+
+
+def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+    """``x`` with ``values`` added at indices, which is the gradient of ``x[indices]``."""
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    given = [index for index in indices if index is not None]
+    if not accumulate or any(index.dtype in (torch.bool, torch.uint8) for index in given):
+        return NotImplemented
+    given = list(torch.broadcast_tensors(*given))
+    rest = [axis for axis in range(x.dim()) if axis not in axes]
+    together = axes[-1] - axes[0] + 1 == len(axes)  # else the indexed axes stand first in x[indices]
+    before = [x.shape[axis] for axis in rest if together and axis < axes[0]]
+    after = [x.shape[axis] for axis in rest[len(before) :]]
+    values = values.expand(*before, *given[0].shape, *after)
+    values = values.movedim(tuple(range(len(before), len(before) + given[0].dim())), tuple(range(given[0].dim())))
+
+    at = torch.zeros_like(given[0])
+    for axis, index in zip(axes, given, strict=True):
+        at = at * x.shape[axis] + torch.where(index < 0, index + x.shape[axis], index)
+    order = (*axes, *rest)
+    moved = x.permute(order)
+    rows = reduce(mul, moved.shape[: len(axes)], 1)
+    width = reduce(mul, moved.shape[len(axes) :], 1)
+    added = add_rows(moved.reshape(rows, width), at.reshape(-1), values.reshape(-1, width))
+    return added.reshape(moved.shape).permute(*(order.index(axis) for axis in range(x.dim())))
+
+
+def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Any:
+    """``x`` with slices of ``source`` added at ``index``, which is the gradient of ``index_select``."""
+    if x.dim() == 0:
+        return NotImplemented
+    source = source if alpha == 1 else source * alpha
+    rows, added = x.movedim(dim, 0), source.movedim(dim, 0)
+    width = reduce(mul, rows.shape[1:], 1)
+    made = add_rows(rows.reshape(rows.shape[0], width), index.reshape(-1), added.reshape(-1, width))
+    return made.reshape(rows.shape).movedim(0, dim)
+
+
+def add_rows(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+    """``x [n, d]`` with ``rows [k, d]`` added at the rows ``at [k]``, one after another.
+
+    The usual decomposition becomes a ScatterND that adds, and ONNX Runtime's runs on several threads: where an index
+    occurs twice, one addition may get lost.
+    """
+    return x.scatter_add(0, at.unsqueeze(1).expand(-1, x.shape[1]), rows)
+
+
+def half_scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
+    """Additions of half-precision numbers, in float32: ONNX Runtime has no kernel for them."""
+    if x.dtype not in HALF:
+        return NotImplemented
+    return x.float().scatter_add(dim, index, source.float()).to(x.dtype)
 
 
 def half_layer_norm(x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
     """Layer norm in half precision: its mean and deviation are float32 in ONNX, and half in PyTorch."""
-    if x.dtype not in (torch.float16, torch.bfloat16):
+    if x.dtype not in HALF:
         return NotImplemented
     return _native_layer_norm(x, shape, weight, bias, eps)
 

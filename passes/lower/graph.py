@@ -25,6 +25,7 @@ from tokgraph.spec import LOSS_KEY
 
 from ..analysis.stream import loss_node, output_args
 from .decompositions import runtime_decompositions
+from .origins import Origins
 from .places import PLACE, Place, carried, find_places
 
 aten = torch.ops.aten
@@ -136,7 +137,7 @@ class Tracer(fx.Interpreter):
         super().__init__(source.graph.graph_module)
         self._source = source
         self._state = state
-        self._made_by: dict[int, Place] = {}
+        self._origins: Origins[Place | None] = Origins()
 
     def fetch_attr(self, target: str) -> Any:
         """The tensor that stands for an attribute."""
@@ -145,25 +146,15 @@ class Tracer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """The node's result."""
         place = self._source.places.get(n.name)
-        first = _sequence()
-        with fx_traceback.set_current_meta(n):
+        with fx_traceback.set_current_meta(n), self._origins.recording(place):
             fx_traceback.current_meta["custom"] = carried(place, "forward") if place else {}
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            result = getattr(self, n.op)(n.target, args, kwargs)
-        if place is not None:
-            self._made_by.update(dict.fromkeys(range(first, _sequence()), place))
-        return result
+            return getattr(self, n.op)(n.target, args, kwargs)
 
     def mark_backward(self, loss: torch.Tensor) -> None:
         """Let what autograd runs for ``loss`` carry the places of the nodes whose gradients it computes."""
-        stack, seen = [loss.grad_fn], set()
-        while stack:
-            function = stack.pop()
-            if function is None or function in seen:
-                continue
-            seen.add(function)
-            function.register_prehook(self._marker(self._made_by.get(function._sequence_nr())))
-            stack += [following for following, _ in function.next_functions]
+        for function, place in self._origins.functions(loss):
+            function.register_prehook(self._marker(place))
 
     @staticmethod
     def _marker(place: Place | None) -> Callable[[Any], None]:
@@ -174,10 +165,6 @@ def mark(place: Place | None, phase: str) -> None:
     """Let what is traced from here on carry a place; where none is known, it goes on carrying the last."""
     if place is not None:
         fx_traceback.current_meta["custom"] = carried(place, phase)
-
-
-def _sequence() -> int:
-    return int(torch._C._autograd._get_sequence_nr())
 
 
 def _path_name(path: Sequence[Any]) -> str:

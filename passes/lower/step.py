@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -23,19 +24,19 @@ Decompositions = Mapping[Any, Callable[..., Any]]
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(ABC):
     """An update rule; the fields of subclasses are its options, named as those of ``torch.optim``."""
 
     name: ClassVar[str]
     lr: float = 1e-3
 
+    @abstractmethod
     def initial(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """``state/<what>/<name>`` -> state of one parameter before the first step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, name: str, parameter: torch.Tensor, grad: torch.Tensor, state: Tensors) -> dict[str, torch.Tensor]:
         """The parameter, under its name, and its state after a step."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

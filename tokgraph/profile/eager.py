@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ..export.files import NodePlace
 from ..passes.lower import Place, find_places
 from ..passes.lower.graph import Source
+from ..passes.lower.origins import Origins
 from ..program import TaskGraph
 from .events import Event, RunProfile
 
@@ -106,35 +107,24 @@ class _Marked(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self._made_by: dict[int, str] = {}
+        self._origins: Origins[str] = Origins()
         self._open: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's result."""
         if n.op != "call_function":
             return super().run_node(n)
-        first = torch._C._autograd._get_sequence_nr()
-        with record_function(f"{_MARK}|forward|{n.name}"):
-            result = super().run_node(n)
-        made = range(first, torch._C._autograd._get_sequence_nr())
-        self._made_by.update(dict.fromkeys(made, n.name))
-        return result
+        with record_function(f"{_MARK}|forward|{n.name}"), self._origins.recording(n.name):
+            return super().run_node(n)
 
     def mark(self, loss: torch.Tensor) -> None:
         """Let each function that autograd runs for ``loss`` be a range."""
-        stack, seen = [loss.grad_fn], set()
-        while stack:
-            function = stack.pop()
-            if function is None or function in seen:
-                continue
-            seen.add(function)
-            name = self._made_by.get(function._sequence_nr(), "")
-            function.register_prehook(lambda _, name=name: self._enter(name))
+        for function, name in self._origins.functions(loss):
+            function.register_prehook(lambda _, name=name: self._enter(name or "accumulate"))
             function.register_hook(lambda *_: self._leave())
-            stack += [following for following, _ in function.next_functions]
 
     def _enter(self, name: str) -> None:
-        opened = record_function(f"{_MARK}|backward|{name or 'accumulate'}")
+        opened = record_function(f"{_MARK}|backward|{name}")
         opened.__enter__()
         self._open.append(opened)
 

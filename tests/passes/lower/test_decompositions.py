@@ -18,6 +18,8 @@ from tokgraph.passes.lower.decompositions import (
     convolution_backward,
     embedding_dense_backward,
     half_layer_norm,
+    index_add,
+    index_put,
     masked_scatter,
     masked_scatter_backward,
     runtime_decompositions,
@@ -268,6 +270,9 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "nll_loss2d_backward",
     ),
     "convolution": (lambda x: F.conv1d(x.unsqueeze(0), CONSTANTS["filters"]), "convolution_backward"),
+    "indexing": (lambda x: x[[0, 2, 0, 3]], "index_put"),
+    "unsafe indexing": (lambda x: aten._unsafe_index(x, [None, torch.tensor([1, 1, 5])]), "_unsafe_index_put"),
+    "index select": (lambda x: x.index_select(1, torch.tensor([0, 2, 0])), "index_add"),
     "masked scatter": (
         lambda x: torch.masked_scatter(CONSTANTS["rows"], CONSTANTS["mask"], x),
         "masked_scatter_backward",
@@ -304,3 +309,50 @@ def test_embedding_dense_backward(padding: int) -> None:
     grad = torch.randn(2, 4, 5, dtype=torch.float64)
     expected = aten.embedding_dense_backward(grad, indices, 7, padding, False)
     torch.testing.assert_close(embedding_dense_backward(grad, indices, 7, padding, False), expected)
+
+
+INDICES: dict[str, tuple[Tensor | None, ...]] = {
+    "rows": (torch.tensor([2, 0, 2, -1, 2]),),
+    "a table of rows": (torch.tensor([[1, 1], [0, -2], [1, 0]]),),
+    "an inner axis": (None, torch.tensor([3, 3, 0])),
+    "two axes": (torch.tensor([1, 1, 0]), torch.tensor([2, 2, -1])),
+    "two axes, broadcast": (torch.tensor([[1], [2]]), torch.tensor([0, 0, 3])),
+    "two inner axes": (None, torch.tensor([0, 0, -1]), torch.tensor([1, 1, 4])),
+    "two axes apart": (torch.tensor([1, 1]), None, torch.tensor([4, 4])),
+    "a number": (torch.tensor(1), None, torch.tensor([0, 0])),
+    "all axes": (torch.tensor([1, 1]), torch.tensor([0, 0]), torch.tensor([2, 2])),
+}
+
+
+@pytest.mark.parametrize("broadcast", [False, True], ids=["whole", "broadcast"])
+@pytest.mark.parametrize("case", INDICES)
+def test_index_put_adds_at_every_occurrence(case: str, broadcast: bool) -> None:
+    x, indices = random(3, 4, 5), INDICES[case]
+    values = random(seed=2) if broadcast else random(*aten.index(x, indices).shape, seed=2)
+    expected = aten.index_put(x, indices, values, True)
+    torch.testing.assert_close(index_put(x, indices, values, True), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_indices_that_are_masks_and_plain_writes_are_left_to_torch() -> None:
+    x, mask = random(3, 4), random_mask(3, 4)
+    assert index_put(x, (mask,), random(), True) is NotImplemented
+    assert index_put(x, (torch.tensor([1]),), random()) is NotImplemented
+
+
+@pytest.mark.parametrize("alpha", [1, -0.5])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_index_add(dim: int, alpha: float) -> None:
+    x, index, source = random(3, 3, 3), torch.tensor([2, 0, 2]), random(3, 3, 3, seed=1)
+    expected = aten.index_add(x, dim, index, source, alpha=alpha)
+    torch.testing.assert_close(index_add(x, dim, index, source, alpha=alpha), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_in_half_precision_are_added_in_float32(dtype: torch.dtype) -> None:
+    """And come back in half: a thousand small ones would otherwise stop to count."""
+    x, at, ones = torch.zeros(2, 1, dtype=dtype), torch.zeros(4096, 1, dtype=torch.int64), torch.ones(4096, 1).to(dtype)
+    traced = make_fx(lambda x: x.scatter_add(0, at, ones), decomposition_table=runtime_decompositions())(x)
+    (added,) = (n for n in traced.graph.nodes if n.target is aten.scatter_add.default)
+    assert added.meta["val"].dtype == torch.float32
+    assert traced(x).tolist() == [[4096], [0]]
+    assert traced(x).dtype == dtype
