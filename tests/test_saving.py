@@ -412,6 +412,20 @@ def test_a_checkpoint_of_the_model_loads(rich: Captured, rich_saved: Saved) -> N
     assert torch.equal(copied, other[name.split(".", 2)[2]])
 
 
+@pytest.mark.parametrize("policy", ["shared", "himix-hmgen-share-partial"])
+def test_a_plan_is_applied_to_a_loaded_baseline(policy: str, tmp_path: Path) -> None:
+    """Loaded graphs have another order of nodes: what chooses rows may stand after what is to read them."""
+    captured = tg.capture(tiny.build(layers=4))
+    program = tg.apply(captured, tg.make_plan(captured, policy))
+    program.save(tmp_path / "program")
+    baseline = tg.load_accelerated(tmp_path / "program").captured
+    assert baseline is not None
+    again = tg.apply(baseline, program.plan)
+    assert tg.verify(baseline, again).passed
+    for task, spec in captured.spec.tasks.items():
+        same(again[task](**spec.inputs)[0], program[task](**spec.inputs)[0])
+
+
 def test_own_projections_come_back(rich: Captured, tmp_path: Path) -> None:
     """They are parameters of their own, with values of their own, and receive gradients."""
     program = rich.apply(tg.Plan((tg.DropSite(G, 1, 2, 0.5, projections="own"),)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -39,6 +40,8 @@ _LOOKUPS = (
     tokgraph.select.default, tokgraph.drop.default,
 )  # fmt: skip
 """Operators that read only the rows they return."""
+_PROBES: WeakKeyDictionary[FakeTensorMode, dict[Any, Probe]] = WeakKeyDictionary()
+"""Capture, by its mode -> what its calls do."""
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,17 @@ def _bytes(x: torch.Tensor) -> Any:
 
 
 class _Prober:
-    """Runs each distinct call once.
+    """Runs each distinct call once in a capture: its graphs, rewritten or not, are mostly made of the same calls.
 
     Args:
-        mode: the mode that the graph's values live in.
+        mode: the mode that the values of all graphs of a capture live in.
         example: symbol -> value, for calls that cannot run on symbolic shapes.
     """
 
     def __init__(self, mode: FakeTensorMode, example: dict[sympy.Symbol, int]) -> None:
         self._mode = mode
         self._example = example
-        self._known: dict[Any, Probe] = {}
+        self._known = _PROBES.setdefault(mode, {})
 
     def probe(self, node: fx.Node, needs_grad: Callable[[fx.Node], bool]) -> Probe:
         """What the call does, given which of its inputs need gradients."""

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
+from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.errors import PlanError
 from tokgraph.facts import Attention, Block, TaskFacts
@@ -136,9 +137,10 @@ class SeedSites(GraphPass):
             stream = self._seed_block(block, frames, emit, nodes, stream)
         frames = tuple(frame for frame in frames if not frame.site.restore)
         seed_readers(graph_module, emit, build, self.facts, stream, frames, self.exact)
-        remove_dead_code(graph)
+        stable_topological_sort(graph_module)  # a choice of rows may stand after nodes that now read it
+        remove_dead_code(graph_module.graph)
         graph_module.recompile()
-        return PassResult(graph_module, str(graph) != before)
+        return PassResult(graph_module, str(graph_module.graph) != before)
 
     def _frames(
         self, block: int, frames: tuple[Frame, ...], build: IndexBuilder, emit: Emitter, stream: fx.Node

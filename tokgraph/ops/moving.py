@@ -130,10 +130,15 @@ def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return others, rows, None
 
 
-select.register_fake(_select)
-drop.register_fake(_drop)
-restore.register_fake(_restore)
-merge.register_fake(_merge)
+def _empty_rows(x: Tensor, rows: Any, dim: int = 1) -> Tensor:
+    return x.new_empty((*x.shape[:dim], rows, *x.shape[dim + 1 :]))
+
+
+# Shapes alone: tracing what an operator does would cost several times as much, once for every node that a pass makes.
+select.register_fake(lambda x, index, dim, batch_dim: _empty_rows(x, index.shape[1], dim))
+drop.register_fake(lambda x, keep: _empty_rows(x, keep.shape[1]))
+restore.register_fake(lambda x, rows, index: x.new_empty(x.shape))
+merge.register_fake(lambda others, rows, index: _empty_rows(others, others.shape[1] + rows.shape[1]))
 select.register_autograd(_select_backward, setup_context=_select_setup)
 drop.register_autograd(_drop_backward, setup_context=_drop_setup)
 restore.register_autograd(_restore_backward, setup_context=_restore_setup)
