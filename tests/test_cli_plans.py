@@ -263,8 +263,12 @@ def test_a_policy_of_another_package(plugin):
     ("value", "message"),
     [
         ("toy_policies:Gone", "policy plugin 'toy' (toy_policies:Gone) cannot be loaded: AttributeError"),
-        ("no_such_module:Toy", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("toy_policies:NoPolicy", "is no subclass of tokgraph.policies.Policy"),
+        pytest.param(
+            "no_such_module:Toy",
+            "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("toy_policies:NoPolicy", "is no subclass of tokgraph.policies.Policy", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_plugin_is_an_error_with_a_name(plugin, value, message):

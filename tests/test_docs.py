@@ -56,7 +56,15 @@ def ids(path: Path) -> str:
     return path.name
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path, "python").strip()], ids=ids)
+COSTLY = {"CONTRIBUTING.md", "facts.md", "onnx.md", "policies.md"}
+PROGRAMS = [
+    pytest.param(path, marks=pytest.mark.slow) if path.name in COSTLY else path
+    for path in DOCUMENTS
+    if blocks(path, "python").strip()
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=ids)
 def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     program = blocks(path, "python")
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -54,6 +54,7 @@ def test_gradients_are_those_of_autograd(exported, policy: str, task: str) -> No
     assert_alike(run_file(made.folder / f"{task}.train-step.onnx", inputs), expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_the_baseline_gives_the_gradients_of_the_users_model(tmp_path: Path) -> None:
     captured = captured_tiny(1)
     accelerated = captured.apply(tg.Plan((tg.DropSite("generation", 0, 1, 0.5),)), "generation")
@@ -237,6 +238,7 @@ def test_gradients_of_repeated_indices_are_added_in_turn(tmp_path: Path) -> None
         assert ("ScatterND", b"add") not in scatters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-2), ("bfloat16", 1e-4)])
 def test_half_precision(tmp_path: Path, dtype: str, tolerance: float) -> None:
     captured = Captured.of(tiny.build(layers=1, dtype=dtype))

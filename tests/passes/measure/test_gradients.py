@@ -24,6 +24,7 @@ from tokgraph.spec import split_outputs
 
 EXACT = 1e-10
 TASKS = ("understanding", "generation")
+ODD = [pytest.param(name, marks=pytest.mark.slow) for name in ("conv", "cumsum")]
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ def measured(janus_example: Captured, digits_example: Captured) -> Measure:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(
-    "name", ["digits", "tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("janus", "conv", "cumsum"))]
-)
+@pytest.mark.parametrize("name", ["digits", "tiny", pytest.param("janus", marks=pytest.mark.slow), *ODD])
 def test_the_parts_add_up_to_the_gradient(measured: Measure, name: str, task: str) -> None:
     spec = measured(name).captured.spec
     whole = measured(name).splits[task].whole()
@@ -145,7 +144,7 @@ IMAGE_ONLY = ("vision_model", "model.aligner", "model.generation_aligner", "patc
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", ["janus", "digits", "tiny", "conv"])
+@pytest.mark.parametrize("name", ["janus", "digits", "tiny", ODD[0]])
 def test_the_parts_of_linear_layers(measured: Measure, name: str, task: str) -> None:
     """``dW = grad_out[rows].T @ x[rows]`` of the eager model, over the visual rows and over the others."""
     spec, split = measured(name).captured.spec, measured(name).splits[task]
@@ -278,7 +277,7 @@ def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Te
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", ["tiny", "conv", "cumsum"])
+@pytest.mark.parametrize("name", ["tiny", *ODD])
 def test_the_parts_of_every_module(measured: Measure, name: str, task: str) -> None:
     """Norms, tables and a convolution over tokens as well, of the tiny model."""
     spec, split = measured(name).captured.spec, measured(name).splits[task]
@@ -388,7 +387,7 @@ def read_by_the_last_visual_row_only(captured: Captured, task: str) -> set[str]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", ["janus", "digits", "tiny", "conv", "cumsum"])
+@pytest.mark.parametrize("name", ["janus", "digits", "tiny", *ODD])
 def test_gradients_are_visual_where_the_profile_says_so(measured: Measure, name: str, task: str) -> None:
     """Demand is a safe superset: it counts the last image row, which predicts the text after the image. Where the task
     ignores that text (a question, of which only the answer is learned) no gradient flows through the row.
