@@ -22,6 +22,7 @@ from tokgraph.policies import Shared, policies
 from tokgraph.policies import policy as named
 
 from .common import (
+    amount,
     calibration,
     chosen_options,
     load_model,
@@ -148,21 +149,27 @@ def compare(
 def _print(found: dict[str, Any], console: Console) -> None:
     tasks = list(found["mix"])
     mix = ", ".join(f"{name} {weight:g}" for name, weight in found["mix"].items())
-    table = Table(
-        title=f"relative to the captured program; mix: {mix}", box=SIMPLE_HEAD, padding=0, collapse_padding=True
-    )
-    table.add_column("policy", no_wrap=True)
-    rest = ("FLOPs mixed", "kept bytes", "sharing", "coverage", "new params", "verified")
-    for column in (*(f"FLOPs {t}" for t in tasks), *rest):
-        table.add_column(column, justify="right", overflow="fold", min_width=len("0.123"))
+    console.print(f"relative to the captured program; mix: {mix}; FLOPs by task: {'/'.join(tasks)}", highlight=False)
+    table = Table(box=SIMPLE_HEAD, padding=0, collapse_padding=True, show_edge=False)
+    table.add_column("policy", overflow="fold")
+    for column in (
+        "FLOPs\nby task",
+        "FLOPs\nmixed",
+        "kept\nbytes",
+        "sharing\nindex",
+        "coverage",
+        "new\nparams",
+        "oracle",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found["rows"]:
         if "error" in row:
             table.add_row(row["policy"], "-")
             continue
-        ratios = [*(row["flops_ratio"][t] for t in tasks), row["mixed_flops_ratio"], row["activation_ratio"]]
+        ratios = (row["mixed_flops_ratio"], row["activation_ratio"], row["sharing_index"], row["coverage"])
         verdict = {True: "yes", False: "NO", None: "-"}[row["verified"]]
-        cells = [f"{x:.3f}" for x in (*ratios, row["sharing_index"], row["coverage"])]
-        table.add_row(row["policy"], *cells, str(row["new_parameters"]), verdict)
+        each, cells = "/".join(f"{row['flops_ratio'][t]:.3f}" for t in tasks), [f"{x:.3f}" for x in ratios]
+        table.add_row(row["policy"], each, *cells, amount(row["new_parameters"]).replace(" ", ""), verdict)
     console.print(table)
     for row in found["rows"]:
         if "error" in row:
