@@ -38,6 +38,7 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         **known,
         **decompositions(),
+        aten.to.dtype: to_dtype,
         aten.masked_scatter.default: masked_scatter,
         aten.masked_scatter_backward.default: masked_scatter_backward,
         aten.slice_backward.default: slice_backward,
@@ -51,6 +52,15 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
     }
 
 
+def to_dtype(
+    x: Tensor, dtype: torch.dtype, non_blocking: bool = False, copy: bool = False, memory_format: Any = None
+) -> Any:
+    """A cast, which is nothing where ``x`` has the type already."""
+    if memory_format is not None:
+        return NotImplemented
+    return aten._to_copy.default(x, dtype=dtype) if copy or x.dtype != dtype else x
+
+
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
     """The mask with a last axis of size 1 where whole rows are masked, which is so for image features."""
     mask = mask.expand(like.shape[: like.dim() - mask.dim()] + mask.shape)
@@ -58,12 +68,22 @@ def _rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask[..., :1].expand(*like.shape[:-1], 1) if whole else mask.expand(like.shape)
 
 
+def _merged(x: Tensor, axes: int) -> Tensor:
+    """The first ``axes`` axes as one, the rest as another; by sizes, as converters know none for what ``-1`` stands for."""
+    return x.reshape(reduce(mul, x.shape[:axes], 1), reduce(mul, x.shape[axes:], 1))
+
+
+def _by_width(x: Tensor, width: Any) -> Tensor:
+    """The elements in order, as rows of a width."""
+    return _merged(x, x.dim() - 1) if x.shape[-1] == width else x.reshape(-1, width)
+
+
 def masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     """``x`` where ``mask`` is false, else the elements of ``source`` in order; by gathering, row by row where it can."""
     rows = _rows(mask, x)
     width = x.shape[-1] if rows.shape[-1] == 1 else 1
     at = (rows.reshape(-1).to(torch.int64).cumsum(0) - 1).clamp(min=0)
-    found = source.reshape(-1, width).index_select(0, at).reshape(x.shape)
+    found = _by_width(source, width).index_select(0, at).reshape(x.shape)
     return torch.where(rows, found, x)
 
 
@@ -77,7 +97,7 @@ def masked_scatter_backward(grad: Tensor, mask: Tensor, sizes: Sequence[Any]) ->
         flat, flat.to(torch.int64).cumsum(0) - 1, count
     )  # what is not masked goes to a row that is cut off
     into = grad.new_zeros((count + 1, width))
-    moved = into.scatter(0, at.unsqueeze(1).expand(-1, width), grad.reshape(-1, width))
+    moved = into.scatter(0, at.unsqueeze(1).expand(-1, width), _by_width(grad, width))
     return moved[:count].reshape(sizes)
 
 
@@ -96,7 +116,7 @@ def embedding_dense_backward(grad: Tensor, indices: Tensor, rows: Any, padding_i
     """The gradient of an embedding table: the rows of ``grad``, each added to its token's row."""
     if by_frequency:
         return NotImplemented
-    added = grad.reshape(-1, grad.shape[-1])
+    added = _merged(grad, grad.dim() - 1)
     at = indices.reshape(-1)
     if padding_idx >= 0:
         added = torch.where((at == padding_idx).unsqueeze(1), 0.0, added)
@@ -122,9 +142,7 @@ def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accum
         at = at * x.shape[axis] + torch.where(index < 0, index + x.shape[axis], index)
     order = (*axes, *rest)
     moved = x.permute(order)
-    rows = reduce(mul, moved.shape[: len(axes)], 1)
-    width = reduce(mul, moved.shape[len(axes) :], 1)
-    added = add_rows(moved.reshape(rows, width), at.reshape(-1), values.reshape(-1, width))
+    added = add_rows(_merged(moved, len(axes)), at.reshape(-1), _merged(values, at.dim()))
     return added.reshape(moved.shape).permute(*(order.index(axis) for axis in range(x.dim())))
 
 
@@ -134,8 +152,7 @@ def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any 
         return NotImplemented
     source = source if alpha == 1 else source * alpha
     rows, added = x.movedim(dim, 0), source.movedim(dim, 0)
-    width = reduce(mul, rows.shape[1:], 1)
-    made = add_rows(rows.reshape(rows.shape[0], width), index.reshape(-1), added.reshape(-1, width))
+    made = add_rows(_merged(rows, 1), index.reshape(-1), _merged(added, 1))
     return made.reshape(rows.shape).movedim(0, dim)
 
 

@@ -308,15 +308,20 @@ def step_counter(source: Source) -> dict[str, torch.Tensor]:
     return {STEP: source.state.pop(STEP).detach().clone()} if STEP in source.state else {}
 
 
-def lower_forward(graph: TaskGraph, facts: TaskFacts | None = None) -> Lowered:
+def lower_forward(
+    graph: TaskGraph,
+    facts: TaskFacts | None = None,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Lowered:
     """Loss and outputs, operators of ours written out, all others as they are in the graph.
 
     Args:
         graph: the captured or rewritten graph.
         facts: facts of the captured graph; ``None``: the graph's nodes carry their places, as loaded ones do.
+        decompositions: operator -> function to trace instead, besides :func:`runtime_decompositions`.
     """
     source = Source(graph, facts)
-    return _lower(source, step_counter(source), runtime_decompositions())
+    return _lower(source, step_counter(source), {**(decompositions or {}), **runtime_decompositions()})
 
 
 def lower_program(graph: TaskGraph, facts: TaskFacts | None = None) -> Lowered:

@@ -16,6 +16,8 @@ from tests import tiny
 from tests.export.conftest import Exported, run_file
 from tests.harness import Captured, captured_tiny
 from tokgraph.export import ExportOptions, export_programs
+from tokgraph.export.convert import DEFAULT_OPSET, is_decomposed, onnx_decompositions
+from tokgraph.passes.lower import lower_forward, lower_train_step
 
 onnx = pytest.importorskip("onnx")
 
@@ -130,6 +132,15 @@ def test_every_node_says_where_it_comes_from(exported) -> None:
         mine = [p for p in places if p["tokgraph.block"] == block]
         assert {p["tokgraph.phase"] for p in mine} == {"forward", "backward"}
         assert any(p["tokgraph.module"].startswith(f"layers.{block}") for p in mine)
+
+
+@pytest.mark.parametrize("lower", [lower_forward, lower_train_step])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_graph_is_traced_once(exported, task: str, lower) -> None:
+    """What the converter would decompose, by a trace that takes longer than all the rest, is decomposed already."""
+    program = exported().accelerated
+    lowered = lower(program.program[task], program.facts[task], onnx_decompositions(DEFAULT_OPSET))
+    assert is_decomposed(lowered, DEFAULT_OPSET)
 
 
 def test_no_path_of_the_machine_is_in_a_file(exported) -> None:

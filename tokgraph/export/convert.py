@@ -67,7 +67,8 @@ def _implemented(opset: int) -> set[Any]:
         return set(get_onnx_implemented_overloads(ONNXRegistry.from_torchlib(opset_version=opset)))
 
 
-def _is_decomposed(lowered: Lowered, opset: int) -> bool:
+def is_decomposed(lowered: Lowered, opset: int) -> bool:
+    """Whether all operators of a graph have ONNX counterparts, so that the converter need not trace it once more."""
     calls = [node.target for node in lowered.module.graph.nodes if node.op == "call_function"]
     known = _implemented(opset) | _OWN_TRANSLATIONS
     return all(call in known for call in calls if isinstance(call, torch._ops.OpOverload))
@@ -142,7 +143,7 @@ def to_onnx(
         ExportError: an operator has no ONNX counterpart.
         DependencyError: the packages that convert are not installed.
     """
-    program = exported_program(lowered, into=_Decomposed if _is_decomposed(lowered, opset) else ExportedProgram)
+    program = exported_program(lowered, into=_Decomposed if is_decomposed(lowered, opset) else ExportedProgram)
     with _quiet():
         try:
             converted = torch.onnx.export(

@@ -177,6 +177,7 @@ def _same_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
 def _jobs(
     programs: Mapping[str, Program], facts: Facts | None, options: ExportOptions, tell: Callable[[str], None]
 ) -> Iterator[_Job]:
+    decompositions = onnx_decompositions(options.opset)
     for variant, program in programs.items():
         trained = [name for name, p in program.model.named_parameters() if p.requires_grad]
         for name, graph in program.items():
@@ -184,11 +185,11 @@ def _jobs(
             for kind in options.kinds:
                 tell(f"lower {file_name(name, kind, variant)}")
                 if kind == "forward":
-                    lowered = lower_forward(graph, of_task)
+                    lowered = lower_forward(graph, of_task, decompositions)
                 elif kind == "train-step":
-                    lowered = lower_train_step(graph, of_task, onnx_decompositions(options.opset))
+                    lowered = lower_train_step(graph, of_task, decompositions)
                 else:
-                    lowered = lower_update_step(graph, options.rule(), of_task, onnx_decompositions(options.opset))
+                    lowered = lower_update_step(graph, options.rule(), of_task, decompositions)
                 yield _Job(variant, graph, lowered, _blocks(lowered), (*trained, *graph.own_parameters()))
 
 
