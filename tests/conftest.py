@@ -45,6 +45,28 @@ def unround_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+OF_JANUS = {
+    *(f"tests/passes/measure/test_{name}.py" for name in ("attention", "gradients", "redundancy", "segments")),
+    *(f"tests/policies/test_{name}.py" for name in ("fastv_rule", "published")),
+    *(f"tests/test_{name}.py" for name in ("cost", "laws", "projections", "semantics")),
+    "tests/passes/analysis/test_cost.py",
+    "tests/saving/test_elsewhere.py",
+}
+"""Modules with tests of Janus."""
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process for all modules with tests of Janus, whose captures they share; else one for each module."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return "janus" if module in OF_JANUS else module
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadscope" else None
+
+
 @pytest.fixture(scope="session")
 def captured_janus() -> Callable[..., Captured]:
     """``(attn, dtype, batch) -> Captured``: the tiny Janus of the hand-written reference, with the forwards of the example."""

@@ -134,6 +134,7 @@ def test_norm_selector(captured_janus, case, exact):
     check(captured_janus("sdpa"), "understanding", NORM_SITES[case], exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("case", EAGER_SITES)
 def test_eager(captured_janus, task, case):

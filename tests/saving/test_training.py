@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import tokgraph as tg
-from tests import tiny
 from tests.harness import Captured, captured_tiny
 from tests.saving.programs import TASKS, G, Rich, Saved, U, loss_of, same
 
@@ -63,11 +62,11 @@ def test_a_checkpoint_of_the_model_loads(rich: Captured, rich_saved: Saved) -> N
     assert torch.equal(copied, other[name.split(".", 2)[2]])
 
 
-@pytest.mark.parametrize("policy", ["shared", "himix-hmgen-share-partial"])
+@pytest.mark.parametrize("policy", [pytest.param("shared", marks=pytest.mark.slow), "himix-hmgen-share-partial"])
 def test_a_plan_is_applied_to_a_loaded_baseline(policy: str, tmp_path: Path) -> None:
     """Loaded graphs have another order of nodes: what chooses rows may stand after what is to read them."""
-    captured = tg.capture(tiny.build(layers=4))
-    program = tg.apply(captured, tg.make_plan(captured, policy))
+    captured = captured_tiny(4)
+    program = captured.apply(tg.make_plan(captured.program, policy, facts=captured.facts))
     program.save(tmp_path / "program")
     baseline = tg.load_accelerated(tmp_path / "program").captured
     assert baseline is not None

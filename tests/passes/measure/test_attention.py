@@ -416,6 +416,7 @@ def attentions(found: Captured, task: str) -> list[Tensor]:
         return list(out.attentions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_janus_allocates_as_transformers_says(eager_janus: Captured, task: str) -> None:
     allocation = of(eager_janus, task)
@@ -424,6 +425,7 @@ def test_janus_allocates_as_transformers_says(eager_janus: Captured, task: str) 
     assert_sums_to_one(allocation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_janus_runs_in_pieces(eager_janus: Captured, task: str) -> None:
     facts = eager_janus.facts[task]
@@ -434,6 +436,7 @@ def test_janus_runs_in_pieces(eager_janus: Captured, task: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_janus_fused_equals_eager(janus_example: Captured, eager_janus: Captured, task: str) -> None:
     fused, plain = of(janus_example, task), of(eager_janus, task)
