@@ -111,6 +111,7 @@ def test_compare_as_json(run, tmp_path):
     assert all(row["verified"] is True and row["new_parameters"] == 0 for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_compare_weighs_by_the_mix(run):
     arguments = ("compare", TINY, *FOUR, "--policies", "pyramiddrop", "--no-verify", "--json")
     (row,) = json.loads(run(*arguments, "--mix", "understanding=1,generation=0").stdout)["rows"]
@@ -138,7 +139,8 @@ def build():
 """
 
 
-@pytest.mark.parametrize("rule", [pytest.param("min", marks=pytest.mark.slow), "pad"])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["min", "pad"])
 def test_optimize_verifies_a_ragged_batch(run, tmp_path, rule):
     (tmp_path / "ragged.py").write_text(RAGGED)
     options = ("--policy", "fastv", "--option", "k=1", "--ragged", rule, "-o", "results")

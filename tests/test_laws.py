@@ -219,6 +219,7 @@ def plan_and_graphs() -> str:
     return plan.to_json() + "".join(format_graph(p[task]) for p in (program, after) for task in TASKS)
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_plan_and_graphs():
     """Byte for byte, though another process hashes strings and places objects differently."""
     environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}

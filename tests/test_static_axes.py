@@ -166,7 +166,7 @@ def places(facts: TaskFacts) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "found"])
-@pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "eager"])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["sdpa", "eager"])
 @pytest.mark.parametrize("task", ["understanding", "generation"])
 def test_equal_sizes_do_not_change_what_analysis_finds(task: str, fused: bool, declared: bool) -> None:
     expected, actual = (places(facts_of(sizes, fused, task, declared)) for sizes in (DISTINCT, EQUAL))

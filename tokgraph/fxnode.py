@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -145,8 +145,22 @@ def call(
 def refresh_value(node: fx.Node) -> None:
     """Recompute the fake value of a call from those of its inputs."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    with fake_mode(node.graph) or nullcontext():
+    with entered(fake_mode(node.graph)):
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def entered(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Run in a fake mode, without its cache: over symbolic sizes, finding what is in it takes longer than computing it."""
+    if mode is None:
+        yield
+        return
+    cached, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        with mode:
+            yield
+    finally:
+        mode.cache_enabled = cached
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokgraph.cost import Work
-from tokgraph.fxnode import ancestors, argument, fake_mode, tensor, value
+from tokgraph.fxnode import ancestors, argument, entered, fake_mode, tensor, value
 from tokgraph.program import TaskGraph
 
 from .evaluate import evaluate, example_leaves
@@ -245,7 +245,7 @@ def _without_trace(mode: FakeTensorMode) -> Iterator[None]:
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback where we try again
     disabled, logger.disabled = logger.disabled, True
     try:
-        with mode, mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext():
+        with entered(mode), mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext():
             yield
     finally:
         logger.disabled = disabled

@@ -247,6 +247,7 @@ def test_batches_of_other_sizes_add_up() -> None:
     torch.testing.assert_close(one.mass, expected(found, "t", weights, one, whole), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     """Scores and sums are made in float32; the model's own rounding stays."""
     exact, half = of(captured()), of(captured(dtype=torch.bfloat16))

@@ -120,6 +120,7 @@ def test_batches_add_up() -> None:
     assert_like(one, by_hand(streams(found, "t", whole), find_segments(graph, facts, whole)["image"]), 1e-9)
 
 
+@pytest.mark.slow
 def test_half_precision_is_compared_in_float32() -> None:
     found = captured(dtype=torch.bfloat16)
     graph, facts = found.program["t"], found.facts["t"]

@@ -105,12 +105,12 @@ def by_hand(model: Decoder, ids: Tensor, labels: Tensor) -> Tensor:
     "forward",
     [
         shifted_loss,
-        shifted_logits,
+        pytest.param(shifted_logits, marks=pytest.mark.slow),
         pytest.param(classes_second, marks=pytest.mark.slow),
         from_the_sixth_row,
         pytest.param(counted_from_the_end, marks=pytest.mark.slow),
-        counted_by_a_size,
-        other_ignored_label,
+        pytest.param(counted_by_a_size, marks=pytest.mark.slow),
+        pytest.param(other_ignored_label, marks=pytest.mark.slow),
     ],
 )
 def test_ways_to_write_a_loss(forward: Callable[..., Tensor]) -> None:

@@ -416,7 +416,15 @@ def with_loss(forward: object, outputs: str = "loss") -> Captured:
     return Captured.of(tg.ModelSpec(models.decoder(models.PreNorm), {"t": task}), "t")
 
 
-@pytest.mark.parametrize("forward", [shifted_by_slices, classes_first, summed, weighted])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        shifted_by_slices,
+        pytest.param(classes_first, marks=pytest.mark.slow),
+        pytest.param(summed, marks=pytest.mark.slow),
+        weighted,
+    ],
+)
 def test_every_way_to_write_a_loss(forward: object) -> None:
     """Exact, hidden and gone for good: the same numbers as the captured graph or the seeded one."""
     found = with_loss(forward)
