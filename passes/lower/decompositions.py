@@ -162,7 +162,7 @@ def add_rows(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
     The usual decomposition becomes a ScatterND that adds, and ONNX Runtime's runs on several threads: where an index
     occurs twice, one addition may get lost.
     """
-    return x.scatter_add(0, at.unsqueeze(1).expand(-1, x.shape[1]), rows)
+    return x.scatter_add(0, at.to(torch.int64).unsqueeze(1).expand(-1, x.shape[1]), rows)
 
 
 def half_scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:

@@ -131,6 +131,7 @@ def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 def _empty_rows(x: Tensor, rows: Any, dim: int = 1) -> Tensor:
+    dim %= x.dim()
     return x.new_empty((*x.shape[:dim], rows, *x.shape[dim + 1 :]))
 
 

@@ -302,10 +302,11 @@ def test_a_traced_gradient_holds_no_operator_that_runtimes_lack(case: str) -> No
     torch.testing.assert_close(traced(x), gradient(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("padding", [-1, 0, 3])
-def test_embedding_dense_backward(padding: int) -> None:
+def test_embedding_dense_backward(padding: int, dtype: torch.dtype) -> None:
     """Every occurrence of a token counts, padding none."""
-    indices = torch.tensor([[0, 3, 3, 1], [3, 3, 0, 6]])
+    indices = torch.tensor([[0, 3, 3, 1], [3, 3, 0, 6]], dtype=dtype)
     grad = torch.randn(2, 4, 5, dtype=torch.float64)
     expected = aten.embedding_dense_backward(grad, indices, 7, padding, False)
     torch.testing.assert_close(embedding_dense_backward(grad, indices, 7, padding, False), expected)
