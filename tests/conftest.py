@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -45,14 +46,10 @@ def unround_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-OF_JANUS = {
-    *(f"tests/passes/measure/test_{name}.py" for name in ("attention", "gradients", "redundancy", "segments")),
-    *(f"tests/policies/test_{name}.py" for name in ("fastv_rule", "published")),
-    *(f"tests/test_{name}.py" for name in ("cost", "laws", "projections", "semantics")),
-    "tests/passes/analysis/test_cost.py",
-    "tests/saving/test_elsewhere.py",
-}
-"""Modules with tests of Janus."""
+@cache
+def is_of_janus(module: str) -> bool:
+    """Whether tests in a module, given by its path, take a capture of Janus."""
+    return re.search("captured_janus|janus_example", (EXAMPLES.parent / module).read_text(encoding="utf-8")) is not None
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -62,7 +59,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module = nodeid.partition("::")[0]
-            return "janus" if module in OF_JANUS else module
+            return "janus" if is_of_janus(module) else module
 
     return Scheduling(config, log) if config.getoption("dist") == "loadscope" else None
 

@@ -16,7 +16,7 @@ from tokgraph.ops import decompositions
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
-_native_layer_norm = get_decompositions([aten.native_layer_norm])[aten.native_layer_norm.default]
+_of_torch = get_decompositions([aten.native_layer_norm, aten.embedding_dense_backward])
 
 
 def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -33,6 +33,8 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
             aten.silu_backward,
             aten.gelu_backward,
             aten._fused_rms_norm_backward,
+            aten.index_add,
+            aten._unsafe_masked_index_put_accumulate,
         ]
     )
     return {
@@ -46,7 +48,6 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
         aten.embedding_dense_backward.default: embedding_dense_backward,
         aten.index_put.default: index_put,
         aten._unsafe_index_put.default: index_put,
-        aten.index_add.default: index_add,
         aten.scatter_add.default: half_scatter_add,
         aten.convolution_backward.default: convolution_backward,
     }
@@ -113,14 +114,12 @@ def slice_backward(grad: Tensor, sizes: Sequence[Any], dim: int, start: Any, end
 
 
 def embedding_dense_backward(grad: Tensor, indices: Tensor, rows: Any, padding_idx: int, by_frequency: bool) -> Any:
-    """The gradient of an embedding table: the rows of ``grad``, each added to its token's row."""
+    """The gradient of an embedding table; torch's also masks indices out of range, by a copy of all of ``grad``."""
     if by_frequency:
-        return NotImplemented
-    added = _merged(grad, grad.dim() - 1)
-    at = indices.reshape(-1)
+        return _of_torch[aten.embedding_dense_backward.default](grad, indices, rows, padding_idx, by_frequency)
     if padding_idx >= 0:
-        added = torch.where((at == padding_idx).unsqueeze(1), 0.0, added)
-    return add_rows(grad.new_zeros((rows, grad.shape[-1])), at, added)
+        grad = torch.where((indices == padding_idx).unsqueeze(-1), 0.0, grad)
+    return _add_rows(grad.new_zeros((rows, grad.shape[-1])), indices, _merged(grad, grad.dim() - 1))
 
 
 def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
@@ -129,7 +128,7 @@ def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accum
     given = [index for index in indices if index is not None]
     if not accumulate or any(index.dtype in (torch.bool, torch.uint8) for index in given):
         return NotImplemented
-    given = list(torch.broadcast_tensors(*given))
+    given = list(torch.broadcast_tensors(*(index.to(torch.int64) for index in given)))
     rest = [axis for axis in range(x.dim()) if axis not in axes]
     together = axes[-1] - axes[0] + 1 == len(axes)  # else the indexed axes stand first in x[indices]
     before = [x.shape[axis] for axis in rest if together and axis < axes[0]]
@@ -140,29 +139,19 @@ def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accum
     at = torch.zeros_like(given[0])
     for axis, index in zip(axes, given, strict=True):
         at = at * x.shape[axis] + torch.where(index < 0, index + x.shape[axis], index)
-    order = (*axes, *rest)
-    moved = x.permute(order)
-    added = add_rows(_merged(moved, len(axes)), at.reshape(-1), _merged(values, at.dim()))
-    return added.reshape(moved.shape).permute(*(order.index(axis) for axis in range(x.dim())))
+    first = tuple(range(len(axes)))
+    moved = x.movedim(axes, first)
+    added = _add_rows(_merged(moved, len(axes)), at, _merged(values, at.dim()))
+    return added.reshape(moved.shape).movedim(first, axes)
 
 
-def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Any:
-    """``x`` with slices of ``source`` added at ``index``, which is the gradient of ``index_select``."""
-    if x.dim() == 0:
-        return NotImplemented
-    source = source if alpha == 1 else source * alpha
-    rows, added = x.movedim(dim, 0), source.movedim(dim, 0)
-    made = add_rows(_merged(rows, 1), index.reshape(-1), _merged(added, 1))
-    return made.reshape(rows.shape).movedim(0, dim)
+def _add_rows(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+    """``x [n, d]`` with ``rows [k, d]`` added at the rows ``at`` (``k`` numbers), one after another.
 
-
-def add_rows(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    """``x [n, d]`` with ``rows [k, d]`` added at the rows ``at [k]``, one after another.
-
-    The usual decomposition becomes a ScatterND that adds, and ONNX Runtime's runs on several threads: where an index
-    occurs twice, one addition may get lost.
+    The converter makes an adding ``index_put`` a ScatterND that adds, and ONNX Runtime's runs on several threads: where an
+    index occurs twice, one addition may get lost.
     """
-    return x.scatter_add(0, at.to(torch.int64).unsqueeze(1).expand(-1, x.shape[1]), rows)
+    return x.scatter_add(0, at.to(torch.int64).reshape(-1, 1).expand(-1, x.shape[1]), rows)
 
 
 def half_scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
@@ -176,7 +165,7 @@ def half_layer_norm(x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias
     """Layer norm in half precision: its mean and deviation are float32 in ONNX, and half in PyTorch."""
     if x.dtype not in HALF:
         return NotImplemented
-    return _native_layer_norm(x, shape, weight, bias, eps)
+    return _of_torch[aten.native_layer_norm.default](x, shape, weight, bias, eps)
 
 
 def convolution_backward(

@@ -135,7 +135,7 @@ def _empty_rows(x: Tensor, rows: Any, dim: int = 1) -> Tensor:
     return x.new_empty((*x.shape[:dim], rows, *x.shape[dim + 1 :]))
 
 
-# Shapes alone: tracing what an operator does would cost several times as much, once for every node that a pass makes.
+# Shapes alone: tracing what an operator does would cost more, once for every node that a pass makes.
 select.register_fake(lambda x, index, dim, batch_dim: _empty_rows(x, index.shape[1], dim))
 drop.register_fake(lambda x, keep: _empty_rows(x, keep.shape[1]))
 restore.register_fake(lambda x, rows, index: x.new_empty(x.shape))

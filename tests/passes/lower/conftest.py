@@ -11,10 +11,7 @@ import tokgraph as tg
 from tests import tiny
 from tests.harness import Captured, captured_tiny
 from tests.passes.lower.programs import PLANS, RANDOM, G, U, draw, read
-from tokgraph.passes.lower import (
-    Lowered,
-    lower_train_step,
-)
+from tokgraph.passes.lower import Lowered, lower_train_step
 
 
 @pytest.fixture(scope="session")
