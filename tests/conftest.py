@@ -48,8 +48,11 @@ def unround_norms(model: nn.Module) -> nn.Module:
 
 @cache
 def is_of_janus(module: str) -> bool:
-    """Whether tests in a module, given by its path, take a capture of Janus."""
-    return re.search("captured_janus|janus_example", (EXAMPLES.parent / module).read_text(encoding="utf-8")) is not None
+    """Whether tests in a module, given by its path, take a capture of Janus or gradients that are measured on one."""
+    return (
+        re.search("captured_janus|janus_example|: Measure", (EXAMPLES.parent / module).read_text(encoding="utf-8"))
+        is not None
+    )
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
