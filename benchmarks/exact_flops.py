@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 import tokgraph as tg
-from tokgraph.passes.analysis.flops import Flops, count_flops
+from tokgraph.passes.cost.flops import Flops, count_flops
 
 JANUS = Path(__file__).resolve().parent.parent / "examples" / "janus.py"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import tokgraph as tg
-from tokgraph.batchfile import read_batches
 from tokgraph.profile import profile_exported
+from tokgraph.store.batches import read_batches
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import tokgraph as tg
-from tokgraph.planner import search
-from tokgraph.report import make_report
+from tokgraph.planning.search import search
+from tokgraph.report.report import make_report
 
 JANUS = Path(__file__).resolve().parent.parent / "examples" / "janus.py"
 TARGETS = [0.45 + 0.5 * i / 9 for i in range(10)]
@@ -25,7 +25,7 @@ TARGETS = [0.45 + 0.5 * i / 9 for i in range(10)]
 
 def rewritten(program: tg.Program, facts: tg.Facts, plan: tg.Plan) -> tuple[float, float]:
     """FLOPs ratio and sharing index of the rewritten graphs."""
-    report = make_report(program, tg.apply(program, plan, facts=facts))
+    report = make_report(tg.apply(facts, plan))
     return report["flops_ratio"], report["sharing_index"]
 
 

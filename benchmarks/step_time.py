@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 import tokgraph as tg
-from tokgraph.passes.analysis.flops import count_flops
-from tokgraph.spec import split_outputs
+from tokgraph.ir.spec import split_outputs
+from tokgraph.passes.cost.flops import count_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[], None]

@@ -13,9 +13,9 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tokgraph.measure import load_batches
-from tokgraph.policies import policies
-from tokgraph.spec import ModelSpec, load
+from tokgraph.ir.spec import ModelSpec, load
+from tokgraph.planning import policies
+from tokgraph.store.batches import load_batches
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,16 +9,15 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tokgraph.analyze import analyze
-from tokgraph.capture import capture
-from tokgraph.conventions import NAMES
-from tokgraph.facts import Facts, known_cost
 from tokgraph.files import write_atomically
-from tokgraph.measure import measure
-from tokgraph.plan import Plan
-from tokgraph.report import make_report
-from tokgraph.rewrite import apply
-from tokgraph.summary import summarise, with_nodes
+from tokgraph.ir.facts import Facts
+from tokgraph.ir.plan import Plan
+from tokgraph.measurement.measurements import measure
+from tokgraph.passes.capture.export import capture
+from tokgraph.report.published_flops import NAMES
+from tokgraph.report.report import make_report
+from tokgraph.report.summary import summarise, with_nodes
+from tokgraph.stages import analyze, apply
 
 from .common import calibration, load_model, model_options, parse_settings, progress
 from .tables import print_summary
@@ -70,14 +69,13 @@ def inspect(
         measured = None
         if calibrate is not None:
             stage("measure")
-            measured = measure(program, facts, batches)
+            measured = measure(facts, batches)
         accelerated = None
         if plan is not None:
             stage("apply the plan")
-            accelerated = apply(program, plan, facts=facts)
+            accelerated = apply(facts, plan)
         stage("summarise")
         summary = summarise(
-            program,
             facts,
             measured,
             sizes=asked or _one_sample(facts),
@@ -85,7 +83,7 @@ def inspect(
             accelerated=accelerated,
         )
         if accelerated is not None:
-            report = make_report(program, accelerated)
+            report = make_report(accelerated)
             summary["plan"] = {name: report[name] for name in ("policy", "options", "sharing_index", "coverage")}
     if out is not None:
         write_atomically(out / "facts.json", json.dumps(with_nodes(summary, facts), indent=1) + "\n")
@@ -97,7 +95,7 @@ def inspect(
 
 def _one_sample(facts: Facts) -> list[dict[str, int]]:
     """``batch=1``, where the example batch is larger and every task's graph leaves the batch open."""
-    sizes = [known.sizes for task in facts.values() if (known := known_cost(task)).sizes is not None]
+    sizes = [known.sizes for task in facts.values() if (known := task.cost).sizes is not None]
     free = all(x.names["batch"].free_symbols for x in sizes)
     return [{"batch": 1}] if free and any(x.example_of("batch") != 1 for x in sizes) else []
 

@@ -13,12 +13,12 @@ from rich.table import Table
 
 import tokgraph
 from tokgraph.files import new_directory
-from tokgraph.ir import format_graph
-from tokgraph.optimize import optimize as run
+from tokgraph.ir.plan import Plan
+from tokgraph.ir.printer import format_graph
+from tokgraph.ir.program import TaskGraph, is_meta
 from tokgraph.passes.pipeline import PassDelta
-from tokgraph.plan import Plan
-from tokgraph.program import TaskGraph, is_meta
 from tokgraph.runtime import Accelerated
+from tokgraph.stages import optimize as run
 
 from .common import amount, chosen_options, load_model, model_options, parse_settings, policy_options, progress
 

@@ -11,15 +11,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tokgraph.analyze import analyze
-from tokgraph.capture import capture
 from tokgraph.comparison import compare as run_compare
 from tokgraph.comparison import diff as run_diff
-from tokgraph.measure import image_mass, measure
-from tokgraph.plan import Plan, Ragged
-from tokgraph.planning import make_plan
-from tokgraph.policies import Shared, policies
-from tokgraph.policies import policy as named
+from tokgraph.ir.plan import Plan, Ragged
+from tokgraph.measurement.measurements import image_mass, measure
+from tokgraph.passes.capture.export import capture
+from tokgraph.planning import Shared, policies
+from tokgraph.planning import policy as named
+from tokgraph.stages import analyze, make_plan
 
 from .common import (
     amount,
@@ -61,10 +60,10 @@ def plan(
         facts = analyze(program)
         if calibrate is not None:
             stage("measure")
-            given["mass"] = image_mass(measure(program, facts, batches), facts)
+            given["mass"] = image_mass(measure(facts, batches), facts)
         ragged = given.pop("ragged", "min")
         chosen = named(policy or "shared", **given)
-        made = make_plan(program, chosen, facts=facts, ragged=ragged)
+        made = make_plan(facts, chosen, ragged=ragged)
     if out is not None:
         made.save(out)
     else:

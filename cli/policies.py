@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokgraph.policies import Policy
-from tokgraph.policies import policies as known
+from tokgraph.planning import Policy
+from tokgraph.planning import policies as known
 
 
 def describe(policy: type[Policy]) -> dict[str, Any]:

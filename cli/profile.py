@@ -88,7 +88,6 @@ def profile(
             inputs = {name: graph.example() | first(given, name) for name, graph in accelerated.program.items()}
             found, profiles = profile_programs(
                 accelerated.variants(accelerated.captured is not None),
-                accelerated.facts,
                 inputs,
                 kinds=kinds,
                 device=device,

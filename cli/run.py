@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from tokgraph.errors import DependencyError, ExportError
 from tokgraph.export.files import ACCELERATED, BASELINE, ExportedFile, find_exported
 from tokgraph.export.reference import Reference
+from tokgraph.export.session import Session
 from tokgraph.files import new_file
-from tokgraph.loading import load_accelerated
-from tokgraph.ort import Session
 from tokgraph.runtime import Accelerated
+from tokgraph.store.loading import load_accelerated
 
 from .profile import exported_inputs, first
 from .target import Batches, batches_in, example_of, holds_onnx, holds_program

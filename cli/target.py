@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from tokgraph.batchfile import EXAMPLE, read_batches
-from tokgraph.loading import load_accelerated
-from tokgraph.optimize import optimize
-from tokgraph.plan import Plan
+from tokgraph.ir.plan import Plan
 from tokgraph.runtime import Accelerated
-from tokgraph.saving import MANIFEST
+from tokgraph.stages import optimize
+from tokgraph.store.batches import EXAMPLE, read_batches
+from tokgraph.store.loading import load_accelerated
+from tokgraph.store.saving import MANIFEST
 
 from .common import chosen_options, load_model
 

@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from tokgraph.errors import InternalError, TokgraphError
-from tokgraph.program import Program, TaskGraph
+from tokgraph.ir.program import Program, TaskGraph
 
 Numerics = Literal["exact", "approximate"]
 

@@ -117,7 +117,7 @@ def digits_example() -> Captured:
     return Captured.of(tg.load(EXAMPLES / "digits.py", dtype="float64", layers=4, batch=4))
 
 
-CLI_MODULES = ("tokgraph.cli.inspect", "tokgraph.cli.plan", "tokgraph.optimize", "tokgraph.comparison")
+CLI_MODULES = ("tokgraph.cli.inspect", "tokgraph.cli.plan", "tokgraph.stages", "tokgraph.comparison")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import tokgraph
 from tokgraph import errors
 from tokgraph.cli import main as tokgraph_command
 from tokgraph.passes import GraphPass
-from tokgraph.policies import policies
+from tokgraph.planning import policies
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,9 +13,9 @@ import torch
 
 import tokgraph as tg
 from tests.harness import Captured, assert_close, assert_same_gradients, gradients
-from tokgraph.ir import format_graph
-from tokgraph.report import make_report
-from tokgraph.spec import split_outputs
+from tokgraph.ir.printer import format_graph
+from tokgraph.ir.spec import split_outputs
+from tokgraph.report.report import make_report
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("understanding", "generation")
@@ -129,7 +129,7 @@ def test_exact_changes_no_loss_and_no_gradient(example, task):
 
 
 def test_exact_costs_less_and_leaves_the_pathways(example):
-    report = make_report(example.program, example.apply(EXACT))
+    report = make_report(example.apply(EXACT))
     for task in TASKS:
         flops = report["tasks"][task]["flops"]
         assert flops["after"]["forward"] < flops["before"]["forward"]
@@ -155,7 +155,7 @@ def test_exact_costs_less_and_leaves_the_pathways(example):
 )
 def test_shared_keeps_a_sharing_index_of_one(digits_example, options):
     plan = tg.make_plan(digits_example.program, "shared", facts=digits_example.facts, **options)
-    report = make_report(digits_example.program, digits_example.apply(plan))
+    report = make_report(digits_example.apply(plan))
     assert report["sharing_index"] == 1.0
     assert (report["coverage"] < 1.0) == (options.get("keep") != 1.0)
 
@@ -163,7 +163,7 @@ def test_shared_keeps_a_sharing_index_of_one(digits_example, options):
 @pytest.mark.parametrize("mode", ["hide", "freeze"])
 def test_shared_keeps_a_sharing_index_of_one_on_janus(janus_example, mode):
     plan = tg.make_plan(janus_example.program, "shared", facts=janus_example.facts, span=(1, 3), keep=0.5, mode=mode)
-    report = make_report(janus_example.program, janus_example.apply(plan))
+    report = make_report(janus_example.apply(plan))
     assert report["sharing_index"] == 1.0
     assert report["flops_ratio"] < 1
 
@@ -197,7 +197,7 @@ def size_of(model: torch.nn.Module, *parts: str) -> int:
 def test_thinning_one_task_diverges_by_what_it_thins(digits_example, mode, thinned, exact):
     """A quarter of the visual tokens pass the thinned parameters on one task, all of them on the other."""
     plan = tg.Plan((tg.DropSite("understanding", 1, 3, keep=0.25, mode=mode),), exact=exact)
-    report = make_report(digits_example.program, digits_example.apply(plan))
+    report = make_report(digits_example.apply(plan))
     model = digits_example.model
     both = size_of(model, "") - size_of(model, "patch_encoder")  # generation has no use for the patch encoder
     lost = 0.75 * size_of(model, *thinned)

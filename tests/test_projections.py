@@ -11,8 +11,9 @@ from torch.nn import functional as F
 import tokgraph as tg
 from tests import tiny
 from tests.harness import Captured, captured_tiny
-from tokgraph.plan import DropSite
-from tokgraph.report import make_report
+from tokgraph.ir.plan import DropSite
+from tokgraph.planning.check import check_plan
+from tokgraph.report.report import make_report
 
 U, G = "understanding", "generation"
 
@@ -58,7 +59,7 @@ def test_the_oracle_agrees(four: Captured, case: str, exact: bool) -> None:
 
 
 def planned(model: Captured, sites: list[DropSite], exact: bool = True) -> tg.Plan:
-    return tg.planning.check_plan(tg.Plan(tuple(sites), exact), model.facts)
+    return check_plan(tg.Plan(tuple(sites), exact), model.facts)
 
 
 def test_the_oracle_notices_copies_that_are_not_used(four: Captured) -> None:
@@ -157,7 +158,7 @@ def test_eager_attention_has_the_same_projections(captured_janus) -> None:
 def test_the_report_counts_copies_as_divergence(four: Captured) -> None:
     """Both tasks get copies in block 1, alike in number, yet the projections are no longer shared."""
     plan = planned(four, [own(U, 1, 2, 1.0), own(G, 1, 2, 1.0)])
-    report = make_report(four.program, four.apply(plan))
+    report = make_report(four.apply(plan))
     qkv = 16 * 48 + 48
     whole = 4 * (2 * 16 + qkv + (16 * 16 + 16) + 2 * 16 + (16 * 32 + 32) + (32 * 16 + 16)) + 2 * 16
     assert report["new_parameters"] == 2 * qkv
@@ -171,7 +172,7 @@ def test_copies_cost_nothing(four: Captured) -> None:
         tg.make_plan(four.program, "himix", facts=four.facts, projections=projections)
         for projections in ("own", "shared")
     ]
-    mine, model = (make_report(four.program, four.apply(plan))["tasks"][U]["flops"]["after"] for plan in plans)
+    mine, model = (make_report(four.apply(plan))["tasks"][U]["flops"]["after"] for plan in plans)
     assert mine == model
 
 
@@ -179,7 +180,7 @@ def test_projections_that_are_no_linear_layers_are_refused(four: Captured) -> No
     blocks = [replace(b, projections=()) for b in four.facts[U].blocks]
     facts = tg.Facts({**four.facts, U: replace(four.facts[U], blocks=tuple(blocks))})
     with pytest.raises(tg.PlanError, match=r"block 1 \(layers.1\) computes queries, keys or values by something else"):
-        tg.planning.check_plan(tg.Plan((own(U, 1, 3, 0.5),)), facts)
+        check_plan(tg.Plan((own(U, 1, 3, 0.5),)), facts)
 
 
 def test_unknown_projections_are_refused() -> None:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 import tokgraph as tg
 from tests import tiny
 from tests.harness import Captured
-from tokgraph.passes.analysis.evaluate import evaluate
-from tokgraph.plan import DropSite, Ragged
+from tokgraph.ir.evaluate import evaluate
+from tokgraph.ir.plan import DropSite, Ragged
+from tokgraph.planning.check import check_plan
 
 U, G = "understanding", "generation"
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -112,7 +113,7 @@ SITES = {
 
 
 def planned(model: Captured, sites: list[DropSite], exact: bool = True) -> tg.Plan:
-    return tg.planning.check_plan(tg.Plan(tuple(sites), exact), model.facts)
+    return check_plan(tg.Plan(tuple(sites), exact), model.facts)
 
 
 @pytest.mark.parametrize("rule", ["min", "pad"])
@@ -201,7 +202,7 @@ def test_padded_each_sample_loses_its_own_share(ragged: Captured) -> None:
         assert kept(ragged, accelerated, ids) == [5, 3, 7, 6]
         assert [len(p) for p in pads(accelerated, ids)] == [1, 0, 3, 2]
     costs = [
-        tg.report.make_report(ragged.program, ragged.apply(planned(ragged, [site(1, 3, 0.4, ragged=rule)])))["tasks"][U]
+        tg.report.make_report(ragged.apply(planned(ragged, [site(1, 3, 0.4, ragged=rule)])))["tasks"][U]
         for rule in ("min", "pad")
     ]
     assert costs[0]["flops"]["after"] == costs[1]["flops"]["after"]
@@ -271,7 +272,7 @@ def test_shared_pads(both_tasks: Captured) -> None:
     accelerated = model.apply(tg.make_plan(model.program, "shared", facts=model.facts, ragged="pad"))
     tg.verify(model.program, accelerated).raise_if_failed()
     assert {s.ragged for s in accelerated.plan.sites} == {"pad"}
-    report = tg.report.make_report(model.program, accelerated)
+    report = tg.report.make_report(accelerated)
     assert report["sharing_index"] == 1.0
     assert report["tasks"][U]["tokens_per_block"]["after"][1:3] == [4.0, 4.0]  # half of 8, on average
 
@@ -281,7 +282,7 @@ def test_the_planner_pads(both_tasks: Captured) -> None:
     model = both_tasks
     plan = tg.make_plan(model.program, "shared", facts=model.facts, ragged="pad", target_flops=0.86)
     assert {s.ragged for s in plan.sites} == {"pad"}
-    assert tg.report.make_report(model.program, model.apply(plan))["flops_ratio"] == pytest.approx(0.86, rel=0.01)
+    assert tg.report.make_report(model.apply(plan))["flops_ratio"] == pytest.approx(0.86, rel=0.01)
 
 
 def test_uniform_is_uniform_in_each_sample() -> None:
@@ -317,14 +318,14 @@ def test_gradients_reach_every_parameter_that_they_reached(ragged: Captured) -> 
 
 def test_shares_are_averages(ragged: Captured) -> None:
     accelerated = ragged.apply(planned(ragged, [site(1, 3, 0.4)]))
-    report = tg.report.make_report(ragged.program, accelerated)["tasks"][U]
+    report = tg.report.make_report(accelerated)["tasks"][U]
     assert report["tokens_per_block"]["before"] == [9.25] * 4
     assert report["tokens_per_block"]["after"][2] == 9.25 - 4
 
 
 @pytest.mark.parametrize("what", ["projections", "selector"])
 def test_what_needs_equal_numbers_is_refused(ragged: Captured, what: str, monkeypatch) -> None:
-    from tokgraph import selectors
+    from tokgraph.planning import selectors
 
     monkeypatch.setattr(selectors, "_SELECTORS", selectors.selectors())
     tg.register_selector("spread", causal=False)(lambda rows: rows.var(-1))

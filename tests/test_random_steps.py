@@ -7,7 +7,7 @@ import torch
 
 import tokgraph as tg
 from tests import tiny
-from tokgraph.passes.analysis.evaluate import evaluate
+from tokgraph.ir.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import tokgraph as tg
 from tests.harness import Captured
-from tokgraph.facts import TaskFacts
-from tokgraph.report import make_report
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.report.report import make_report
 
 BATCH, HEADS, LAYERS, VISUAL = 2, 4, 3, 6
 
@@ -211,7 +211,7 @@ def test_it_agrees_with_the_oracle(task: str, fused: bool, name: str) -> None:
     sites = tuple(replace(site, task=task) for site in CASES[name].sites)
     accelerated = captured(EQUAL, fused).apply(tg.Plan(sites, exact=True), task)
     tg.verify(accelerated.captured, accelerated).raise_if_failed()
-    report = make_report(accelerated.captured, accelerated)
+    report = make_report(accelerated)
     assert report["tasks"][task]["tokens_per_block"]["after"] == getattr(CASES[name], task)
     assert 0 < report["coverage"] <= 1
     assert report["flops_ratio"] <= 1

@@ -11,7 +11,7 @@ import tokgraph as tg
 from tests.harness import Captured
 from tokgraph.passes.analysis.visual import visual_mask
 from tokgraph.passes.rules import ruled_operators
-from tokgraph.report import make_report
+from tokgraph.report.report import make_report
 
 pytest.importorskip("transformers")
 from tests.zoo import LAYERS, ZOO, Attention, ZooModel, ZooTask
@@ -105,7 +105,7 @@ def check_plans(zoo: ZooModel, model: Captured) -> None:
         for kind, plan in plans(name).items():
             accelerated = model.apply(plan, name)
             tg.verify(accelerated.captured, accelerated).raise_if_failed()
-            report = make_report(accelerated.captured, accelerated)
+            report = make_report(accelerated)
             assert report["tasks"][name]["tokens_per_block"]["after"] == [left[kind]] * (LAYERS - 1) + [last], kind
             assert report["flops_ratio"] < 1, f"{name}, {kind}"
 
@@ -115,7 +115,7 @@ def check_shared(model: Captured) -> None:
     if len(model.program) < 2:
         return
     plan = tg.make_plan(model.program, "shared", facts=model.facts, span=(0, LAYERS - 1))
-    report = make_report(model.program, model.apply(plan))
+    report = make_report(model.apply(plan))
     assert report["sharing_index"] == 1.0
     assert 0.5 < report["coverage"] < 1
     assert report["flops_ratio"] < 1

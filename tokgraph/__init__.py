@@ -2,9 +2,13 @@
 their parameters.
 """
 
-from .analyze import analyze, costs
-from .capture import capture
-from .cost import TaskCost
+from tokgraph.ir.cost import TaskCost
+from tokgraph.ir.facts import Facts, TaskFacts
+from tokgraph.ir.plan import DropSite, Plan
+from tokgraph.ir.program import Program, TaskGraph
+from tokgraph.ir.spec import ModelSpec, Task, VisualTokens, load
+from tokgraph.ir.verification import Verification
+
 from .errors import (
     AnalysisError,
     BatchError,
@@ -20,20 +24,12 @@ from .errors import (
     TokgraphError,
     VerificationError,
 )
-from .facts import Facts, TaskFacts
-from .loading import load_accelerated
-from .measure import ImageAttention, Measurements, image_attention, load_batches, measure, save_batches
-from .optimize import optimize
-from .plan import DropSite, Plan
-from .planning import make_plan
-from .policies import Policy
-from .program import Program, TaskGraph
-from .rewrite import apply
+from .measurement import ImageAttention, Measurements, image_attention, measure
+from .planning import Policy, register_selector
+from .report import summarise
 from .runtime import Accelerated, TaskModule
-from .selectors import register_selector
-from .spec import ModelSpec, Task, VisualTokens, load
-from .summary import summarise
-from .verdict import Verification
+from .stages import analyze, apply, capture, costs, make_plan, optimize
+from .store import load_accelerated, load_batches, save_batches
 from .verification import verify
 from .version import VERSION
 

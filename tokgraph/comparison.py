@@ -7,20 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .analyze import analyze
-from .capture import capture
+from tokgraph.ir.facts import Facts
+from tokgraph.ir.plan import DropSite, Plan, Ragged
+from tokgraph.ir.program import is_meta
+from tokgraph.ir.spec import ModelSpec
+from tokgraph.passes.capture.export import capture
+from tokgraph.planning.search import checked_mix
+from tokgraph.report.report import make_report
+from tokgraph.verification.judge import verify as run_verification
+
 from .errors import TokgraphError
-from .facts import Facts
-from .optimize import Progress
-from .plan import DropSite, Plan, Ragged
-from .planner import checked_mix
-from .planning import make_plan
-from .policies import Policy
-from .program import Program, is_meta
-from .report import make_report
-from .rewrite import apply
-from .spec import ModelSpec
-from .verification import verify as run_verification
+from .planning import Policy
+from .stages import Progress, analyze, apply, make_plan
 
 SCHEMA = 1
 
@@ -63,25 +61,24 @@ def compare(
         label = policy if isinstance(policy, str) else getattr(policy, "name", getattr(policy, "policy", "plan"))
         tell(label)
         try:
-            rows.append({"policy": label, **_row(program, facts, policy, weights, ragged, verify)})
+            rows.append({"policy": label, **_row(facts, policy, weights, ragged, verify)})
         except TokgraphError as error:
             rows.append({"policy": label, "error": error.message})
     return {"schema": SCHEMA, "mix": weights, "rows": rows}
 
 
 def _row(
-    program: Program,
     facts: Facts,
     policy: str | Policy | Plan,
     weights: Mapping[str, float],
     ragged: Ragged,
     verify: bool,
 ) -> dict[str, Any]:
-    plan = policy if isinstance(policy, Plan) else make_plan(program, policy, facts=facts, ragged=ragged)
-    accelerated = apply(program, plan, facts=facts)
-    if verify and not is_meta(program.model):
-        accelerated.verification = run_verification(program, accelerated)
-    report = make_report(program, accelerated)
+    plan = policy if isinstance(policy, Plan) else make_plan(facts, policy, ragged=ragged)
+    accelerated = apply(facts, plan)
+    if verify and not is_meta(accelerated.model):
+        accelerated.verification = run_verification(accelerated)
+    report = make_report(accelerated)
     tasks = report["tasks"]
     return {
         "flops_ratio": {name: task["flops"]["ratio"] for name, task in tasks.items()},

@@ -1,8 +1,8 @@
-"""Accelerated programs: callable modules, one a task, over the model's own parameters."""
+"""Accelerated programs: callable modules, one a task, over the model's own parameters. Data and calls; no file format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tokgraph.ir.facts import Facts
+from tokgraph.ir.plan import Plan
+from tokgraph.ir.program import STEP, Program, TaskGraph
+from tokgraph.ir.verification import Verification
+from tokgraph.passes.facts import analyze
+
 from .errors import FileError
-from .export import ExportOptions, export_programs
-from .facts import Facts
-from .plan import Plan
-from .program import STEP, Program, TaskGraph
-from .saving import save_program
-from .verdict import Verification
-from .version import VERSION
 
 
 class TaskModule(nn.Module):
@@ -81,19 +80,37 @@ class Accelerated(Mapping[str, TaskModule]):
 
     Args:
         program: the rewritten program.
-        captured: the program it was made from; ``None`` for one that was saved without.
         plan: the plan that was applied.
-        facts: facts of the captured program; ``None`` for a loaded one (``tg.analyze(accelerated.captured)``).
+        facts: facts of the captured program; ``None`` for one that was loaded, whose baseline is analysed when they are
+            asked for.
+        captured: the program that a loaded one was made from, where it was saved with it.
     """
 
-    def __init__(self, program: Program, captured: Program | None, plan: Plan, facts: Facts | None) -> None:
+    def __init__(
+        self, program: Program, plan: Plan, facts: Facts | None = None, *, captured: Program | None = None
+    ) -> None:
         self.program = program
-        self.captured = captured
         self.plan = plan
-        self.facts = facts
+        self.captured = captured if facts is None else facts.program
         self.verification: Verification | None = None
         self.report: dict[str, Any] = {}
+        self._facts = facts
         self._modules_by_task = {name: TaskModule(graph) for name, graph in program.items()}
+
+    @property
+    def facts(self) -> Facts:
+        """Facts of the captured program.
+
+        Raises:
+            FileError: the program was saved without its baseline.
+        """
+        if self._facts is None:
+            self._facts = analyze(self.variants(with_baseline=True)["baseline"])
+        return self._facts
+
+    def with_program(self, program: Program) -> Accelerated:
+        """Another rewritten program for the same plan, not verified: what a pass of the user's own made of this one."""
+        return Accelerated(program, self.plan, self._facts, captured=self.captured)
 
     @property
     def model(self) -> nn.Module:
@@ -143,64 +160,18 @@ class Accelerated(Mapping[str, TaskModule]):
         return {**baseline, "accelerated": self.program}
 
     def save(self, folder: str | Path, *, with_baseline: bool = True) -> None:
-        """Write the program: ``TASK.pt2``, ``weights.safetensors``, ``plan.json``, example batches, ``manifest.json``.
+        """Write the program to a folder, for :func:`tokgraph.load_accelerated`: :func:`tokgraph.store.save`."""
+        from .store import save
 
-        :func:`tokgraph.load_accelerated` reads it, without the model's code. Nothing of the user's is pickled.
-
-        Args:
-            folder: where to; what is there is replaced file by file, or, on a failure, stays as it was.
-            with_baseline: also the captured graphs.
-
-        Raises:
-            FileError: the model has no values (meta device).
-        """
-        save_program(
-            self.variants(with_baseline),
-            self.facts,
-            self.plan,
-            self.state_dict(),
-            Path(folder),
-            report=self.report,
-            version=VERSION,
-        )
+        save(self, folder, with_baseline=with_baseline)
 
     def export_onnx(
-        self,
-        folder: str | Path,
-        kind: str | Sequence[str] = ("forward", "train-step"),
-        *,
-        with_baseline: bool = False,
-        progress: Callable[[str], None] | None = None,
-        **options: Any,
+        self, folder: str | Path, kind: str | Sequence[str] = ("forward", "train-step"), **options: Any
     ) -> dict[str, Any]:
-        """Export every task to ONNX over one ``weights.safetensors``, checked against PyTorch in ONNX Runtime.
+        """Export every task to ONNX over one ``weights.safetensors``, checked: :func:`tokgraph.export.export_onnx`."""
+        from .export import export_onnx
 
-        Args:
-            folder: where the files go.
-            kind: ``"forward"`` (loss and outputs), ``"train-step"`` (loss and ``grad/<name>`` of every parameter),
-                ``"update-step"`` (parameters and optimizer state in and out), or several of them.
-            with_baseline: also the captured graphs.
-            progress: called with each file's name before it is made.
-            options: further fields of :class:`tokgraph.export.ExportOptions`.
-
-        Returns:
-            What was written, and the errors found: :func:`tokgraph.export.export_programs`.
-
-        Raises:
-            ExportError: a graph cannot be converted, or disagrees with PyTorch; nothing is written then.
-            DependencyError: a package is missing.
-        """
-        kinds: Any = (kind,) if isinstance(kind, str) else tuple(kind)
-        return export_programs(
-            self.variants(with_baseline),
-            self.facts,
-            self.state_dict(),
-            Path(folder),
-            ExportOptions(kinds=kinds, **options),
-            report=self.report,
-            version=VERSION,
-            progress=progress,
-        )
+        return export_onnx(self, folder, kind, **options)
 
     def __getitem__(self, task: str) -> TaskModule:
         return self._modules_by_task[task]

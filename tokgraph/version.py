@@ -1,3 +1,5 @@
-"""The version of tokgraph."""
+"""The version of tokgraph, as it is installed."""
 
-VERSION = "0.1.0"
+from importlib.metadata import version
+
+VERSION = version("tokgraph")

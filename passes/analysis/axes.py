@@ -12,7 +12,7 @@ import networkx as nx
 from torch import fx
 
 from tokgraph.errors import InternalError
-from tokgraph.fxnode import dims, same_size, tensor
+from tokgraph.ir.node import dims, same_size, tensor
 
 from ..rules import axis_map
 from ..rules.registry import Axis

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.facts import Attention, Block, KeyOperand
-from tokgraph.fxnode import argument, rank, tensor, tensor_inputs, where
-from tokgraph.program import TaskGraph
+from tokgraph.ir.facts import Attention, Block, KeyOperand
+from tokgraph.ir.node import argument, rank, tensor, tensor_inputs, where
+from tokgraph.ir.program import TaskGraph
 
 from ..rules import axis_map
 from ..rules.registry import Axis, Mix

@@ -6,9 +6,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from tokgraph.facts import Demand, Window
-from tokgraph.fxnode import argument, descendants, value
-from tokgraph.program import TaskGraph
+from tokgraph.ir.facts import Demand, Window
+from tokgraph.ir.node import argument, descendants, value
+from tokgraph.ir.program import TaskGraph
 
 from ..rules.registry import first_input, norm_dim
 from .axes import AxisClasses

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import fx
 
-from tokgraph.facts import Attention, Projection
-from tokgraph.fxnode import argument, rank, tensor_inputs
+from tokgraph.ir.facts import Attention, Projection
+from tokgraph.ir.node import argument, rank, tensor_inputs
 
 aten = torch.ops.aten
 

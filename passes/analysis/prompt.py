@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import fx
 
-from tokgraph.facts import Prompt, Window
-from tokgraph.fxnode import argument, descendants
-from tokgraph.program import TaskGraph
+from tokgraph.ir.facts import Prompt, Window
+from tokgraph.ir.node import argument, descendants
+from tokgraph.ir.program import TaskGraph
 
-from ..rewrite.readers import LossRows, loss_rows
 from ..rules.registry import norm_dim
 from .axes import AxisClasses
+from .loss_rows import LossRows, loss_rows
 
 
 def find_prompt(graph: TaskGraph, after: fx.Node, classes: AxisClasses, windows: tuple[Window, ...]) -> Prompt | None:

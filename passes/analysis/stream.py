@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.fxnode import argument, descendants, module_path, tensor, tensor_inputs, where
-from tokgraph.program import TaskGraph
+from tokgraph.ir.node import argument, descendants, module_path, tensor, tensor_inputs, where
+from tokgraph.ir.program import TaskGraph, loss_node
 
 aten = torch.ops.aten
 _ADDS = (aten.add.Tensor,)
@@ -44,20 +44,6 @@ class Segment:
     end: fx.Node
     nodes: tuple[fx.Node, ...]
     module: str
-
-
-def output_args(graph: fx.Graph) -> list[fx.Node]:
-    """The graph's flat outputs."""
-    return list(graph.output_node().args[0])  # type: ignore[arg-type]
-
-
-def loss_node(graph: TaskGraph) -> fx.Node:
-    """The node that is the task's loss: the first scalar float output."""
-    for node in output_args(graph.graph):
-        val = tensor(node)
-        if val is not None and val.dim() == 0 and val.is_floating_point():
-            return node
-    raise AnalysisError(f"task {graph.name!r}: no output of the graph is a scalar loss")
 
 
 def residual_segments(graph: TaskGraph) -> list[Segment]:

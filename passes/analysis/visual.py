@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.facts import VisualFlow
-from tokgraph.fxnode import ancestors, argument, descendants, rank, tensor, tensor_inputs, where
-from tokgraph.program import TaskGraph
+from tokgraph.ir.evaluate import actual_size, evaluate, size_hint
+from tokgraph.ir.facts import VisualFlow
+from tokgraph.ir.node import ancestors, argument, descendants, rank, tensor, tensor_inputs, where
+from tokgraph.ir.program import TaskGraph
 
 from ..rules.registry import Axis
 from .axes import AxisClasses
-from .evaluate import actual_size, evaluate, size_hint
 
 aten = torch.ops.aten
 MEETS = (aten.cat.default, aten.masked_scatter.default, aten.where.self, aten.index_put.default)

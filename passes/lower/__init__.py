@@ -1,8 +1,9 @@
 """Lowering: a task's graph as one flat ATen graph for a runtime: forward, training step, or training step with update."""
 
 from .decompositions import runtime_decompositions
+from .exported import exported_program
 from .graph import Lowered, lower_forward, lower_program
-from .places import Kind, Place, find_places
+from .places import Kind, Place, mark_places, places_of
 from .step import OPTIMIZERS, Optimizer, lower_train_step, lower_update_step
 
 __all__ = [
@@ -11,10 +12,12 @@ __all__ = [
     "Lowered",
     "Optimizer",
     "Place",
-    "find_places",
+    "exported_program",
     "lower_forward",
     "lower_program",
     "lower_train_step",
     "lower_update_step",
+    "mark_places",
+    "places_of",
     "runtime_decompositions",
 ]

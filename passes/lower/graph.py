@@ -18,15 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import ExportError, InternalError
-from tokgraph.facts import TaskFacts
-from tokgraph.fxnode import fake_mode, value
-from tokgraph.program import COMPACT_OUTPUTS, STEP, TIED, TaskGraph
-from tokgraph.spec import LOSS_KEY
+from tokgraph.ir.node import fake_mode, output_args, value
+from tokgraph.ir.program import COMPACT_OUTPUTS, STEP, TIED, TaskGraph, loss_node
+from tokgraph.ir.spec import LOSS_KEY
 
-from ..analysis.stream import loss_node, output_args
 from .decompositions import runtime_decompositions
 from .origins import Origins
-from .places import PLACE, Place, carried, find_places
+from .places import PLACE, Place, carried, places_of
 
 aten = torch.ops.aten
 STATE, ROWS = "state", "rows"
@@ -65,12 +63,11 @@ class Source:
 
     Args:
         graph: the captured or rewritten graph.
-        facts: facts of the captured graph, ``None`` for a loaded one.
     """
 
-    def __init__(self, graph: TaskGraph, facts: TaskFacts | None) -> None:
+    def __init__(self, graph: TaskGraph) -> None:
         self.graph = graph
-        self.places = find_places(graph, facts)
+        self.places = places_of(graph)
         self.state: dict[str, torch.Tensor] = {}
         self.names: dict[str, str] = {}
         self._collect()
@@ -308,25 +305,20 @@ def step_counter(source: Source) -> dict[str, torch.Tensor]:
     return {STEP: source.state.pop(STEP).detach().clone()} if STEP in source.state else {}
 
 
-def lower_forward(
-    graph: TaskGraph,
-    facts: TaskFacts | None = None,
-    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
-) -> Lowered:
+def lower_forward(graph: TaskGraph, decompositions: Mapping[Any, Callable[..., Any]] | None = None) -> Lowered:
     """Loss and outputs, operators of ours written out, all others as they are in the graph.
 
     Args:
         graph: the captured or rewritten graph.
-        facts: facts of the captured graph; ``None``: the graph's nodes carry their places, as loaded ones do.
         decompositions: operator -> function to trace instead, besides :func:`runtime_decompositions`.
     """
-    source = Source(graph, facts)
+    source = Source(graph)
     return _lower(source, step_counter(source), {**(decompositions or {}), **runtime_decompositions()})
 
 
-def lower_program(graph: TaskGraph, facts: TaskFacts | None = None) -> Lowered:
+def lower_program(graph: TaskGraph) -> Lowered:
     """The graph itself, operators of ours kept, a step counter among its state: what a file of the program holds."""
-    return _lower(Source(graph, facts), {}, {})
+    return _lower(Source(graph), {}, {})
 
 
 def _lower(

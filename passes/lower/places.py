@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx
 
-from tokgraph.facts import Block, TaskFacts
-from tokgraph.fxnode import ancestors, descendants, module_path, tensor, tensor_inputs
-from tokgraph.program import TaskGraph
+from tokgraph.ir.facts import Block, TaskFacts
+from tokgraph.ir.node import ancestors, descendants, module_path, tensor, tensor_inputs
+from tokgraph.ir.program import TaskGraph
 
-from ..analysis.attribution import Locator
+from ..cost.attribution import Locator
 from ..rules import axis_map
 
 aten = torch.ops.aten
@@ -51,33 +51,35 @@ def place_of(node: fx.Node) -> dict[str, Any] | None:
     return dict(found) if isinstance(found, Mapping) else None
 
 
-def find_places(graph: TaskGraph, facts: TaskFacts | None) -> dict[str, Place]:
-    """Name -> place of every call in a captured or rewritten graph.
+def places_of(graph: TaskGraph) -> dict[str, Place]:
+    """Name -> place of every call that carries one: all calls of a graph that was analysed, rewritten, or loaded."""
+    found = {}
+    for node in graph.graph.nodes:
+        place = place_of(node) if node.op == "call_function" else None
+        if place is not None:
+            found[node.name] = Place(node.name, place["module"], place["block"], place["kind"])
+    return found
+
+
+def mark_places(graph: TaskGraph, facts: TaskFacts) -> None:
+    """Let every call of a captured or rewritten graph carry its place.
 
     Args:
         graph: the task's graph.
-        facts: facts of the captured graph; ``None`` for a graph that was loaded from a file, whose nodes carry theirs.
+        facts: facts of the captured graph.
     """
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    if facts is None:
-        carried = {node.name: place_of(node) for node in calls}
-        return {
-            name: Place(name, place["module"], place["block"], place["kind"])
-            for name, place in carried.items()
-            if place is not None
-        }
     locate = Locator(graph, facts)
     kinds = _Kinds(graph.graph, facts.blocks, locate)
     inside = [node for node in calls if locate.of(node)[0] == "block"]
     before = ancestors(inside)
-    places = {}
     for node in calls:
         region, block = locate.of(node)
         if region == "head" and node in before and tensor(node) is not None:
             region = "input"  # as masks that are made late
         kind: Kind = "drop" if _moves_rows(node) else kinds.of(node, block) if region == "block" else region
-        places[node.name] = Place(node.name, module_path(node), block, kind)
-    return places
+        place = Place(node.name, module_path(node), block, kind)
+        node.meta["custom"] = {**node.meta.get("custom", {}), PLACE: asdict(place)}
 
 
 def carried(place: Place, phase: str) -> dict[str, Any]:

@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from tokgraph.facts import TaskFacts
-from tokgraph.program import TaskGraph
+from tokgraph.ir.program import TaskGraph, loss_node
 
-from ..analysis.stream import loss_node
 from .decompositions import runtime_decompositions
 from .graph import STATE, Lowered, Source, mark, step_counter, trace
 from .places import Place
@@ -111,17 +109,14 @@ class AdamW(Optimizer):
 OPTIMIZERS: dict[str, type[Optimizer]] = {rule.name: rule for rule in (SGD, AdamW)}
 
 
-def lower_train_step(
-    graph: TaskGraph, facts: TaskFacts | None = None, decompositions: Decompositions | None = None
-) -> Lowered:
+def lower_train_step(graph: TaskGraph, decompositions: Decompositions | None = None) -> Lowered:
     """Inputs -> ``loss``, and ``grad/<name>`` of every parameter that requires a gradient and that the loss depends on.
 
     Args:
         graph: the captured or rewritten graph.
-        facts: facts of the captured graph; ``None``: the graph's nodes carry their places, as loaded ones do.
         decompositions: operator -> function to trace instead, besides :func:`runtime_decompositions`.
     """
-    source = Source(graph, facts)
+    source = Source(graph)
     counter = step_counter(source)
     names: list[str] = []
 
@@ -139,7 +134,6 @@ def lower_train_step(
 def lower_update_step(
     graph: TaskGraph,
     optimizer: Optimizer,
-    facts: TaskFacts | None = None,
     decompositions: Decompositions | None = None,
 ) -> Lowered:
     """Inputs, parameters and optimizer state -> ``loss``, and both after one step.
@@ -150,10 +144,9 @@ def lower_update_step(
     Args:
         graph: the captured or rewritten graph.
         optimizer: the update rule.
-        facts: facts of the captured graph; ``None``: the graph's nodes carry their places, as loaded ones do.
         decompositions: operator -> function to trace instead, besides :func:`runtime_decompositions`.
     """
-    source = Source(graph, facts)
+    source = Source(graph)
     counter = step_counter(source)
     parameters = {name: source.state.pop(name).detach() for name in source.trained}
     initial = {f"{PARAMETER}/{name}": parameter for name, parameter in parameters.items()}

@@ -1,18 +1,7 @@
-"""Rewriting: seeds write the semantics, sinking removes the dead work."""
+"""Rewriting: seeds write the semantics of a plan, pushing selections down removes the dead work."""
 
-from .cleanup import RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
-from .layout import KeepBatchAxis
+from .pushdown import PushDown
+from .realise import rewrite_passes, seeds
 from .seed import ExplicitCausalMask, SeedSites
-from .sink import Sink
 
-__all__ = [
-    "ExplicitCausalMask",
-    "KeepBatchAxis",
-    "RemoveAssertions",
-    "RemoveNoOps",
-    "SeedSites",
-    "Sink",
-    "SplitToSlices",
-    "TypeAsToCast",
-    "ViewToReshape",
-]
+__all__ = ["ExplicitCausalMask", "PushDown", "SeedSites", "rewrite_passes", "seeds"]

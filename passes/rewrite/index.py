@@ -8,12 +8,12 @@ import torch
 from torch import fx
 
 from tokgraph.errors import IllegalRewriteError, PlanError
-from tokgraph.facts import TaskFacts
-from tokgraph.fxnode import rank
-from tokgraph.plan import DropSite
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.node import rank
+from tokgraph.ir.plan import DropSite
 
-from .frames import Frame
-from .nodes import VISUAL_ROWS, Emitter
+from ..emitter import VISUAL_ROWS, Emitter
+from .row_space import Frame
 from .scores import Scores, Seen
 
 aten = torch.ops.aten

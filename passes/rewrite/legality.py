@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import fx
 
 from tokgraph.errors import IllegalRewriteError
-from tokgraph.facts import Block, TaskFacts
-from tokgraph.fxnode import tensor_inputs, where
+from tokgraph.ir.facts import Block, TaskFacts
+from tokgraph.ir.node import tensor_inputs, where
 
 from ..analysis.axes import AxisClasses
 from ..analysis.blocks import token_mixes

@@ -9,15 +9,15 @@ import torch
 from torch import fx
 
 from tokgraph.errors import InternalError, PlanError
-from tokgraph.facts import Attention, TaskFacts
-from tokgraph.fxnode import argument, rank
-from tokgraph.plan import DropSite
-from tokgraph.program import STEP
-from tokgraph.selectors import scorer, selectors
+from tokgraph.ir.facts import Attention, TaskFacts
+from tokgraph.ir.node import argument, rank
+from tokgraph.ir.plan import DropSite
+from tokgraph.ir.program import STEP
+from tokgraph.planning.selectors import scorer, selectors
 
+from ..emitter import Emitter, hoist
 from ..rules.registry import is_one
-from .frames import Frame, indices
-from .nodes import Emitter, hoist
+from .row_space import Frame, indices
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph

@@ -1,6 +1,6 @@
 """Seeds: a few nodes that write the semantics of drop sites and of demand into a graph, changing no shape after them.
 
-A seeded graph is valid and computes the answer already; :class:`~tokgraph.passes.rewrite.sink.Sink` then moves the
+A seeded graph is valid and computes the answer already; :class:`~tokgraph.passes.rewrite.sink.PushDown` then moves the
 selections towards the inputs, where they save work.
 """
 
@@ -16,18 +16,18 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.errors import PlanError
-from tokgraph.facts import Attention, Block, TaskFacts
-from tokgraph.fxnode import argument, rank, refresh_value
-from tokgraph.plan import DropSite
+from tokgraph.ir.facts import Attention, Block, TaskFacts
+from tokgraph.ir.node import argument, rank, refresh_value
+from tokgraph.ir.plan import DropSite
 
+from ..emitter import RESIDUAL, Emitter, remove_dead_code
 from ..pipeline import GraphPass, Numerics
 from ..rules.registry import is_one
-from .frames import Frame, indices, unpadded
 from .index import IndexBuilder, check_disjoint_or_nested
 from .legality import check_blocks
-from .nodes import RESIDUAL, Emitter, remove_dead_code
-from .projections import seed_projections
-from .readers import seed_readers
+from .outputs import seed_readers
+from .own_projections import seed_projections
+from .row_space import Frame, indices, unpadded
 from .scores import Seen
 
 aten = torch.ops.aten

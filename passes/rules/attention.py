@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tokgraph.fxnode import argument, rank
+from tokgraph.ir.node import argument, rank
 
 from .registry import AxisMap, Mix, Rows, is_one, rule
 

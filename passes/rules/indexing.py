@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
-from tokgraph.fxnode import argument, dims, rank, same_size, tensor
+from tokgraph.ir.node import argument, dims, rank, same_size, tensor
 
 from .registry import Axis, AxisMap, Mix, Rows, first_input, identity_rows, is_one, norm_dim, rule
 

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from tokgraph.fxnode import dims, rank, same_size, tensor
+from tokgraph.ir.node import dims, rank, same_size, tensor
 
 from .registry import AxisMap, broadcast_rows, first_input, identity_rows, rule
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import fx
 
-from tokgraph.fxnode import argument, dims, rank, tensor_inputs
+from tokgraph.ir.node import argument, dims, rank, tensor_inputs
 
 Axis = tuple[fx.Node, int]
 Rows = tuple[Axis, ...] | None

@@ -6,7 +6,7 @@ import sympy
 import torch
 from torch import fx
 
-from tokgraph.fxnode import Dim, argument, dims, rank, same_size
+from tokgraph.ir.node import Dim, argument, dims, rank, same_size
 
 from .registry import AxisMap, Mix, Rows, broadcast_rows, first_input, is_one, norm_dim, rule
 

@@ -15,7 +15,7 @@ import tokgraph as tg
 from tests import tiny
 from tests.export.conftest import Exported, run_file
 from tests.harness import Captured, captured_tiny
-from tokgraph.export import ExportOptions, export_programs
+from tokgraph.export import export_onnx
 from tokgraph.export.convert import DEFAULT_OPSET, is_decomposed, onnx_decompositions
 from tokgraph.passes.lower import lower_forward, lower_train_step
 
@@ -60,13 +60,7 @@ def test_gradients_are_those_of_autograd(exported, policy: str, task: str) -> No
 def test_the_baseline_gives_the_gradients_of_the_users_model(tmp_path: Path) -> None:
     captured = captured_tiny(1)
     accelerated = captured.apply(tg.Plan((tg.DropSite("generation", 0, 1, 0.5),)), "generation")
-    one = tg.Accelerated(
-        accelerated.program,
-        tg.Program(captured.spec, {"generation": captured.program["generation"]}),
-        tg.Plan(),
-        captured.facts,
-    )
-    files = one.export_onnx(tmp_path, "train-step", with_baseline=True)["files"]
+    files = accelerated.export_onnx(tmp_path, "train-step", with_baseline=True)["files"]
     assert set(files) == {"baseline.generation.train-step.onnx", "generation.train-step.onnx"}
     task = captured.spec.tasks["generation"]
     expected = loss_and_gradients(captured.model, lambda **x: task.forward(captured.model, **x), dict(task.inputs))
@@ -392,7 +386,5 @@ def test_batches_of_the_users_are_checked(tmp_path: Path) -> None:
     accelerated = captured.apply(tg.Plan(), "generation")
     inputs = dict(captured.spec.tasks["generation"].inputs)
     batches = {"generation": [{name: x.flip(0) for name, x in inputs.items()}]}
-    options = ExportOptions(kinds=("forward",), batches=batches)
-    program = accelerated.variants(with_baseline=False)
-    found = export_programs(program, accelerated.facts, accelerated.state_dict(), tmp_path, options)
+    found = export_onnx(accelerated, tmp_path, "forward", batches=batches)
     assert len(found["files"]["generation.forward.onnx"]["checks"]) == 2

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tokgraph.fxnode import call
+from tokgraph.ir.node import call
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph

@@ -13,11 +13,12 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 import tokgraph as tg
 from tests.passes.tools import Run, captured, changes, site
 from tokgraph.errors import InternalError, PlanError
-from tokgraph.fxnode import call
+from tokgraph.ir.node import call
 from tokgraph.passes import GraphPass, PassDelta, Pipeline
+from tokgraph.passes.capture.normalize import RemoveNoOps
 from tokgraph.passes.pipeline import pass_name
-from tokgraph.passes.rewrite import RemoveNoOps, SeedSites, Sink
-from tokgraph.passes.rewrite.pipeline import rewrite_passes
+from tokgraph.passes.rewrite import PushDown, SeedSites
+from tokgraph.passes.rewrite.realise import rewrite_passes
 
 aten = torch.ops.aten
 
@@ -111,7 +112,7 @@ def test_passes_for_one_task_leave_the_others_alone() -> None:
     ran: list[tuple[str, str]] = []
     passes = [Counting(task="generation"), Counting(), *rewrite_passes(a.facts, (), exact=True)]
     after = Pipeline(passes, lambda delta, _: ran.append((delta.task, delta.name))).run(program)
-    sink = [("understanding", "explicit-causal-mask"), ("understanding", "seed-sites"), ("understanding", "sink")]
+    sink = [("understanding", "explicit-causal-mask"), ("understanding", "seed-sites"), ("understanding", "push-down")]
     assert [r for r in ran if r[0] == "generation"] == [("generation", "counting")] * 2
     assert [r for r in ran if r[0] == "understanding"] == [("understanding", "counting"), *sink]
     assert changes(program["generation"], after["generation"]) == ""
@@ -130,7 +131,7 @@ def test_the_program_given_stays_as_it_was() -> None:
 
 
 def test_names() -> None:
-    assert pass_name(Sink()) == "sink"
+    assert pass_name(PushDown()) == "push-down"
     assert pass_name(negate_twice) == "negate_twice"
     assert pass_name(TanhGelu()) == "TanhGelu"
 
@@ -231,7 +232,7 @@ def test_checks_can_be_left_out() -> None:
 
 
 def test_every_pass_says_whether_it_is_exact() -> None:
-    assert Sink.numerics == "exact"
+    assert PushDown.numerics == "exact"
     assert SeedSites.numerics == "approximate"
     assert Counting.numerics == "exact"
 

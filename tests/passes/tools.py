@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 
 import tokgraph as tg
 from tests import tiny
-from tokgraph.facts import TaskFacts
-from tokgraph.fxnode import tensor
-from tokgraph.ir import format_graph
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.node import tensor
+from tokgraph.ir.printer import format_graph
 from tokgraph.passes import Pipeline
-from tokgraph.passes.rewrite.pipeline import rewrite_passes, seeds
+from tokgraph.passes.rewrite.realise import rewrite_passes, seeds
 
 TASKS = ("understanding", "generation")
 

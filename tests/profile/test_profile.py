@@ -13,11 +13,11 @@ import torch
 
 import tokgraph as tg
 from tests.harness import captured_tiny
-from tokgraph.batchfile import read_batches
 from tokgraph.export.files import NodePlace
 from tokgraph.profile import Event, RunProfile, profile_exported, profile_programs, write_trace
 from tokgraph.profile.events import summarise_runs
 from tokgraph.profile.onnx import place_of, read_profile
+from tokgraph.store.batches import read_batches
 
 pytest.importorskip("onnx")
 
@@ -106,10 +106,8 @@ def assert_adds_up(graph: dict[str, Any]) -> None:
 def exported_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captured = captured_tiny(3)
     accelerated = captured.apply(tg.Plan((tg.DropSite("generation", 1, 2, 0.5),)), "generation")
-    baseline = tg.Program(captured.spec, {"generation": captured.program["generation"]})
-    both = tg.Accelerated(accelerated.program, baseline, accelerated.plan, captured.facts)
     folder = tmp_path_factory.mktemp("profile")
-    both.export_onnx(folder, "train-step", with_baseline=True)
+    accelerated.export_onnx(folder, "train-step", with_baseline=True)
     return folder
 
 
@@ -184,7 +182,7 @@ def torch_profile() -> dict[str, Any]:
     baseline = tg.Program(captured.spec, {"generation": captured.program["generation"]})
     inputs = {"generation": dict(captured.spec.tasks["generation"].inputs)}
     programs = {"baseline": baseline, "accelerated": accelerated.program}
-    return profile_programs(programs, captured.facts, inputs, runs=3, warmup=1)[0]
+    return profile_programs(programs, inputs, runs=3, warmup=1)[0]
 
 
 def test_programs_are_profiled_in_pytorch(torch_profile) -> None:
@@ -202,7 +200,6 @@ def test_every_block_has_a_backward_in_pytorch() -> None:
     captured = captured_tiny(3)
     _, profiles = profile_programs(
         {"baseline": captured.program},
-        captured.facts,
         {name: dict(task.inputs) for name, task in captured.spec.tasks.items()},
         kinds=("train-step",),
         runs=1,
@@ -224,7 +221,7 @@ def test_refusals(tmp_path: Path) -> None:
     inputs = {name: dict(task.inputs) for name, task in captured.spec.tasks.items()}
 
     def profile(**options: Any) -> Callable[[], Any]:
-        return lambda: profile_programs({"baseline": captured.program}, captured.facts, inputs, **options)
+        return lambda: profile_programs({"baseline": captured.program}, inputs, **options)
 
     with pytest.raises(tg.TokgraphError, match="PyTorch runs no update-step"):
         profile(kinds=("update-step",))()

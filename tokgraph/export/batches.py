@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..errors import BatchError
-from ..program import Dimension, TaskGraph
+from tokgraph.errors import BatchError
+from tokgraph.ir.program import Dimension, TaskGraph
 
 Batch = dict[str, Any]
 _BATCH_AXIS = 0

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from ..errors import ExportError
-from ..ort import Session
-from ..passes.lower import Lowered
-from ..program import TaskGraph
+from tokgraph.errors import ExportError
+from tokgraph.ir.program import TaskGraph
+from tokgraph.passes.lower import Lowered
+
 from .reference import Reference
+from .session import Session
 from .wide import widened
 
 TOLERANCE = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-5, 1e-4), torch.float16: (1e-2, 5e-2)}

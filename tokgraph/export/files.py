@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..errors import ExportError
-from ..program import STEP
-from ..weights import WEIGHTS, read_weights
+from tokgraph.errors import ExportError
+from tokgraph.ir.program import STEP
+from tokgraph.store.weights import WEIGHTS, read_weights
 
 GraphKind = Literal["forward", "train-step", "update-step"]
 KINDS: tuple[GraphKind, ...] = get_args(GraphKind)

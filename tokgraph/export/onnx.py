@@ -11,21 +11,23 @@ from typing import Any
 
 import torch
 
-from ..batchfile import EXAMPLE, write_example
-from ..errors import ExportError
-from ..facts import Facts
-from ..files import new_directory
-from ..ort import onnxruntime
-from ..passes.lower import OPTIMIZERS, Lowered, Optimizer, lower_forward, lower_train_step, lower_update_step
-from ..passes.lower.step import SGD, make_optimizer
-from ..passes.verify.interpret import trains_with_dropout
-from ..program import Program, TaskGraph, is_meta
-from ..weights import WEIGHTS, Stored, stored_tensors, write_weights
+from tokgraph.errors import ExportError
+from tokgraph.files import new_directory
+from tokgraph.ir.interpreter import trains_with_dropout
+from tokgraph.ir.program import Program, TaskGraph, is_meta
+from tokgraph.passes.lower import OPTIMIZERS, Lowered, Optimizer, lower_forward, lower_train_step, lower_update_step
+from tokgraph.passes.lower.step import SGD, make_optimizer
+from tokgraph.runtime import Accelerated
+from tokgraph.store.batches import EXAMPLE, write_example
+from tokgraph.store.weights import WEIGHTS, Stored, stored_tensors, write_weights
+from tokgraph.version import VERSION
+
 from .batches import other_sizes
 from .check import Check, check_file
 from .convert import DEFAULT_OPSET, MIN_OPSET, link_weights, onnx_decompositions, to_onnx
-from .files import ACCELERATED, KINDS, GraphKind, file_name
+from .files import KINDS, GraphKind, file_name
 from .reference import Reference
+from .session import onnxruntime
 
 SCHEMA = 1
 CONSTANTS = "constants.safetensors"
@@ -94,53 +96,53 @@ class _Job:
         return file_name(self.graph.name, self.lowered.kind, self.variant)
 
 
-def export_programs(
-    programs: Mapping[str, Program],
-    facts: Facts | None,
-    state: Mapping[str, torch.Tensor],
-    folder: Path,
-    options: ExportOptions,
+def export_onnx(
+    accelerated: Accelerated,
+    folder: str | Path,
+    kind: str | Sequence[str] = ("forward", "train-step"),
     *,
-    report: Mapping[str, Any] | None = None,
-    version: str = "",
+    with_baseline: bool = False,
     progress: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Export programs over one model into a folder; on any failure the folder stays as it was.
+    """Export every task over one ``weights.safetensors``, checked against PyTorch; on any failure the folder stays as it was.
 
     Args:
-        programs: variant (``"accelerated"``, ``"baseline"``) -> program.
-        facts: facts of the captured program; ``None`` where nodes carry their places.
-        state: the ``state_dict`` whose tensors become ``weights.safetensors``.
+        accelerated: the program.
         folder: where the files go: ``TASK.KIND.onnx``, ``weights.safetensors``, ``report.json``.
-        options: what to export.
-        report: what ``report.json`` says besides.
-        version: of tokgraph, noted in the files.
+        kind: ``"forward"`` (loss and outputs), ``"train-step"`` (loss and ``grad/<name>`` of every parameter),
+            ``"update-step"`` (parameters and optimizer state in and out), or several of them.
+        with_baseline: also the captured graphs.
         progress: called with each file's name before it is made.
+        options: further fields of :class:`ExportOptions`.
 
     Returns:
         Schema 1: ``{"schema", "opset", "kinds", "files": {name: {"task", "kind", "variant", "nodes", "bytes", "inputs",
         "outputs", "without_gradient", "checks": [...]}}}``; it is in ``report.json`` under the key ``"onnx"``.
 
     Raises:
-        ExportError: a graph cannot be converted, or disagrees with PyTorch.
+        ExportError: a graph cannot be converted, or disagrees with PyTorch; nothing is written then.
         DependencyError: a package is missing.
     """
+    kinds: Any = (kind,) if isinstance(kind, str) else tuple(kind)
+    chosen, folder = ExportOptions(kinds=kinds, **options), Path(folder)
     onnxruntime()
     tell = progress or (lambda name: None)
+    programs, state = accelerated.variants(with_baseline), accelerated.state_dict()
     _refuse(programs)
     _same_weights(folder, state)
-    jobs = list(_jobs(programs, facts, options, tell))
+    jobs = list(_jobs(programs, chosen, tell))
     with new_directory(folder) as temporary:
         write_weights(temporary / WEIGHTS, state)
         places = _write_constants(temporary, jobs)
         if not (folder / EXAMPLE).exists():  # that of a saved program stays
-            write_example(temporary / EXAMPLE, next(iter(programs.values())))
+            write_example(temporary / EXAMPLE, accelerated.program)
         files = {}
         for job in jobs:
             tell(job.name)
-            files[job.name] = _write(job, temporary, places, options, version)
-        found = {"schema": SCHEMA, "opset": options.opset, "kinds": list(options.kinds), "files": files}
-        whole = {**_old_report(folder), **(report or {}), "onnx": found}
+            files[job.name] = _write(job, temporary, places, chosen)
+        found = {"schema": SCHEMA, "opset": chosen.opset, "kinds": list(chosen.kinds), "files": files}
+        whole = {**_old_report(folder), **accelerated.report, "onnx": found}
         (temporary / "report.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -174,22 +176,19 @@ def _same_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _jobs(
-    programs: Mapping[str, Program], facts: Facts | None, options: ExportOptions, tell: Callable[[str], None]
-) -> Iterator[_Job]:
+def _jobs(programs: Mapping[str, Program], options: ExportOptions, tell: Callable[[str], None]) -> Iterator[_Job]:
     decompositions = onnx_decompositions(options.opset)
     for variant, program in programs.items():
         trained = [name for name, p in program.model.named_parameters() if p.requires_grad]
         for name, graph in program.items():
-            of_task = None if facts is None else facts[name]
             for kind in options.kinds:
                 tell(f"lower {file_name(name, kind, variant)}")
                 if kind == "forward":
-                    lowered = lower_forward(graph, of_task, decompositions)
+                    lowered = lower_forward(graph, decompositions)
                 elif kind == "train-step":
-                    lowered = lower_train_step(graph, of_task, decompositions)
+                    lowered = lower_train_step(graph, decompositions)
                 else:
-                    lowered = lower_update_step(graph, options.rule(), of_task, decompositions)
+                    lowered = lower_update_step(graph, options.rule(), decompositions)
                 yield _Job(variant, graph, lowered, _blocks(lowered), (*trained, *graph.own_parameters()))
 
 
@@ -222,7 +221,7 @@ def _write_constants(folder: Path, jobs: Sequence[_Job]) -> dict[str, dict[str, 
 
 
 def _write(
-    job: _Job, folder: Path, places: Mapping[str, dict[str, tuple[str, Stored]]], options: ExportOptions, version: str
+    job: _Job, folder: Path, places: Mapping[str, dict[str, tuple[str, Stored]]], options: ExportOptions
 ) -> dict[str, Any]:
     import onnx_ir as ir
 
@@ -231,7 +230,7 @@ def _write(
         "kind": job.lowered.kind,
         "variant": job.variant,
         "blocks": str(job.blocks),
-        "version": version,
+        "version": VERSION,
     }
     model = to_onnx(job.lowered, about, job.graph.symbol_names(), options.opset)
     link_weights(model, folder, places[job.name])
@@ -275,6 +274,3 @@ def _old_report(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-__all__ = ["ACCELERATED", "ExportOptions", "export_programs"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..passes.lower.graph import STATE, Source
-from ..passes.lower.step import GRAD, PARAMETER, AdamW, Optimizer
-from ..passes.verify.interpret import GraphInterpreter, in_dtype
-from ..program import TaskGraph, model_device
+from tokgraph.ir.interpreter import GraphInterpreter, in_dtype
+from tokgraph.ir.program import TaskGraph, model_device
+from tokgraph.passes.lower.graph import STATE, Source
+from tokgraph.passes.lower.step import GRAD, PARAMETER, AdamW, Optimizer
 
 NOISE = 1e-5
 """Gradients this much smaller than the largest may be nothing but rounding; AdamW makes whole steps of them."""
@@ -42,7 +42,7 @@ class Reference:
     def __init__(self, graph: TaskGraph, optimizer: Optimizer | None = None) -> None:
         self._graph = graph
         self._optimizer = optimizer
-        source = Source(graph, None)
+        source = Source(graph)
         self._loss, self._names = source.loss, source.output_names()
         self._trained = source.trained
         self._aliases = source.names

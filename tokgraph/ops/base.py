@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import BatchError
+from tokgraph.errors import BatchError
 
 NAMESPACE = "tokgraph"
 

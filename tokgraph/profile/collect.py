@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import DependencyError, ExportError, TokgraphError
-from ..export.files import BASELINE, ExportedFile, find_exported
-from ..facts import Facts
-from ..ort import Device
-from ..program import Program, is_meta, model_device
-from .eager import torch_subject
+from tokgraph.errors import DependencyError, ExportError, TokgraphError
+from tokgraph.export.files import BASELINE, ExportedFile, find_exported
+from tokgraph.export.session import Device
+from tokgraph.ir.program import Program, is_meta, model_device
+
+from .eager import TorchSubject
 from .events import RunProfile, spread, summarise_runs
 from .onnx import OnnxSubject
 
@@ -53,7 +53,7 @@ def profile_exported(
     """Profile the exported graphs of a folder in ONNX Runtime.
 
     Args:
-        folder: what :func:`tokgraph.export.export_programs` wrote.
+        folder: what :func:`tokgraph.export.export_onnx` wrote.
         inputs: exported graph -> its inputs.
         device: ``"cpu"`` or ``"cuda"``.
         threads: threads of an operator; 0: as many as the machine has cores.
@@ -79,7 +79,6 @@ def profile_exported(
 
 def profile_programs(
     programs: Mapping[str, Program],
-    facts: Facts | None,
     inputs: Inputs,
     *,
     kinds: Sequence[str] = ("forward", "train-step"),
@@ -92,7 +91,6 @@ def profile_programs(
 
     Args:
         programs: variant (``"accelerated"``, ``"baseline"``) -> program, over one model.
-        facts: facts of the captured program; ``None`` for loaded programs, whose nodes carry their places.
         inputs: task -> batch.
         kinds: ``"forward"``, ``"train-step"`` (with the backward pass).
         device: where the model must be; ``None``: wherever it is.
@@ -113,7 +111,7 @@ def profile_programs(
     if not known:
         raise TokgraphError(f"PyTorch runs no {', '.join(kinds)}", help="profile forward or train-step")
     subjects = [
-        torch_subject(graph, None if facts is None else facts[name], inputs[name], variant, kind, where)
+        TorchSubject(graph, inputs[name], variant, kind, where)
         for kind in known
         for variant, program in programs.items()
         for name, graph in program.items()

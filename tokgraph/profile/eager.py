@@ -10,11 +10,12 @@ import torch
 from torch import fx
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ..export.files import NodePlace
-from ..passes.lower import Place, find_places
-from ..passes.lower.graph import Source
-from ..passes.lower.origins import Origins
-from ..program import TaskGraph
+from tokgraph.export.files import NodePlace
+from tokgraph.ir.program import TaskGraph
+from tokgraph.passes.lower import places_of
+from tokgraph.passes.lower.graph import Source
+from tokgraph.passes.lower.origins import Origins
+
 from .events import Event, RunProfile
 
 _MARK = "tokgraph"
@@ -25,7 +26,6 @@ class TorchSubject:
 
     Args:
         graph: the captured or rewritten graph.
-        places: name of a node -> its place.
         inputs: the task's inputs.
         variant: ``"accelerated"`` or ``"baseline"``.
         kind: ``"forward"`` or ``"train-step"``.
@@ -35,7 +35,6 @@ class TorchSubject:
     def __init__(
         self,
         graph: TaskGraph,
-        places: Mapping[str, Place],
         inputs: Mapping[str, Any],
         variant: str,
         kind: str,
@@ -43,9 +42,9 @@ class TorchSubject:
     ) -> None:
         self.task, self.variant, self.graph = graph.name, variant, kind
         self._module = graph.graph_module
-        self._places = places
+        self._places = places_of(graph)
         self._leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in graph.flatten(inputs)]
-        self._loss = Source(graph, None).loss
+        self._loss = Source(graph).loss
         self._parameters = [p for p in graph.graph_module.parameters() if p.requires_grad]
         self._device = device
         self._profiles: list[RunProfile] = []
@@ -130,10 +129,3 @@ class _Marked(fx.Interpreter):
 
     def _leave(self) -> None:
         self._open.pop().__exit__(None, None, None)
-
-
-def torch_subject(
-    graph: TaskGraph, facts: Any, inputs: Mapping[str, Any], variant: str, kind: str, device: torch.device
-) -> TorchSubject:
-    """A subject, its nodes' places found from facts, or (``None``) from what loaded nodes carry."""
-    return TorchSubject(graph, find_places(graph, facts), inputs, variant, kind, device)

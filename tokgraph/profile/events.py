@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ..export.files import NodePlace
+from tokgraph.export.files import NodePlace
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from time import perf_counter
 
 import torch
 
-from ..export.files import ExportedFile, NodePlace
-from ..ort import Device, Session
+from tokgraph.export.files import ExportedFile, NodePlace
+from tokgraph.export.session import Device, Session
+
 from .events import Event, RunProfile
 
 _SUFFIX = "_kernel_time"

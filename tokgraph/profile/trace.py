@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from tokgraph.files import write_atomically
+
 from .events import RunProfile
 
 

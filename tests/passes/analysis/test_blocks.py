@@ -13,7 +13,7 @@ import tokgraph as tg
 from tests.passes import models
 from tests.passes.models import IMAGE_ID
 from tokgraph.errors import AnalysisError
-from tokgraph.facts import TaskFacts
+from tokgraph.ir.facts import TaskFacts
 
 
 def facts_of(spec: tg.ModelSpec) -> TaskFacts:

@@ -11,7 +11,8 @@ import tokgraph as tg
 from tests.passes import models
 from tests.passes.tools import traced
 from tokgraph.errors import AnalysisError
-from tokgraph.passes.analysis.stream import loss_node, residual_segments
+from tokgraph.ir.program import loss_node
+from tokgraph.passes.analysis.stream import residual_segments
 
 
 def segments_of(spec: tg.ModelSpec) -> list[tuple[str, list[str]]]:

@@ -13,7 +13,7 @@ import tokgraph as tg
 from tests.passes import models
 from tests.passes.models import IMAGE, IMAGE_ID, TOKENS, Decoder
 from tokgraph.errors import AnalysisError, SpecError
-from tokgraph.facts import TaskFacts, VisualFlow
+from tokgraph.ir.facts import TaskFacts, VisualFlow
 from tokgraph.passes.analysis.visual import range_bounds, visual_mask
 
 IDS = models.image_ids()

@@ -27,7 +27,7 @@ def accelerated(two: Captured) -> Callable[[str], tg.Accelerated]:
 @pytest.fixture(scope="session")
 def train_step(two: Captured, accelerated: Callable[[str], tg.Accelerated]) -> Callable[[str, str], Lowered]:
     """Plan, task -> its training step: seconds each, so they are shared."""
-    return cache(lambda name, task: lower_train_step(accelerated(name).program[task], two.facts[task]))
+    return cache(lambda name, task: lower_train_step(accelerated(name).program[task]))
 
 
 @pytest.fixture(scope="session")
@@ -52,4 +52,4 @@ def rich() -> Captured:
 
 @pytest.fixture(scope="session")
 def rich_step(rich: Captured) -> Callable[[str], Lowered]:
-    return cache(lambda task: lower_train_step(rich.program[task], rich.facts[task]))
+    return cache(lambda task: lower_train_step(rich.program[task]))

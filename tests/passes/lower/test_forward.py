@@ -43,14 +43,14 @@ def test_what_is_lowered_for_a_runtime_holds_none_of_our_operators(
     two: Captured, accelerated: Any, train_step: Any, task: str
 ) -> None:
     graph = accelerated("thinned").program[task]
-    kept = lower_program(graph, two.facts[task])
+    kept = lower_program(graph)
 
     def ours(lowered: Lowered) -> list[str]:
         return [str(n.target) for n in lowered.module.graph.nodes if "tokgraph" in str(n.target)]
 
     assert sorted(ours(kept)) == sorted(str(n.target) for n in graph.graph.nodes if "tokgraph" in str(n.target))
     assert len(ours(kept)) > 3
-    assert ours(lower_forward(graph, two.facts[task])) == []
+    assert ours(lower_forward(graph)) == []
     assert ours(train_step("thinned", task)) == []
 
 
@@ -88,7 +88,7 @@ def test_flat_functional_graphs(
 def test_lowering_leaves_the_graph_as_it_was(rich: Captured) -> None:
     graph = rich.program[U]
     before, state = str(graph.graph), copy.deepcopy(rich.model.state_dict())
-    lower_train_step(graph, rich.facts[U])
+    lower_train_step(graph)
     assert str(graph.graph) == before
     assert all(torch.equal(x, state[name]) for name, x in rich.model.state_dict().items())
     assert all(p.grad is None for p in rich.model.parameters())
@@ -97,23 +97,23 @@ def test_lowering_leaves_the_graph_as_it_was(rich: Captured) -> None:
 def test_state_is_the_models_own(rich: Captured) -> None:
     """The same objects under the names of the ``state_dict``; a tied weight once, under its first name."""
     for task in TASKS:
-        lowered = lower_program(rich.program[task], rich.facts[task])
+        lowered = lower_program(rich.program[task])
         own = rich.model.state_dict(keep_vars=True)
         named = {name: x for name, x in lowered.state.items() if not name.startswith("_constants.")}
         assert all(own[name] is x for name, x in named.items())
         assert len({id(x) for x in lowered.state.values()}) == len(lowered.state)
-    assert {"embed.weight", "head.bias"} <= lower_program(rich.program[U], rich.facts[U]).state.keys()
-    assert "head.weight" not in lower_program(rich.program[U], rich.facts[U]).state
+    assert {"embed.weight", "head.bias"} <= lower_program(rich.program[U]).state.keys()
+    assert "head.weight" not in lower_program(rich.program[U]).state
 
 
 def test_names_of_outputs(two: Captured, accelerated: Any, rich: Captured) -> None:
-    assert lower_forward(two.program[U], two.facts[U]).outputs == ("loss", "output_1")
-    thinned = lower_forward(accelerated("thinned").program[U], two.facts[U])
+    assert lower_forward(two.program[U]).outputs == ("loss", "output_1")
+    thinned = lower_forward(accelerated("thinned").program[U])
     assert thinned.outputs == ("loss", "output_1", "rows/output_1")
-    reads = lower_forward(rich.program[U], rich.facts[U])
+    reads = lower_forward(rich.program[U])
     assert reads.outputs == ("logits", "loss", "more.output_0", "more.output_1.best", "more.output_1.same")
     assert reads.fixed == {5: None, 6: 7}
-    draws = lower_forward(rich.program[G], rich.facts[G])
+    draws = lower_forward(rich.program[G])
     assert draws.outputs == ("loss", "output_1.output_0", "output_1.output_1.output_0", "output_2")
     assert draws.fixed == {3: "name"}
 
@@ -130,14 +130,14 @@ def test_values_under_their_names(rich: Captured) -> None:
         "more.output_1.best": reads["more"][1]["best"],
         "more.output_1.same": reads["more"][1]["same"],
     }
-    assert_equal(call(lower_forward(rich.program[U], rich.facts[U]), inputs[U]), expected)
+    assert_equal(call(lower_forward(rich.program[U]), inputs[U]), expected)
     expected = {
         "loss": draws[0],
         "output_1.output_0": draws[1][0],
         "output_1.output_1.output_0": inputs[G]["codes"],
         "output_2": draws[2],
     }
-    assert_equal(call(lower_forward(rich.program[G], rich.facts[G]), inputs[G]), expected)
+    assert_equal(call(lower_forward(rich.program[G]), inputs[G]), expected)
 
 
 def test_rows_of_a_compact_output(two: Captured, accelerated: Any) -> None:
@@ -145,7 +145,7 @@ def test_rows_of_a_compact_output(two: Captured, accelerated: Any) -> None:
     for rows, text in SIZES:
         inputs = batch(U, rows, text)
         plan = tg.Plan(exact=True)
-        exact = call(lower_forward(two.apply(plan, U).program[U], two.facts[U]), inputs)
+        exact = call(lower_forward(two.apply(plan, U).program[U]), inputs)
         whole = tiny.understand(two.model, **inputs)[1]
         index = exact["rows/output_1"]
         assert index.shape == exact["output_1"].shape[:2]
@@ -166,7 +166,7 @@ def test_a_size_that_follows_the_batch_is_not_fixed() -> None:
         tg.ModelSpec(spec.model, {G: tg.Task(sized, old.inputs, old.dynamic, visual_inputs=("codes",))})
     )
     try:
-        lowered = lower_forward(captured.program[G], captured.facts[G])
+        lowered = lower_forward(captured.program[G])
     except tg.TokgraphError:
         return
     assert not any(isinstance(x, torch.SymInt) for x in lowered.fixed.values())
@@ -175,7 +175,7 @@ def test_a_size_that_follows_the_batch_is_not_fixed() -> None:
 def test_results_are_read_as_the_forward_returns_them(rich: Captured) -> None:
     """``fixed`` and the outputs together are the flat result."""
     inputs = batch(U, 2, 5, torch.float64)
-    lowered = lower_forward(rich.program[U], rich.facts[U])
+    lowered = lower_forward(rich.program[U])
     tensors = iter(call(lowered, inputs).values())
     count = len(lowered.outputs) + len(lowered.fixed)
     flat = [lowered.fixed[i] if i in lowered.fixed else next(tensors) for i in range(count)]

@@ -14,7 +14,7 @@ from torch import fx
 import tokgraph as tg
 from tests.harness import Captured, captured_tiny
 from tests.passes import models
-from tokgraph.passes.lower import Place, find_places, lower_program
+from tokgraph.passes.lower import Place, lower_program, places_of
 from tokgraph.passes.lower.places import KINDS, place_of
 
 U, G = "understanding", "generation"
@@ -97,7 +97,7 @@ STAGES = by_names(
 
 
 def check(graph: tg.TaskGraph, facts: tg.TaskFacts, expected: dict[str, tuple[int | None, str]]) -> None:
-    places = find_places(graph, facts)
+    places = places_of(graph)
     assert list(places) == [node.name for node in calls(graph)]
     assert {name: place.node for name, place in places.items()} == {name: name for name in places}
     assert len(expected) > 15
@@ -126,7 +126,7 @@ def test_attention_written_out(eager: Captured) -> None:
 
 
 def test_a_mask_made_in_a_block_is_no_norm(eager: Captured) -> None:
-    places = find_places(eager.program["t"], eager.facts["t"])
+    places = places_of(eager.program["t"])
     made = [places[node.name] for node in calls(eager.program["t"]) if node.target in MASK]
     assert [(place.block, place.kind) for place in made] == [(0, "attention")] * 3
 
@@ -140,7 +140,7 @@ def test_other_architectures(block: Callable[[int], torch.nn.Module]) -> None:
 
 def test_a_second_attention_in_a_block() -> None:
     captured = Captured.of(models.spec(models.SelfAndCross, depth=1))
-    places = find_places(captured.program["t"], captured.facts["t"])
+    places = places_of(captured.program["t"])
     cross = {place.kind for place in places.values() if ".cross" in place.module}
     assert cross == {"attention"}
     assert {place.kind for place in places.values() if ".mlp" in place.module} == {"ffn"}
@@ -148,7 +148,7 @@ def test_a_second_attention_in_a_block() -> None:
 
 def test_what_follows_the_last_block_is_head_the_loss_too(tiny: Captured) -> None:
     for task in TASKS:
-        graph, places = tiny.program[task], find_places(tiny.program[task], tiny.facts[task])
+        graph, places = tiny.program[task], places_of(tiny.program[task])
         order = [node.name for node in calls(graph)]
         last = max(order.index(name) for name, place in places.items() if place.block == 1)
         assert {places[name].kind for name in order[last + 1 :]} == {"head"}
@@ -160,7 +160,7 @@ def test_what_follows_the_last_block_is_head_the_loss_too(tiny: Captured) -> Non
 def test_what_comes_before_the_first_block_is_no_head(digits_example: Captured, task: str) -> None:
     """Tables of rotary positions are made after the embeddings and before the blocks."""
     graph = digits_example.program[task]
-    places = find_places(graph, digits_example.facts[task])
+    places = places_of(graph)
     order = [node.name for node in calls(graph)]
     first = min(order.index(name) for name, place in places.items() if place.block == 0)
     tables = [n.name for n in calls(graph) if n.target in (torch.ops.aten.cos.default, torch.ops.aten.sin.default)]
@@ -172,7 +172,7 @@ def test_what_comes_before_the_first_block_is_no_head(digits_example: Captured, 
 def test_the_encoder_is_what_makes_visual_rows(digits_example: Captured) -> None:
     """Patches are cut and encoded; where they enter the stream, and what generation does, is none of the encoder's."""
     graph = digits_example.program[U]
-    places = find_places(graph, digits_example.facts[U])
+    places = places_of(graph)
     pixels = next(n for n in graph.graph.nodes if n.name == "pixel_values")
     enters = next(n for n in calls(graph) if n.target is torch.ops.aten.masked_scatter.default)
     encoder = {node.name for node in on_tensors(graph) if places[node.name].kind == "encoder"}
@@ -185,7 +185,7 @@ def test_the_encoder_is_what_makes_visual_rows(digits_example: Captured) -> None
     assert encoder == reached
     assert len(encoder) > 5
     assert places[enters.name].kind == "input"
-    generation = find_places(digits_example.program[G], digits_example.facts[G])
+    generation = places_of(digits_example.program[G])
     assert "encoder" not in {place.kind for place in generation.values()}
 
 
@@ -193,7 +193,7 @@ def test_modules_are_modules_of_the_model(tiny: Captured, digits_example: Captur
     for captured in (tiny, digits_example):
         names = dict(captured.model.named_modules())
         for task in TASKS:
-            places = find_places(captured.program[task], captured.facts[task])
+            places = places_of(captured.program[task])
             assert {place.module for place in places.values()} <= names.keys()
 
 
@@ -203,13 +203,13 @@ def test_modules_are_modules_of_the_model(tiny: Captured, digits_example: Captur
 @pytest.mark.parametrize("task", TASKS)
 def test_a_captured_graph_drops_nothing(tiny: Captured, digits_example: Captured, task: str) -> None:
     for captured in (tiny, digits_example):
-        assert "drop" not in {p.kind for p in find_places(captured.program[task], captured.facts[task]).values()}
+        assert "drop" not in {p.kind for p in places_of(captured.program[task]).values()}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_a_rewrite_adds_is_drop_and_the_rest_stays(tiny: Captured, thinned: tg.Accelerated, task: str) -> None:
-    before = find_places(tiny.program[task], tiny.facts[task])
-    after = find_places(thinned.program[task], tiny.facts[task])
+    before = places_of(tiny.program[task])
+    after = places_of(thinned.program[task])
     graph = thinned.program[task]
     assert list(after) == [node.name for node in calls(graph)]
     ours = {n.name for n in calls(graph) if getattr(n.target, "namespace", "") == "tokgraph"}
@@ -233,7 +233,7 @@ def test_work_of_the_model_that_a_rewrite_makes_anew_is_no_drop(
     heavy = (aten.linear.default, aten.layer_norm.default, aten.scaled_dot_product_attention.default, aten.gelu.default)
 
     def count(graph: tg.TaskGraph) -> Counter[tuple[object, ...]]:
-        places = find_places(graph, tiny.facts[task])
+        places = places_of(graph)
         found = [(n.target, places[n.name]) for n in calls(graph) if n.target in heavy]
         return Counter((target, place.module, place.block, place.kind) for target, place in found)
 
@@ -243,7 +243,7 @@ def test_work_of_the_model_that_a_rewrite_makes_anew_is_no_drop(
 @pytest.mark.parametrize("task", TASKS)
 def test_drops_of_a_block_are_in_it(thinned: tg.Accelerated, tiny: Captured, task: str) -> None:
     graph = thinned.program[task]
-    places = find_places(graph, tiny.facts[task])
+    places = places_of(graph)
     restores = [places[n.name] for n in calls(graph) if n.target is torch.ops.tokgraph.restore.default]
     assert [place.block for place in restores] == [1]
 
@@ -256,10 +256,10 @@ def test_drops_of_a_block_are_in_it(thinned: tg.Accelerated, tiny: Captured, tas
 def test_nodes_carry_their_places(tiny: Captured, thinned: tg.Accelerated, task: str, variant: str) -> None:
     """As the nodes of a loaded graph do: each has the place of the node that it was lowered from."""
     graph = tiny.program[task] if variant == "captured" else thinned.program[task]
-    fresh = find_places(graph, tiny.facts[task])
-    lowered = lower_program(graph, tiny.facts[task]).module
+    fresh = places_of(graph)
+    lowered = lower_program(graph).module
     again = replace(graph, graph_module=lowered)
-    places = find_places(again, None)
+    places = places_of(again)
     origin = {node.name: place_of(node)["node"] for node in calls(again)}  # type: ignore[index]
     assert list(places) == list(origin)
     assert {name: replace(place, node=origin[name]) for name, place in places.items()} == {
@@ -270,11 +270,11 @@ def test_nodes_carry_their_places(tiny: Captured, thinned: tg.Accelerated, task:
 
 
 def test_without_facts_and_without_places_there_are_none(tiny: Captured) -> None:
-    assert find_places(tiny.program[G], None) == {}
+    assert places_of(tiny.program[G]) == {}
     assert next(place_of(node) for node in calls(tiny.program[G])) is None
 
 
 def test_kinds_are_those_of_the_type(tiny: Captured) -> None:
-    found = {p.kind for task in TASKS for p in find_places(tiny.program[task], tiny.facts[task]).values()}
+    found = {p.kind for task in TASKS for p in places_of(tiny.program[task]).values()}
     assert found == {*KINDS} - {"drop", "optimizer"}
-    assert isinstance(next(iter(find_places(tiny.program[U], tiny.facts[U]).values())), Place)
+    assert isinstance(next(iter(places_of(tiny.program[U]).values())), Place)

@@ -119,7 +119,7 @@ def test_phases(train_step: Any, two: Captured, task: str) -> None:
             if node.target in matmuls and lowered_place(node)["block"] == block:
                 count[lowered_place(node)["phase"]] += 1
         assert count["backward"] == 2 * count["forward"] > 0, "two contractions for each of the forward pass"
-    assert {place["phase"] for place in places(lower_forward(two.program[task], two.facts[task]))} == {"forward"}
+    assert {place["phase"] for place in places(lower_forward(two.program[task]))} == {"forward"}
 
 
 def test_the_loss_is_forward_work(train_step: Any) -> None:
@@ -141,7 +141,7 @@ def test_an_example_step(digits_example: Captured, task: str) -> None:
     """Four blocks with rotary positions, root mean square norms and a gated FFN."""
     thinned = digits_example.apply(tg.Plan((tg.DropSite(task, 1, 3, 0.5, mode="freeze"),), exact=True), task)
     graph = thinned.program[task]
-    lowered = lower_train_step(graph, digits_example.facts[task])
+    lowered = lower_train_step(graph)
     inputs = dict(digits_example.spec.tasks[task].inputs)
     loss = graph.unflatten(graph.graph_module(*graph.flatten(inputs)))["loss"]
     expected = gradients(digits_example.model, loss)
@@ -177,7 +177,7 @@ def test_an_encoder_that_convolves_and_slices_beyond_the_start() -> None:
     dynamic = {"ids": {0: "batch"}, "pixels": {0: "batch"}}
     task = tg.Task(mixed, {"ids": ids, "pixels": pixels}, dynamic, tg.VisualTokens.ids(input="ids", equal=9))
     captured = Captured.of(tg.ModelSpec(model, {"t": task}))
-    lowered = lower_train_step(captured.program["t"], captured.facts["t"])
+    lowered = lower_train_step(captured.program["t"])
     lacking = [
         f"aten.{name}_backward.default" for name in ("convolution", "slice", "masked_scatter", "gelu", "nll_loss")
     ]

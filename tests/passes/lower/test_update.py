@@ -39,7 +39,7 @@ RULES: dict[str, tuple[Optimizer, Callable[..., torch.optim.Optimizer]]] = {
 def test_three_updates(rich: Captured, rule: str) -> None:
     """Outputs fed back, on batches of different sizes, against ``torch.optim`` on a copy of the model."""
     ours, torchs = RULES[rule]
-    lowered = lower_update_step(rich.program[G], ours, rich.facts[G])
+    lowered = lower_update_step(rich.program[G], ours)
     assert lowered.kind == "update-step"
     model = copy.deepcopy(rich.model)
     optimizer = torchs(model.parameters())
@@ -75,7 +75,7 @@ def test_three_updates(rich: Captured, rule: str) -> None:
 
 def test_an_update_step_takes_what_it_gives(rich: Captured) -> None:
     """Inputs are those that the loss depends on: no other parameter has to be passed along."""
-    lowered = lower_update_step(rich.program[G], make_optimizer("sgd", {"momentum": 0.5}), rich.facts[G])
+    lowered = lower_update_step(rich.program[G], make_optimizer("sgd", {"momentum": 0.5}))
     given = {name.removeprefix("new_") for name in lowered.outputs if name != "loss"}
     assert {name for name in lowered.inputs if "/" in name} == given
     updates = [place for place in places(lowered) if place["phase"] == "update"]
@@ -97,9 +97,9 @@ def test_optimizers_by_name() -> None:
 
 def test_the_step_of_a_random_plan_is_an_input(two: Captured, accelerated: Any) -> None:
     task = accelerated("random")[U]
-    forward = lower_forward(task.task_graph, two.facts[U])
-    train = lower_train_step(task.task_graph, two.facts[U])
-    kept = lower_program(task.task_graph, two.facts[U])
+    forward = lower_forward(task.task_graph)
+    train = lower_train_step(task.task_graph)
+    kept = lower_program(task.task_graph)
     inputs = batch(U, 3, 7)
     losses = set()
     try:
@@ -123,6 +123,6 @@ def test_the_step_of_a_random_plan_is_an_input(two: Captured, accelerated: Any) 
 
 
 def test_plans_that_do_not_draw_have_no_step(two: Captured, accelerated: Any, train_step: Any) -> None:
-    for lowered in (train_step("thinned", U), lower_forward(accelerated("thinned").program[U], two.facts[U])):
+    for lowered in (train_step("thinned", U), lower_forward(accelerated("thinned").program[U])):
         assert lowered.initial == {}
         assert lowered.inputs == tuple(two.program[U].task.inputs)

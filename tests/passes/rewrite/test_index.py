@@ -12,12 +12,12 @@ from tests.passes import models
 from tests.passes.models import IMAGE_ID, Decoder
 from tests.passes.tools import TASKS, Captured, calls, captured, listing, node, site
 from tokgraph.errors import PlanError
+from tokgraph.ir.evaluate import evaluate
 from tokgraph.passes.analysis.demand import demanded
-from tokgraph.passes.analysis.evaluate import evaluate
 from tokgraph.passes.analysis.visual import visual_mask
+from tokgraph.passes.emitter import VISUAL_ROWS, Emitter
 from tokgraph.passes.rewrite.index import IndexBuilder
-from tokgraph.passes.rewrite.nodes import VISUAL_ROWS, Emitter
-from tokgraph.passes.verify.oracle import demanded_rows, drop_mask
+from tokgraph.verification.oracle import demanded_rows, drop_mask
 
 tokgraph = torch.ops.tokgraph
 

@@ -13,12 +13,12 @@ from tests.passes import models
 from tests.passes.models import IMAGE_ID, Decoder
 from tests.passes.tools import TASKS, Captured, Run, assert_well_formed, calls, captured, changes, listing, site
 from tokgraph.errors import IllegalRewriteError, PlanError
-from tokgraph.fxnode import module_path
+from tokgraph.ir.node import module_path
 from tokgraph.passes import PassDelta, Pipeline
-from tokgraph.passes.rewrite import ExplicitCausalMask, SeedSites, Sink
+from tokgraph.passes.analysis.loss_rows import loss_rows
+from tokgraph.passes.rewrite import ExplicitCausalMask, PushDown, SeedSites
 from tokgraph.passes.rewrite.index import check_disjoint_or_nested
-from tokgraph.passes.rewrite.pipeline import seeds
-from tokgraph.passes.rewrite.readers import loss_rows
+from tokgraph.passes.rewrite.realise import seeds
 
 aten = torch.ops.aten
 
@@ -306,12 +306,12 @@ def test_the_observer_sees_what_passes_did() -> None:
     found = captured()
     deltas: list[PassDelta] = []
     masks, seed = seeds(found.facts, found.sites(site(0, 1)), exact=False)
-    graph = Pipeline([masks, seed, Sink(), Sink()], lambda delta, _: deltas.append(delta)).run_task(found.graph)
+    graph = Pipeline([masks, seed, PushDown(), PushDown()], lambda delta, _: deltas.append(delta)).run_task(found.graph)
     assert [(d.task, d.name, d.modified) for d in deltas] == [
         ("understanding", "explicit-causal-mask", True),
         ("understanding", "seed-sites", True),
-        ("understanding", "sink", True),
-        ("understanding", "sink", False),
+        ("understanding", "push-down", True),
+        ("understanding", "push-down", False),
     ]
     for before, after in zip(deltas, deltas[1:], strict=False):
         assert before.nodes_after == after.nodes_before

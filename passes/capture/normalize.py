@@ -1,0 +1,153 @@
+"""Passes that make a freshly exported graph plain: no assertions, no slices or writes that do nothing, one operator for
+one meaning.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from tokgraph.ir.node import argument, call, rank, tensor
+
+from ..pipeline import GraphPass
+from ..rules.indexing import is_whole_slice_scatter
+from ..rules.registry import first_input, norm_dim
+from ..rules.shape import is_whole_slice
+
+aten = torch.ops.aten
+_CHECKS = (
+    "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "_assert", "sym_constrain_range",
+    "sym_constrain_range_for_size", "_check_is_size",
+)  # fmt: skip
+
+
+def _is_check(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return str(node.target).endswith("_guards_fn")
+    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
+    return node.op == "call_function" and name in _CHECKS
+
+
+@dataclass(frozen=True)
+class RemoveAssertions(GraphPass):
+    """Removes run-time assertions that export leaves (metadata, sizes, image counts); they have no value anyone reads."""
+
+    name: ClassVar[str] = "remove-assertions"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Erase every assertion and what only assertions needed."""
+        checks = [node for node in graph_module.graph.nodes if _is_check(node)]
+        for node in reversed(checks):
+            graph_module.graph.erase_node(node)
+        dead = graph_module.graph.eliminate_dead_code()
+        graph_module.recompile()
+        return PassResult(graph_module, bool(checks) or dead)
+
+
+@dataclass(frozen=True)
+class RemoveNoOps(GraphPass):
+    """Removes slices of a whole axis, and writes over a whole axis (``slice_scatter``), whose result is what they write."""
+
+    name: ClassVar[str] = "remove-no-ops"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace each such call by the input that it equals."""
+        removed = 0
+        for node in list(graph_module.graph.nodes):
+            same = _same_as(node)
+            if same is not None:
+                node.replace_all_uses_with(same)
+                graph_module.graph.erase_node(node)
+                removed += 1
+        dead = removed > 0 and graph_module.graph.eliminate_dead_code()
+        graph_module.recompile()
+        return PassResult(graph_module, removed > 0 or dead)
+
+
+def _same_as(node: fx.Node) -> fx.Node | None:
+    """The input that the node's value is equal to."""
+    if node.target is aten.slice.Tensor and tensor(node) is not None and is_whole_slice(node):
+        return first_input(node)
+    if node.target is aten.slice_scatter.default and is_whole_slice_scatter(node):
+        source: fx.Node = argument(node, "src")
+        return source if source.meta["val"].dtype is node.meta["val"].dtype else None
+    return None
+
+
+@dataclass(frozen=True)
+class TypeAsToCast(GraphPass):
+    """Replaces ``type_as`` by the cast it is: it reads the type of its second operand, and none of its rows."""
+
+    name: ClassVar[str] = "type-as-to-cast"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace each ``type_as`` by a cast, or by its input where that has the type already."""
+        graph, found = graph_module.graph, 0
+        for node in list(graph.nodes):
+            if node.target is not aten.type_as.default:
+                continue
+            x, val = first_input(node), node.meta["val"]
+            if x.meta["val"].dtype is not val.dtype:
+                with graph.inserting_before(node):
+                    x = call(graph, aten._to_copy.default, x, dtype=val.dtype, origin=node, made_by=self.name)
+            node.replace_all_uses_with(x)
+            graph.erase_node(node)
+            found += 1
+        graph_module.recompile()
+        return PassResult(graph_module, found > 0)
+
+
+@dataclass(frozen=True)
+class ViewToReshape(GraphPass):
+    """Replaces ``view`` by ``reshape``: export writes ``view`` for the strides it saw, which another device, another
+    attention kernel or a narrowed operand need not give.
+    """
+
+    name: ClassVar[str] = "view-to-reshape"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Retarget every view."""
+        views = [n for n in graph_module.graph.nodes if n.target in (aten.view.default, aten._unsafe_view.default)]
+        for node in views:
+            node.target = aten.reshape.default
+        graph_module.recompile()
+        return PassResult(graph_module, bool(views))
+
+
+@dataclass(frozen=True)
+class SplitToSlices(GraphPass):
+    """Replaces ``split`` and ``chunk`` by one ``slice`` a result: results can then be narrowed one by one."""
+
+    name: ClassVar[str] = "split-to-slices"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Replace every split whose parts have known sizes."""
+        splits = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+        replaced = 0
+        for node in list(graph_module.graph.nodes):
+            if node.target in splits and _replace_split(graph_module.graph, node, self.name):
+                replaced += 1
+        graph_module.recompile()
+        return PassResult(graph_module, replaced > 0)
+
+
+def _replace_split(graph: fx.Graph, node: fx.Node, made_by: str) -> bool:
+    x = first_input(node)
+    dim = norm_dim(argument(node, "dim", 0), rank(x))
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes) or any(u.target is not operator.getitem for u in node.users):
+        return False
+    for user in list(node.users):
+        number = cast(int, user.args[1])
+        start = sum(sizes[:number])
+        with graph.inserting_before(user):
+            part = call(graph, aten.slice.Tensor, x, dim, start, start + sizes[number], origin=user, made_by=made_by)
+        user.replace_all_uses_with(part)
+        graph.erase_node(user)
+    graph.erase_node(node)
+    return True

@@ -1,0 +1,273 @@
+"""Which rows the axes of values hold: the samples of a batch, rows of the token axis, or both in one axis.
+
+Rows are followed from where visual and text rows are together, forwards through everything that is computed row by row,
+and back again to what those values are computed from row by row (a table of positions that is added to the stream).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final, Literal
+
+import sympy
+import torch
+from torch import fx
+
+from tokgraph.ir.evaluate import evaluate
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.node import Dim, ancestors, dims, rank, same_size, tensor
+from tokgraph.ir.program import TaskGraph
+
+from ..emitter import is_selection, selection
+from ..rewrite.pushdown import NARROWED
+from ..rules import axis_map
+from ..rules.registry import Axis, AxisMap, first_input
+from ..rules.shape import VIEWS
+
+aten = torch.ops.aten
+tokgraph = torch.ops.tokgraph
+
+SAMPLES: Final = "samples"
+Chain = tuple[fx.Node, ...]
+"""Rows of the token axis: indices, each relative to the rows that the one before left; ``()`` is all of them."""
+Held = tuple[Chain | Literal["samples"], ...]
+"""What one axis holds, outermost first: samples, rows of a chain, or both when a reshape merged the two axes."""
+
+
+def held_rows(graph: fx.Graph, facts: TaskFacts) -> dict[Axis, Held]:
+    """What the axes of values hold, for the axes that hold samples or rows of the token axis.
+
+    A convolution over the token axis keeps its rows where it keeps their number: row ``i`` of the output is the window
+    around row ``i``. Any other operator that mixes rows ends them, as does one without a rule.
+    """
+    follow = _Follow(graph, facts)
+    follow.forwards()
+    follow.backwards()
+    follow.forwards()  # what was found on the way back has other readers
+    return follow.found
+
+
+def row_spaces(graph: fx.Graph, facts: TaskFacts) -> dict[Axis, Chain]:
+    """The rows that token axes hold, and axes that hold them together with the samples."""
+    held = held_rows(graph, facts)
+    return {axis: part for axis, parts in held.items() for part in parts if part != SAMPLES}
+
+
+def visual_rows(
+    graph: TaskGraph, visual: torch.Tensor, chains: Iterable[Chain], padding: bool = True
+) -> dict[Chain, torch.Tensor]:
+    """Which rows of each chain are visual: ``[batch, rows]`` bool, for the task's inputs.
+
+    Args:
+        graph: the graph that the chains' indices are of.
+        visual: ``[batch, tokens]`` bool, the visual tokens of the task's inputs.
+        chains: the chains.
+        padding: rows that are there only to make samples equally long count as well.
+
+    Raises:
+        AnalysisError: an index depends on values that have no storage.
+    """
+    chains = set(chains)
+    indices = sorted({index for chain in chains for index in chain})
+    lost = {} if padding else _lost_rows(graph.graph)
+    wanted = [*indices, *sorted(set(lost.values()))]
+    values = dict(zip(wanted, evaluate(graph, wanted), strict=True)) if indices else {}
+    found = {}
+    for chain in chains:
+        rows = visual
+        for index in chain:
+            if index in lost:
+                rows = rows & ~values[lost[index]].to(rows.device)
+            rows = rows.gather(1, values[index].to(rows.device))
+        found[chain] = rows
+    return found
+
+
+def _lost_rows(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Index of a site -> the rows that the site drops, some of which the index keeps as padding."""
+    lost = {node.args[:2]: node for node in graph.find_nodes(op="call_function", target=tokgraph.lost_rows.default)}
+    kept = graph.find_nodes(op="call_function", target=tokgraph.keep_rows.default)
+    return {node: lost[node.args[:2]] for node in kept if node.args[:2] in lost}
+
+
+def place_rows(node: fx.Node, held: Mapping[Axis, Held], rows: Mapping[Chain, torch.Tensor]) -> torch.Tensor | None:
+    """The rows of a node that are visual, as a mask that broadcasts against its value.
+
+    A value with two row axes (scores of queries and keys) goes by the first of them: its rows are those of the queries.
+
+    Args:
+        node: the node.
+        held: what the axes of its graph hold.
+        rows: chain -> ``[batch, rows]`` bool.
+
+    Returns:
+        Bool of the value's rank, ``None`` where the value holds no rows, or the rows of no particular sample.
+    """
+    here = {axis: held[node, axis] for axis in range(rank(node)) if (node, axis) in held}
+    along = next((axis for axis, parts in here.items() if set(parts) != {SAMPLES}), None)
+    if along is None:
+        return None
+    (chain,) = (part for part in here[along] if part != SAMPLES)
+    mask, shape = rows[chain], [1] * rank(node)
+    if SAMPLES in here[along]:
+        shape[along] = -1
+        return (mask if here[along][0] == SAMPLES else mask.t()).reshape(shape)
+    samples = next((axis for axis, parts in here.items() if parts == (SAMPLES,)), None)
+    if samples is None:
+        return None
+    shape[samples], shape[along] = mask.shape
+    return (mask if samples < along else mask.t()).reshape(shape)
+
+
+class _Follow:
+    """Finds what the axes of a graph's values hold.
+
+    Args:
+        graph: a task graph, rewritten or not.
+        facts: the task's facts.
+    """
+
+    def __init__(self, graph: fx.Graph, facts: TaskFacts) -> None:
+        nodes = {node.name: node for node in graph.nodes}
+        entry = nodes.get(facts.visual.entry, nodes.get(facts.entry))
+        self.found: dict[Axis, Held] = {}
+        self._calls = [node for node in graph.nodes if node.op == "call_function" and tensor(node) is not None]
+        self._rules: dict[fx.Node, AxisMap | None] = {}
+        # rows of either operand go into the rows of where(mask, image, text), but each is of one kind only
+        self._meets = {n for n in ancestors([entry] if entry else []) if n.target is aten.where.self}
+        if entry is not None:
+            self._samples = dims(entry)[0]
+            self.found |= dict.fromkeys(self._whole(entry, 0), (SAMPLES,))
+            self.found |= dict.fromkeys(self._whole(entry, 1), ((),))
+
+    def _rule(self, node: fx.Node) -> AxisMap | None:
+        if node not in self._rules:
+            self._rules[node] = axis_map(node)
+        return self._rules[node]
+
+    def _whole(self, entry: fx.Node, axis: int) -> set[Axis]:
+        """The nearest axes, at the entry or before it, that hold all rows that the entry's axis is computed from."""
+        found: set[Axis] = set()
+        stack: list[Axis] = [(entry, axis)]
+        while stack:
+            node, axis = stack.pop()
+            described = self._rule(node)
+            if is_selection(node):
+                stack.append((selection(node)[0], axis))
+            elif described is not None and node.meta.get(NARROWED):
+                stack.extend(described.rows[axis] or ())
+            else:
+                found.add((node, axis))
+        return found
+
+    def forwards(self) -> None:
+        """From inputs to what is computed from them."""
+        for node in self._calls:
+            if is_selection(node):
+                x, index, dim, _ = selection(node)
+                for axis in range(rank(x)):
+                    self._note((node, axis), self._narrowed((x, axis), index if axis == dim else None))
+            elif node.target is tokgraph.restore.default:
+                for axis in (0, 1):
+                    self._note((node, axis), self.found.get((first_input(node), axis)))
+            elif node.target is tokgraph.merge.default:  # of two selections that part the rows of one chain
+                others = first_input(node)
+                self._note((node, 0), self.found.get((others, 0)))
+                chain = _only_rows(self.found.get((others, 1), (SAMPLES,)))
+                self._note((node, 1), (chain[:-1],) if chain else None)
+            else:
+                if node.target in VIEWS:
+                    self._merge(first_input(node), node)
+                    self._part(first_input(node), node)
+                for axis, source in (*self._row_by_row(node), *self._in_place(node)):
+                    self._note((node, axis), self.found.get(source))
+
+    def backwards(self) -> None:
+        """From values to what they are computed from, row by row."""
+        for node in reversed(self._calls):
+            if is_selection(node):
+                x, index, dim, _ = selection(node)
+                for axis in range(rank(x)):
+                    self._note((x, axis), self._widened((node, axis), index if axis == dim else None))
+            elif node.target is not tokgraph.restore.default and node not in self._meets:
+                if node.target in VIEWS:
+                    self._merge(node, first_input(node))
+                    self._part(node, first_input(node))
+                for axis, source in self._row_by_row(node):
+                    self._note(source, self.found.get((node, axis)))
+
+    def _note(self, axis: Axis, parts: Held | None) -> None:
+        if parts is not None:
+            self.found.setdefault(axis, parts)
+
+    def _narrowed(self, axis: Axis, index: fx.Node | None) -> Held | None:
+        """What is left of an axis after a selection by ``index``, if it is one along that axis."""
+        parts = self.found.get(axis)
+        if parts is None or index is None:
+            return parts
+        chain = _only_rows(parts)
+        return None if chain is None else ((*chain, index),)
+
+    def _widened(self, axis: Axis, index: fx.Node | None) -> Held | None:
+        """What an axis was before a selection by ``index``, if it is one along that axis."""
+        parts = self.found.get(axis)
+        if parts is None or index is None:
+            return parts
+        chain = _only_rows(parts)
+        return (chain[:-1],) if chain and chain[-1] is index else None
+
+    def _row_by_row(self, node: fx.Node) -> list[tuple[int, Axis]]:
+        described = self._rule(node)
+        if described is None:
+            return []
+        return [(axis, source) for axis, rows in enumerate(described.rows) for source in rows or ()]
+
+    def _in_place(self, node: fx.Node) -> list[tuple[int, Axis]]:
+        """Axes whose rows are mixed but keep their places."""
+        described = self._rule(node)
+        if described is None:
+            return []
+        windows = [axis for mix in described.mixes if mix.kind == "window" for axis in mix.axes]
+        same = [
+            (axis, (x, axis))
+            for x, axis in windows
+            if described.rows[axis] is None and rank(x) == rank(node) and same_size(dims(x)[axis], dims(node)[axis])
+        ]
+        return [*described.aligned, *same]
+
+    def _merge(self, x: fx.Node, y: fx.Node) -> None:
+        """Samples and rows that a reshape of ``x`` to ``y`` makes one axis of."""
+        for first, axis in _merges(x, y):
+            parts = (*self.found.get((x, first), ()), *self.found.get((x, first + 1), ()))
+            if len(parts) == 2 and parts.count(SAMPLES) == 1:
+                self._note((y, axis), parts)
+
+    def _part(self, x: fx.Node, y: fx.Node) -> None:
+        """Samples and rows that a reshape of ``x`` to ``y`` makes two axes of."""
+        for first, axis in _merges(y, x):
+            parts = self.found.get((x, axis), ())
+            if len(parts) == 2 and same_size(dims(y)[first + parts.index(SAMPLES)], self._samples):
+                for offset, part in enumerate(parts):
+                    self._note((y, first + offset), (part,))
+
+
+def _only_rows(parts: Held) -> Chain | None:
+    """The chain of an axis that holds nothing else."""
+    (part,) = parts if len(parts) == 1 else (SAMPLES,)
+    return None if part == SAMPLES else part
+
+
+def _merges(apart: fx.Node, merged: fx.Node) -> list[tuple[int, int]]:
+    """``(i, j)`` where a reshape between two values makes axes ``i`` and ``i + 1`` of the one axis ``j`` of the other."""
+    wide, narrow = dims(apart), dims(merged)
+    return [
+        (i, j)
+        for i in range(len(wide) - 1)
+        for j in range(len(narrow))
+        if same_size(_product(wide[:i]), _product(narrow[:j])) and same_size(_product(wide[i : i + 2]), narrow[j])
+    ]
+
+
+def _product(sizes: tuple[Dim, ...]) -> Dim:
+    product: Dim = sympy.expand(sympy.prod([sympy.sympify(size) for size in sizes]))
+    return product

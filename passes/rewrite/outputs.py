@@ -1,0 +1,151 @@
+"""Seeds at the readers of the stream: losses and outputs take the demanded rows only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tokgraph.errors import PlanError
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.node import argument, descendants, rank, tensor
+from tokgraph.ir.program import COMPACT_OUTPUTS
+
+from ..analysis.axes import AxisClasses
+from ..analysis.loss_rows import LossRows, loss_rows
+from ..emitter import VISUAL_ROWS, Emitter, refresh_after
+from ..rules.registry import Axis, first_input
+from ..rules.shape import VIEWS
+from .index import IndexBuilder
+from .row_space import Frame
+
+aten = torch.ops.aten
+tokgraph = torch.ops.tokgraph
+
+
+@dataclass(frozen=True)
+class RowSpace:
+    """Rows that readers see, and which of them they read.
+
+    Args:
+        axis: an axis that indexes the rows.
+        base: indices from the token axis to these rows (empty: they are the token axis).
+        chosen: indices into these rows of those that are read (empty: all).
+    """
+
+    axis: Axis
+    base: tuple[fx.Node, ...]
+    chosen: tuple[fx.Node, ...]
+
+
+def seed_readers(
+    module: fx.GraphModule,
+    emit: Emitter,
+    build: IndexBuilder,
+    facts: TaskFacts,
+    stream: fx.Node,
+    frames: tuple[Frame, ...],
+    exact: bool,
+) -> None:
+    """Select the rows that losses and outputs read.
+
+    Args:
+        module: the graph module, edited in place; its ``meta`` learns which outputs became compact.
+        emit: where nodes go.
+        build: index building.
+        facts: the task's facts.
+        stream: the residual stream after the last block.
+        frames: frames that were never restored; labels and outputs follow their rows.
+        exact: select the demanded rows as well.
+
+    Raises:
+        PlanError: rows are gone for good, but the task's outputs must stay whole.
+    """
+    if frames and facts.demand.reads == "all":
+        raise PlanError(
+            f"task {facts.name!r}: a site without restore, but every row of its outputs is demanded",
+            help="use restore=True, or declare what the task reads (reads='text' or 'visual', outputs='loss')",
+        )
+    graph = module.graph
+    classes = AxisClasses(graph)
+    nodes = {node.name: node for node in graph.nodes}
+    spaces = [_whole(build, stream, frames, exact)]
+    if exact:
+        spaces += [
+            space
+            for w in facts.windows
+            if (space := _window(build, emit, nodes[w.node], w.length, w.demanded, w.visual))
+        ]
+    later = descendants([stream])
+    losses = [rows for node in later if (rows := loss_rows(node)) is not None]
+    changed: list[fx.Node] = []
+    for space in spaces:
+        for rows in losses:
+            if space.chosen and classes.same((rows.logits, rows.axis), space.axis):
+                changed += _narrow_loss(emit, rows, space.chosen)
+    _narrow_outputs(module, emit, classes, spaces, later)
+    for space in spaces[1:]:
+        _window_to_selection(emit, space)
+    refresh_after(graph, changed)
+
+
+def _whole(build: IndexBuilder, stream: fx.Node, frames: tuple[Frame, ...], exact: bool) -> RowSpace:
+    demanded = build.demand(frames) if exact else None
+    chosen = [f.index for f in frames] + ([demanded] if demanded is not None else [])
+    return RowSpace((stream, 1), (), tuple(chosen))
+
+
+def _window(
+    build: IndexBuilder, emit: Emitter, node: fx.Node, length: int, wanted: int, visual: int
+) -> RowSpace | None:
+    index = build.window(argument(node, "start") or 0, argument(node, "end"))
+    index.meta[VISUAL_ROWS] = visual
+    demanded = build.demand((), (index, length, wanted))
+    axis = argument(node, "dim", 0) % rank(node)
+    return RowSpace((node, axis), (index,), () if demanded is None else (demanded,))
+
+
+def _window_to_selection(emit: Emitter, space: RowSpace) -> None:
+    """Replace a slice of the token axis by the selection of its rows, which can be sunk."""
+    node, axis = space.axis
+    chosen = emit.select(first_input(node), space.base[0], axis, 0)
+    node.replace_all_uses_with(chosen)
+
+
+def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> list[fx.Node]:
+    logits = emit.chain(rows.logits, chosen, rows.axis, 0)
+    targets = rows.targets
+    ignored = argument(rows.loss, "ignore_index", -100)
+    for index in chosen:
+        targets = emit.call(tokgraph.select_targets.default, targets, index, ignored, origin=rows.loss)
+    for user, old, new in ((rows.logits_user, rows.logits, logits), (rows.targets_user, rows.targets, targets)):
+        user.replace_input_with(old, new)
+        if user.target in VIEWS:
+            user.update_arg(1, [-1, *list(user.args[1])[1:]])  # type: ignore[arg-type]
+    return [logits, targets]
+
+
+def _narrow_outputs(
+    module: fx.GraphModule, emit: Emitter, classes: AxisClasses, spaces: list[RowSpace], later: set[fx.Node]
+) -> None:
+    """Narrow the outputs that carry rows of a space, and add the rows' positions to the outputs."""
+    output = module.graph.output_node()
+    results: list[fx.Node] = list(output.args[0])  # type: ignore[arg-type]
+    compact: dict[int, int] = {}
+    positions: dict[fx.Node, int] = {}
+    for leaf, node in enumerate(tuple(results)):
+        if node not in later or tensor(node) is None:
+            continue
+        for space in spaces:
+            axes = [a for a in range(rank(node)) if classes.same((node, a), space.axis)]
+            if len(axes) == 1 and axes[0] > 0 and space.chosen:
+                results[leaf] = emit.chain(node, space.chosen, axes[0], 0)
+                first, *rest = space.chosen
+                where = emit.chain(first, rest)
+                if where not in positions:
+                    positions[where] = len(results)
+                    results.append(where)
+                compact[leaf] = positions[where]
+    output.args = (tuple(results),)
+    module.meta[COMPACT_OUTPUTS] = compact

@@ -1,0 +1,83 @@
+"""Own projections: visual rows get their own copies of a block's query, key and value projections."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from tokgraph.ir.facts import Block, Projection
+from tokgraph.ir.node import argument
+from tokgraph.ir.program import OWN
+
+from ..emitter import VISUAL_ROWS, Emitter
+from .index import IndexBuilder
+from .row_space import Frame
+
+aten = torch.ops.aten
+tokgraph = torch.ops.tokgraph
+
+
+def seed_projections(
+    block: Block,
+    frames: Sequence[Frame],
+    hidden: Sequence[Frame],
+    task: str,
+    emit: Emitter,
+    build: IndexBuilder,
+    nodes: dict[str, fx.Node],
+) -> None:
+    """Give the visual rows of a block their own projections.
+
+    Where rows are kept by ``frames``, ``project(x)`` becomes ``merge(project(x[text]), own(x[visual]), visual)``, put back
+    where the rows were; rows that nothing reads are never projected. Queries are read of the rows in ``frames``, keys and
+    values of those that no site hides.
+
+    Args:
+        block: the block.
+        frames: the frames open in it.
+        hidden: those of them, outermost first, whose dropped rows are no keys.
+        task: the task, whose parameters the copies become.
+        emit: where nodes go.
+        build: makes the masks.
+        nodes: the graph's nodes by name.
+    """
+    for projection in block.projections:
+        space = hidden if projection.keys else frames
+        visual = space[-1].visual if space else build.visual_count
+        if visual:
+            _split(nodes[projection.node], projection, [f.index for f in space], visual, task, emit, build)
+
+
+def _split(
+    node: fx.Node,
+    projection: Projection,
+    space: list[fx.Node],
+    visual: int,
+    task: str,
+    emit: Emitter,
+    build: IndexBuilder,
+) -> None:
+    readers = list(node.users)
+    x, mask = emit.chain(argument(node, "input"), space), emit.chain(build.visual, space)
+    length = emit.size(mask, 1)
+    count = length - visual if isinstance(length, int) else emit.call(operator.sub, length, visual, origin=node)
+    others = emit.call(aten.logical_not.default, mask, origin=node)
+    text = emit.call(tokgraph.rows.default, others, count, True, origin=node)
+    image = emit.call(tokgraph.rows.default, mask, visual, True, origin=node)
+    text.meta[VISUAL_ROWS], image.meta[VISUAL_ROWS] = 0, visual
+    names = [name for name in (projection.weight, projection.bias) if name is not None]
+    model = [argument(node, name) for name in ("weight", "bias")][: len(names)]
+    copies = [emit.parameter(f"{OWN}.{task}.{name}", of) for name, of in zip(names, model, strict=True)]
+    parts = [
+        emit.call(aten.linear.default, emit.select(x, rows), *parameters, origin=node)
+        for rows, parameters in ((text, model), (image, copies))
+    ]
+    whole = emit.call(tokgraph.merge.default, *parts, image, origin=node)
+    for depth in reversed(range(len(space))):
+        around = emit.chain(node, space[:depth])
+        whole = emit.call(tokgraph.restore.default, around, whole, space[depth], origin=node)
+    for reader in readers:
+        reader.replace_input_with(node, whole)

@@ -1,0 +1,34 @@
+"""The passes that realise a plan on one task, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.plan import DropSite
+
+from ..pipeline import GraphPass
+from .pushdown import PushDown
+from .seed import ExplicitCausalMask, SeedSites, only_projects
+
+
+def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
+    """The passes that write the semantics of ``sites`` (resolved, outer spans first) and of demand."""
+    touched = {
+        block
+        for s in sites
+        if not only_projects(s, facts)
+        for block in range(s.start, len(facts.blocks) if not s.restore or s.end is None else s.end)
+    }
+    touched |= {s.start - 1 for s in sites if s.selector == "attention" and s.start}
+    if exact and facts.demand.reads != "all":
+        touched.add(len(facts.blocks) - 1)
+    return [
+        ExplicitCausalMask(facts.name, facts, tuple(sorted(touched))),
+        SeedSites(facts.name, facts, tuple(sites), exact),
+    ]
+
+
+def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
+    """The passes that turn a captured graph into the one that a plan asks for; none for an empty plan."""
+    return [*seeds(facts, sites, exact), PushDown(facts.name)] if sites or exact else []

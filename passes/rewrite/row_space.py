@@ -1,0 +1,78 @@
+"""Row spaces: the rows that a drop site keeps, and which of them are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tokgraph.ir.plan import DropSite
+
+from ..emitter import Emitter
+
+aten = torch.ops.aten
+tokgraph = torch.ops.tokgraph
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A row space: the rows that a site keeps, in the space of the frames around it.
+
+    Args:
+        site: the drop site.
+        index: ``[batch, rows]`` positions in the enclosing space.
+        dropped: rows dropped by this site.
+        visual: visual rows that are left.
+        lost: ``[batch, enclosing rows]`` bool, the rows that this site or one around it drops, where samples drop different
+            numbers of them: some stay among the kept, as padding. ``None``: all of the kept count.
+    """
+
+    site: DropSite
+    index: fx.Node
+    dropped: int
+    visual: int
+    lost: fx.Node | None = None
+
+    def padding(self, emit: Emitter) -> fx.Node | None:
+        """``[batch, rows]`` bool: the kept rows that are padding."""
+        return None if self.lost is None else emit.select(self.lost, self.index)
+
+
+def indices(frames: Sequence[Frame]) -> list[fx.Node]:
+    """The frames' indices."""
+    return [frame.index for frame in frames]
+
+
+def frozen_rows(emit: Emitter, frames: Sequence[Frame]) -> fx.Node:
+    """``[batch, tokens]`` bool: the positions that padded frames, outermost first, drop."""
+    first, *inner = frames
+    assert first.lost is not None
+    if not inner:
+        return first.lost
+    rows = frozen_rows(emit, inner)
+    return emit.call(tokgraph.restore.default, first.lost, rows, first.index, origin=first.lost)
+
+
+def unpadded(emit: Emitter, frames: Sequence[Frame], hidden: Sequence[Frame]) -> fx.Node | None:
+    """``[batch, 1, tokens, keys]`` bool: who may see whom where padding lies among the keys, ``None`` where none does.
+
+    A row that counts sees no padding. A frozen row, whose result nobody uses, sees everything: a softmax over no key at all
+    would be NaN, and so would gradients.
+
+    Args:
+        emit: where nodes go.
+        frames: the frames open in the block.
+        hidden: those of them, outermost first, whose dropped rows are no keys.
+    """
+    padding = hidden[-1].padding(emit) if hidden else None
+    if padding is None:
+        return None
+    keys = emit.call(aten.logical_not.default, padding, origin=padding)
+    for axis in (1, 1):
+        keys = emit.call(aten.unsqueeze.default, keys, axis, origin=padding)
+    rows = frozen_rows(emit, frames)
+    for axis in (1, 3):
+        rows = emit.call(aten.unsqueeze.default, rows, axis, origin=padding)
+    return emit.call(aten.logical_or.default, rows, keys, origin=padding)

@@ -1,0 +1,231 @@
+"""Selections that every reader of a value applies: one reverse pass over a graph, changing nothing.
+
+A *chain* is a sequence of indices, each relative to the rows that the one before left. What all users of a value want is
+the longest common prefix of their chains, axis by axis. A chain moves from an operator's output to its inputs when the
+operator's rule says that the axis is computed row by row; a selection disappears in the restore that it inverts
+(``select(restore(h, y, i), i) = y``).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from tokgraph.ir.node import argument, dims, rank, tensor
+
+from ..emitter import is_selection, selection
+from ..rules import axis_map
+from ..rules.pointwise import BROADCASTING
+from ..rules.registry import is_one
+from ..rules.shape import SIZED
+
+aten = torch.ops.aten
+tokgraph = torch.ops.tokgraph
+Chain = tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Along:
+    """An axis to select along.
+
+    Args:
+        dim: the token axis.
+        batch: the batch axis.
+        ndim: rank at which the axes are meant: a value of lower rank, or with a batch axis of size 1, is to be given a
+            batch axis first; ``None``: the value has both axes.
+    """
+
+    dim: int
+    batch: int
+    ndim: int | None = None
+
+
+Want = dict[Along, Chain]
+STREAM = Along(1, 0)
+
+
+@dataclass(frozen=True)
+class Declined:
+    """Why a selection stopped at a value.
+
+    Args:
+        node: the value's name.
+        reason: what the operator does.
+    """
+
+    node: str
+    reason: str
+
+
+@dataclass
+class Selections:
+    """What :func:`selections` finds.
+
+    Args:
+        own: value -> chains applied inside it (what all its users want and its operator commutes with).
+        inputs: node -> input -> chains it then wants of that input.
+        live: values that are needed at all.
+        kept_restores: restores that some user reads whole.
+        declined: selections that stopped, and why.
+    """
+
+    own: dict[fx.Node, Want] = field(default_factory=dict)
+    inputs: dict[fx.Node, dict[fx.Node, Want]] = field(default_factory=dict)
+    live: set[fx.Node] = field(default_factory=set)
+    kept_restores: set[fx.Node] = field(default_factory=set)
+    declined: list[Declined] = field(default_factory=list)
+
+
+def common(wants: Iterable[Mapping[Along, Chain]]) -> Want:
+    """The longest common prefix of every axis' chains."""
+    first, *others = list(wants)
+    shared = dict(first)
+    for want in others:
+        for along in list(shared):
+            prefix = _prefix(shared[along], want.get(along, ()))
+            if prefix:
+                shared[along] = prefix
+            else:
+                del shared[along]
+    return shared
+
+
+def _prefix(a: Chain, b: Chain) -> Chain:
+    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x is not y), min(len(a), len(b)))
+    return a[:length]
+
+
+def through_selection(node: fx.Node, want: Mapping[Along, Chain]) -> tuple[fx.Node, Want]:
+    """What a selection's input is wanted for: the selection's own index first."""
+    x, index, dim, batch = selection(node)
+    along = Along(dim, batch)
+    return x, {**want, along: (index, *want.get(along, ()))}
+
+
+def through_restore(node: fx.Node, want: Mapping[Along, Chain]) -> tuple[fx.Node, Want] | None:
+    """The rows that a restore puts back, when the want begins with the restore's own index."""
+    _, rows, index = node.args
+    chain = want.get(STREAM, ())
+    if chain[:1] != (index,):
+        return None
+    rest = {**want, STREAM: chain[1:]}
+    return rows, {along: c for along, c in rest.items() if c}  # type: ignore[return-value]
+
+
+def selections(graph: fx.Graph) -> Selections:
+    """Find what selections every value's users share, and where each stops."""
+    found = Selections()
+    uses: dict[fx.Node, list[Want]] = defaultdict(list)
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            for x in node.all_input_nodes:
+                uses[x].append({})
+            continue
+        if node not in uses:
+            continue
+        found.live.add(node)
+        if is_selection(node):
+            _visit_selection(node, uses)
+        elif node.target is tokgraph.restore.default:
+            _visit_restore(node, uses, found)
+        else:
+            _visit_operator(node, uses, found)
+    return found
+
+
+def _visit_selection(node: fx.Node, uses: dict[fx.Node, list[Want]]) -> None:
+    for want in uses[node]:
+        x, inner = through_selection(node, want)
+        uses[x].append(inner)
+    uses[selection(node)[1]].append({})
+
+
+def _visit_restore(node: fx.Node, uses: dict[fx.Node, list[Want]], found: Selections) -> None:
+    for want in uses[node]:
+        passed = through_restore(node, want)
+        if passed is not None:
+            uses[passed[0]].append(passed[1])
+        else:
+            found.kept_restores.add(node)
+    if node in found.kept_restores:
+        for x in node.all_input_nodes:
+            uses[x].append({})
+
+
+def _visit_operator(node: fx.Node, uses: dict[fx.Node, list[Want]], found: Selections) -> None:
+    own: Want = {}
+    inputs: dict[fx.Node, Want] = {x: {} for x in node.all_input_nodes}
+    for along, chain in sorted(common(uses[node]).items()):
+        passed = commute(node, along)
+        if isinstance(passed, Declined):
+            found.declined.append(passed)
+        elif any(chain != inputs[x].get(a, chain) for x, a in passed):
+            found.declined.append(Declined(node.name, "an input is wanted for two different selections"))
+        else:
+            own[along] = chain
+            for x, a in passed:
+                inputs[x][a] = chain
+    found.own[node], found.inputs[node] = own, inputs
+    for x, want in inputs.items():
+        uses[x].append(want)
+
+
+def commute(node: fx.Node, along: Along) -> list[tuple[fx.Node, Along]] | Declined:
+    """Where a selection along an axis of ``node`` goes among its inputs, or why it stays."""
+    described = axis_map(node) if tensor(node) is not None else None
+    if node.op != "call_function" or described is None:
+        return Declined(node.name, f"{node.target} has no token-axis rule" if node.op == "call_function" else node.op)
+    if node.target is operator.getitem:
+        return Declined(node.name, "one result of several cannot be narrowed alone")
+    if along.ndim is not None or is_one(node, along.batch) != _batch_is_one(node, along):
+        return Declined(node.name, "the value has no batch axis of its own")
+    rows, samples = described.rows[along.dim], described.rows[along.batch]
+    if rows is None or samples is None:
+        return Declined(node.name, f"{node.target} mixes rows")
+    if not rows and node.target not in SIZED:
+        return Declined(node.name, f"{node.target} makes the axis")
+    batch_of = dict(samples)
+    passed = []
+    for x, dim in rows:
+        if x in batch_of:
+            passed.append((x, Along(dim, batch_of[x])))
+        elif _may_lift(node, x):
+            passed.append((x, Along(along.dim, along.batch, rank(node))))
+        else:
+            return Declined(node.name, f"an input of {node.target} has no batch axis")
+    if any(_occurrences(node, x) > sum(x is y for y, _ in rows) for x, _ in passed):
+        return Declined(node.name, f"{node.target} reads one value along two axes")
+    return passed
+
+
+def _batch_is_one(node: fx.Node, along: Along) -> bool:
+    """Whether the batch itself has size 1, in which case an axis of size 1 is a batch axis."""
+    return bool(dims(node)[along.batch] == 1) and _static_batch_of_one(node)
+
+
+def _static_batch_of_one(node: fx.Node) -> bool:
+    first = next(n for n in node.graph.nodes if n.op == "placeholder" and tensor(n) is not None and rank(n) > 0)
+    return bool(dims(first)[0] == 1)
+
+
+def _may_lift(node: fx.Node, x: fx.Node) -> bool:
+    if node.target is aten.scaled_dot_product_attention.default:
+        return x is argument(node, "attn_mask")
+    return node.target in BROADCASTING
+
+
+def _occurrences(node: fx.Node, x: fx.Node) -> int:
+    count = 0
+
+    def visit(n: fx.Node) -> fx.Node:
+        nonlocal count
+        count += n is x
+        return n
+
+    fx.node.map_arg((node.args, node.kwargs), visit)
+    return count

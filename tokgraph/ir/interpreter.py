@@ -1,0 +1,98 @@
+"""Interpreters that run task graphs elsewhere or otherwise: in float64 without dropout, or on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .node import argument
+
+aten = torch.ops.aten
+_DROPOUT = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.native_dropout.default)
+
+
+class GraphInterpreter(fx.Interpreter):
+    """Runs a graph with every tensor, attribute and dtype or device argument mapped by a function.
+
+    Args:
+        module: the graph module.
+        tensors: maps inputs and attributes.
+        constants: maps ``dtype`` and ``device`` arguments.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        tensors: Callable[[torch.Tensor], torch.Tensor],
+        constants: Callable[[Any], Any],
+    ) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self._tensors = tensors
+        self._constants = constants
+        self.attributes: dict[str, Any] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        """The mapped attribute, one object for all its uses and for the names of one tied parameter."""
+        if target not in self.attributes:
+            found = super().fetch_attr(target)
+            self.attributes[target] = self._tensors(found) if isinstance(found, torch.Tensor) else found
+        return self.attributes[target]
+
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The mapped input."""
+        found = super().placeholder(target, args, kwargs)
+        return self._tensors(found) if isinstance(found, torch.Tensor) else found
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call without dropout, its constants mapped."""
+        if target in _DROPOUT:
+            return args[0] if target is not aten.native_dropout.default else (args[0], torch.ones_like(args[0]))
+        args, kwargs = pytree.tree_map(self._constants, (args, kwargs))
+        if target is aten.scaled_dot_product_attention.default:
+            args, kwargs = _without_dropout(args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:]), {
+        **kwargs,
+        **({"dropout_p": 0.0} if len(args) <= 4 else {}),
+    }
+
+
+def trains_with_dropout(module: fx.GraphModule) -> bool:
+    """Whether the graph draws random dropout masks."""
+    for node in module.graph.nodes:
+        if node.target in _DROPOUT and argument(node, "p", 0.0) > 0 and argument(node, "train", False):
+            return True
+        if node.target is aten.scaled_dot_product_attention.default and argument(node, "dropout_p", 0.0) > 0:
+            return True
+    return False
+
+
+def in_dtype(
+    dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Any], Any]]:
+    """Maps for :class:`GraphInterpreter` that compute in ``dtype`` where the graph computes in any floating type."""
+
+    def tensors(x: torch.Tensor) -> torch.Tensor:
+        y = x.detach().to(device, dtype if x.is_floating_point() else x.dtype)
+        return y.requires_grad_(x.requires_grad) if isinstance(x, torch.nn.Parameter) else y
+
+    def constants(x: Any) -> Any:
+        return dtype if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+    return tensors, constants
+
+
+def on_meta() -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Any], Any]]:
+    """Maps for :class:`GraphInterpreter` that run on the meta device: shapes, no values."""
+
+    def tensors(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().to("meta").requires_grad_(x.requires_grad)
+
+    return tensors, lambda x: torch.device("meta") if isinstance(x, torch.device) else x

@@ -1,0 +1,176 @@
+"""Reading and making FX nodes: shapes, places for diagnostics, and the one helper that inserts nodes with full metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from tokgraph.errors import InternalError, Where
+
+Dim = int | sympy.Expr
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_NO_MODULE = "_empty_nn_module_stack"
+"""What torch.export calls the module of nodes that it makes itself."""
+
+
+def value(node: fx.Node) -> Any:
+    """The node's fake value (a tensor, a symbolic number, or a tuple), ``None`` when it has none."""
+    return node.meta.get("val")
+
+
+def tensor(node: object) -> torch.Tensor | None:
+    """The node's fake tensor; the first one of a node with several results; ``None`` for anything else."""
+    if not isinstance(node, fx.Node):
+        return None
+    val = value(node)
+    if isinstance(val, (tuple, list)) and val:
+        val = val[0]
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def dims(node: fx.Node) -> tuple[Dim, ...]:
+    """The node's shape: integers, and sympy expressions where it is symbolic."""
+    val = tensor(node)
+    if val is None:
+        raise InternalError(f"node {node.name} ({node.target}) has no tensor value")
+    return tuple(d.node.expr if isinstance(d, torch.SymInt) else d for d in val.shape)
+
+
+def rank(node: fx.Node) -> int:
+    """Number of dimensions of the node's tensor."""
+    val = tensor(node)
+    if val is None:
+        raise InternalError(f"node {node.name} ({node.target}) has no tensor value")
+    return val.dim()
+
+
+def same_size(a: Dim, b: Dim) -> bool:
+    """Whether two dimensions are known to be equal."""
+    return bool(a == b) or bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The node's inputs that are tensors."""
+    return [a for a in node.all_input_nodes if tensor(a) is not None]
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an ATen call by its schema name, wherever the call put it."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if isinstance(node.target, torch._ops.OpOverload):
+        for position, schema in enumerate(node.target._schema.arguments):
+            if schema.name == name:
+                if position < len(node.args):
+                    return node.args[position]
+                return schema.default_value if schema.has_default_value() else default
+    return default
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost user module that made the node, ``""`` for the task's own forward."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((path for path, _ in reversed(stack.values()) if path and not path.startswith(_NO_MODULE)), "")
+
+
+def source_line(node: fx.Node) -> str | None:
+    """``file:line`` of the innermost recorded frame outside installed packages, else of the innermost frame."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return None
+    own = [f for f in frames if "site-packages" not in f[0] and "/torch/" not in f[0]]
+    file, line = (own or frames)[-1]
+    return f"{file}:{line}"
+
+
+def where(node: fx.Node) -> Where:
+    """The node's place in the user's program, for a diagnostic."""
+    op = str(node.target) if node.op == "call_function" else node.op
+    return Where(node=node.name, op=op, module=module_path(node) or None, source=source_line(node))
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The given nodes and everything they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The given nodes and everything computed from them."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.users)
+    return found
+
+
+def call(
+    graph: fx.Graph, target: Callable[..., Any], *args: Any, origin: fx.Node, made_by: str, **kwargs: Any
+) -> fx.Node:
+    """Insert a call at the graph's insertion point, with value, module stack, stack trace and provenance filled in.
+
+    Args:
+        graph: the graph to edit.
+        target: an operator.
+        args: its arguments; nodes among them must have values.
+        origin: the node whose module stack and stack trace the new node gets.
+        made_by: name of the pass, kept in ``meta["made_by"]``.
+        kwargs: keyword arguments of the operator.
+    """
+    node = graph.call_function(target, args, kwargs)
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn"):
+        if key in origin.meta:
+            node.meta[key] = origin.meta[key]
+    node.meta["made_by"] = made_by
+    refresh_value(node)
+    return node
+
+
+def refresh_value(node: fx.Node) -> None:
+    """Recompute the fake value of a call from those of its inputs."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    with entered(fake_mode(node.graph)):
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def entered(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Run in a fake mode, without its cache: over symbolic sizes, finding what is in it takes longer than computing it."""
+    if mode is None:
+        yield
+        return
+    cached, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        with mode:
+            yield
+    finally:
+        mode.cache_enabled = cached
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode that the graph's values live in; operators without tensor inputs need it."""
+    for node in graph.nodes:
+        if isinstance(val := value(node), FakeTensor):
+            return val.fake_mode
+    return None
+
+
+def output_args(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's flat outputs."""
+    return list(graph.output_node().args[0])  # type: ignore[arg-type]

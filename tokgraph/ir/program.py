@@ -1,0 +1,191 @@
+"""The captured program: one ATen FX graph per task, over the parameters of one model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from tokgraph.errors import AnalysisError, BatchError
+
+from .node import output_args, tensor
+from .spec import ModelSpec, Task
+
+STEP = "tokgraph_step"
+"""Attribute of a graph module whose plan draws at random: int64 scalar tensor, the training steps so far."""
+OWN = "tokgraph_own"
+"""Prefix of the names of parameters that a plan adds: ``tokgraph_own.<task>.<name of the parameter it copies>``."""
+TIED = "tokgraph.tied"
+"""Key of ``GraphModule.meta``: ``{name of a tied parameter: its first name in the model}``."""
+COMPACT_OUTPUTS = "tokgraph.compact_outputs"
+"""Key of ``GraphModule.meta``: ``{output leaf: position of its row index among the outputs}``."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A dimension that the user asked to keep dynamic.
+
+    Args:
+        input: name of the input.
+        dim: which of its dimensions.
+        name: the user's name for it.
+        symbol: its symbol in the graph, ``None`` where the model fixed it.
+        size: its size in the example batch.
+    """
+
+    input: str
+    dim: int
+    name: str
+    symbol: str | None
+    size: int
+
+
+@dataclass(frozen=True)
+class TaskGraph:
+    """One task, captured.
+
+    Args:
+        name: the task's name.
+        task: what the user wrote.
+        graph_module: functional ATen graph: flat placeholders in, a flat tuple out; its parameters are the model's own.
+        in_spec: pytree of the inputs mapping.
+        out_spec: pytree of what the task's forward returns; its leaves are the first outputs of the graph.
+        dimensions: the dimensions asked to be dynamic, and what became of them.
+    """
+
+    name: str
+    task: Task
+    graph_module: fx.GraphModule
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    dimensions: tuple[Dimension, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph."""
+        return self.graph_module.graph
+
+    def flatten(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Inputs in placeholder order.
+
+        Raises:
+            BatchError: the mapping's structure is not that of the example batch.
+        """
+        ordered = {key: inputs[key] for key in self.task.inputs if key in inputs}
+        ordered |= {key: value for key, value in inputs.items() if key not in ordered}
+        leaves, spec = pytree.tree_flatten(ordered)
+        if spec != self.in_spec:
+            raise BatchError(
+                f"task {self.name!r} takes the inputs {', '.join(self.task.inputs)}; got {', '.join(inputs) or 'none'}",
+                help="pass every input of the task's example batch by name, with the same nesting",
+            )
+        return leaves
+
+    def unflatten(self, outputs: Any) -> Any:
+        """What the task's forward returns, from the graph's flat outputs."""
+        return pytree.tree_unflatten(list(outputs)[: self.out_spec.num_leaves], self.out_spec)
+
+    @property
+    def compact_outputs(self) -> dict[int, int]:
+        """Output leaves that hold the demanded rows only -> position of the output that is their row index."""
+        return dict(self.graph_module.meta.get(COMPACT_OUTPUTS, {}))
+
+    def copy(self) -> TaskGraph:
+        """A copy whose graph can be edited; parameters stay the same objects."""
+        module = fx.GraphModule(self.graph_module, copy.deepcopy(self.graph_module.graph))
+        module.meta.update(self.graph_module.meta)
+        return replace(self, graph_module=module)
+
+    def example(self) -> dict[str, Any]:
+        """The example batch, on the model's device."""
+        device = model_device(self.graph_module)
+        moved: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), dict(self.task.inputs))
+        return moved
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, of those that a plan added to the model's, by name: optimizers count them."""
+        named = self.graph_module.named_parameters()
+        return {
+            name: parameter for name, parameter in sorted(named, key=lambda item: item[0]) if name.startswith(f"{OWN}.")
+        }
+
+    def symbol_names(self) -> dict[str, str]:
+        """Symbol -> the user's name for it."""
+        return {d.symbol: d.name for d in self.dimensions if d.symbol is not None}
+
+
+class Program(Mapping[str, TaskGraph]):
+    """Task name -> :class:`TaskGraph`, all over one model.
+
+    Args:
+        spec: the model and tasks that were captured.
+        graphs: the task graphs.
+    """
+
+    def __init__(self, spec: ModelSpec, graphs: Mapping[str, TaskGraph]) -> None:
+        self.spec = spec
+        self._graphs = dict(graphs)
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model; every task graph holds its parameters."""
+        return self.spec.model
+
+    def __getitem__(self, task: str) -> TaskGraph:
+        return self._graphs[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._graphs)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def copy(self) -> Program:
+        """A program whose graphs can be edited without touching this one."""
+        return Program(self.spec, {name: graph.copy() for name, graph in self.items()})
+
+    def replacing(self, graphs: Mapping[str, TaskGraph]) -> Program:
+        """The same program with some task graphs replaced."""
+        return Program(self.spec, {**self._graphs, **graphs})
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(f"{name}: {len(graph.graph.nodes)} nodes" for name, graph in self.items())
+        return f"Program({tasks})"
+
+
+def without_program(given: Sequence[Any]) -> Sequence[Any]:
+    """The arguments of a stage, without the captured program that may stand before what knows it anyway."""
+    return given[1:] if isinstance(given[0], Program) else given
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that have several -> the first, by which ``named_parameters`` knows them."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    everything = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in everything if first[id(p)] != name}
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether any parameter or buffer of ``module`` has no storage."""
+    return any(t.device.type == "meta" for t in (*module.parameters(), *module.buffers()))
+
+
+def model_device(module: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer, the CPU if it has none."""
+    for x in (*module.parameters(), *module.buffers()):
+        return x.device
+    return torch.device("cpu")
+
+
+def loss_node(graph: TaskGraph) -> fx.Node:
+    """The node that is the task's loss: the first scalar float output."""
+    for node in output_args(graph.graph):
+        val = tensor(node)
+        if val is not None and val.dim() == 0 and val.is_floating_point():
+            return node
+    raise AnalysisError(f"task {graph.name!r}: no output of the graph is a scalar loss")

@@ -1,0 +1,113 @@
+"""The report of an accelerated program: what it costs, what it shares, and how it was verified, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokgraph.ir.cost import Work
+from tokgraph.ir.facts import Facts
+from tokgraph.ir.program import OWN, TaskGraph
+from tokgraph.ir.verification import Verification
+from tokgraph.passes.cost.attribution import task_cost
+from tokgraph.passes.cost.pathways import Pathways, coverage, pathways, sharing_index
+from tokgraph.passes.pipeline import Pipeline
+from tokgraph.passes.rewrite.realise import rewrite_passes
+from tokgraph.runtime import Accelerated
+
+SCHEMA = 1
+
+
+def make_report(accelerated: Accelerated) -> dict[str, Any]:
+    """The report (schema 1) of an accelerated program against the captured one.
+
+    FLOPs and activation bytes (kept for the backward pass) are of one training step on the example batch; ``cost`` has
+    them, and bytes read and written, by region and block, by kind of token and by module.
+    ``tokens_per_block`` counts the visual rows whose residual a block computes. Sharing index and coverage are read off
+    the rewritten graphs.
+    """
+    plan, facts = accelerated.plan, accelerated.facts
+    program = facts.program
+    after = {name: _pathways_after(program[name], accelerated, facts) for name in program}
+    before = {name: facts[name].profile for name in program}
+    profiles = {name: _of_copied(p.profile) for name, p in after.items()}
+    added = accelerated.own_parameters
+    sizes = {name: p.numel() for name, p in program.model.named_parameters(remove_duplicate=False)}
+    tasks = {name: _task_report(program[name], accelerated.program[name], facts, after[name]) for name in program}
+    totals = [sum(t["flops"][when]["total"] for t in tasks.values()) for when in ("before", "after")]
+    return {
+        "schema": SCHEMA,
+        "policy": plan.policy,
+        "options": plan.options,
+        "sharing_index": round(sharing_index(before, profiles, sizes, set(map(_copied, added))), 12),
+        "coverage": round(coverage(before, profiles, sizes), 12),
+        "new_parameters": sum(p.numel() for p in added.values()),
+        "flops_ratio": totals[1] / totals[0],
+        "tasks": tasks,
+        "verification": _verification_report(accelerated.verification),
+    }
+
+
+def _copied(name: str) -> str:
+    """The name of the model's parameter that a parameter of the plan's is a copy of."""
+    return name.split(".", 2)[2] if name.startswith(f"{OWN}.") else name
+
+
+def _of_copied(profile: Mapping[str, float]) -> dict[str, float]:
+    """A profile in which visual tokens that pass a copy count for the parameter that it is a copy of."""
+    merged: dict[str, float] = {}
+    for name, share in profile.items():
+        merged[_copied(name)] = max(merged.get(_copied(name), 0.0), share)
+    return merged
+
+
+def _pathways_after(captured: TaskGraph, accelerated: Accelerated, facts: Facts) -> Pathways:
+    """Pathways of the rewritten graph; a plan without ``exact`` is followed by it, since dead work does not count."""
+    task, plan = facts[captured.name], accelerated.plan
+    if plan.exact:
+        return pathways(accelerated.program[captured.name], task)
+    lean = Pipeline(rewrite_passes(task, plan.for_task(captured.name), exact=True)).run_task(captured)
+    return pathways(lean, task)
+
+
+def _task_report(captured: TaskGraph, rewritten: TaskGraph, facts: Facts, after: Pathways) -> dict[str, Any]:
+    task = facts[captured.name]
+    costs = {"before": task.cost.at(), "after": task_cost(rewritten, task).at()}
+    before, now = (cost.total() for cost in costs.values())
+    return {
+        "nodes": {"before": len(captured.graph.nodes), "after": len(rewritten.graph.nodes)},
+        "blocks": len(task.blocks),
+        "visual_tokens": task.visual.count,
+        "tokens_per_block": {"before": [task.visual.mean] * len(task.blocks), "after": list(after.tokens_per_block)},
+        "flops": {"before": _flops(before), "after": _flops(now), "ratio": now.flops / before.flops},
+        "activation_bytes": {"before": before.saved, "after": now.saved, "ratio": now.saved / before.saved},
+        "cost": {when: cost.rollups() for when, cost in costs.items()},
+        "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},
+    }
+
+
+def _flops(work: Work) -> dict[str, int]:
+    return {"forward": work.forward_flops, "backward": work.backward_flops, "total": work.flops}
+
+
+def _verification_report(verification: Verification | None) -> dict[str, Any]:
+    if verification is None:
+        return {"passed": None, "max_output_error": None, "max_gradient_error": None}
+    return {
+        "passed": verification.passed,
+        "dtype": str(verification.dtype).removeprefix("torch."),
+        "tolerance": verification.tolerance,
+        "max_output_error": verification.max_output_error,
+        "max_gradient_error": verification.max_gradient_error,
+        "tasks": {
+            name: {
+                "output_error": t.output_error,
+                "gradient_error": t.gradient_error,
+                "worst_output": t.worst_output,
+                "worst_parameter": t.worst_parameter,
+                "identity_error": t.identity_error,
+                "capture_error": t.capture_error,
+            }
+            for name, t in verification.tasks.items()
+        },
+    }

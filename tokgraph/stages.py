@@ -1,0 +1,158 @@
+"""The stages in order: capture, analyse, plan, rewrite, verify, report; and all of them in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tokgraph.ir.cost import TaskCost
+from tokgraph.ir.facts import Facts
+from tokgraph.ir.plan import Plan, Ragged
+from tokgraph.ir.program import Program
+from tokgraph.ir.spec import ModelSpec
+from tokgraph.passes.capture import capture
+from tokgraph.passes.cost.attribution import task_cost
+from tokgraph.passes.facts import analyze
+from tokgraph.passes.lower.places import mark_places
+from tokgraph.passes.pipeline import Observer, Pipeline
+from tokgraph.passes.rewrite.realise import rewrite_passes
+from tokgraph.planning.check import check_plan, with_ragged
+
+from .errors import PlanError
+from .planning import Policy, policy
+from .report import make_report
+from .runtime import Accelerated
+from .verification import verify as run_verification
+
+Progress = Callable[[str], None]
+__all__ = ["STAGES", "Progress", "analyze", "apply", "capture", "costs", "make_plan", "optimize"]
+
+STAGES = ("capture", "analyse", "plan", "rewrite", "verify", "report")
+
+
+def facts_of(source: Program | Facts, facts: Facts | None) -> Facts:
+    """The facts that a stage is given: themselves, those given beside a program, or those of a new analysis of it."""
+    if isinstance(source, Facts):
+        return source
+    return analyze(source) if facts is None else facts.of(source)
+
+
+def costs(program: Program, facts: Facts) -> dict[str, TaskCost]:
+    """The cost of every task of a program, captured or rewritten: before and after a plan.
+
+    Args:
+        program: a captured program, or the ``program`` of an :class:`~tokgraph.Accelerated`.
+        facts: facts of the captured program.
+
+    Returns:
+        Task -> cost, symbolic; that of a rewritten graph is known for the visual tokens of the example batch only.
+    """
+    return {name: task_cost(graph, facts[name]) for name, graph in program.items()}
+
+
+def make_plan(
+    source: Facts | Program,
+    policy: str | Policy = "shared",
+    *,
+    facts: Facts | None = None,
+    ragged: Ragged = "min",
+    **options: Any,
+) -> Plan:
+    """Plan with a policy.
+
+    Args:
+        source: facts of a captured program, or the program, which is then analysed.
+        policy: a policy's name, or a policy.
+        facts: facts of the program, when they are known already.
+        ragged: what all sites do where samples hold different numbers of visual tokens (:class:`tokgraph.DropSite`).
+        options: options of the named policy.
+
+    Raises:
+        PlanError: no such policy or option, or the policy cannot plan for this model.
+    """
+    facts = facts_of(source, facts)
+    chosen = _named(policy, options)
+    if ragged != "min" and "ragged" in chosen.options():
+        chosen = replace(chosen, ragged=ragged)  # type: ignore[type-var]
+    return check_plan(with_ragged(chosen.plan(facts), ragged), facts)
+
+
+def _named(name: str | Policy, options: dict[str, Any]) -> Policy:
+    if isinstance(name, Policy):
+        if options:
+            raise PlanError("options go with a policy's name; a Policy object holds its own")
+        return name
+    return policy(name, **options)
+
+
+def apply(
+    source: Facts | Program, plan: Plan, *, facts: Facts | None = None, observer: Observer | None = None
+) -> Accelerated:
+    """Apply a plan; the captured program stays as it is.
+
+    Args:
+        source: facts of a captured program, or the program, which is then analysed.
+        plan: the plan.
+        facts: facts of the program, when they are known already.
+        observer: called after every pass.
+
+    Raises:
+        PlanError: the plan does not fit the program.
+        IllegalRewriteError: a block in a span mixes tokens in a way that rules out dropping them.
+    """
+    facts = facts_of(source, facts)
+    plan = check_plan(plan, facts)
+    passes = [p for name in facts for p in rewrite_passes(facts[name], plan.for_task(name), plan.exact)]
+    program = Pipeline(passes, observer).run(facts.program)
+    for name, graph in program.items():
+        mark_places(graph, facts[name])
+    return Accelerated(program, plan, facts)
+
+
+def optimize(
+    spec: ModelSpec,
+    policy: str | Policy | Plan = "shared",
+    *,
+    verify: bool = True,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
+    **options: Any,
+) -> Accelerated:
+    """Capture a model, thin it by a policy, and prove the result against the oracle.
+
+    Args:
+        spec: the model and its tasks.
+        policy: a policy's name, a policy, or a plan.
+        verify: compare with the oracle; a disagreement raises.
+        progress: called with each stage's name (:data:`STAGES`) before it begins.
+        observer: called after every pass.
+        options: options of the named policy (``span``, ``keep``, ...).
+
+    Returns:
+        The accelerated program, with ``plan``, ``report`` and ``verification``.
+
+    Raises:
+        TokgraphError: a stage refused the model, the plan or the result.
+    """
+    tell = progress or (lambda stage: None)
+    tell("capture")
+    program = capture(spec)
+    tell("analyse")
+    facts = analyze(program)
+    tell("plan")
+    if isinstance(policy, Plan):
+        if options:
+            raise PlanError(f"a plan takes no options, such as {next(iter(options))}", help="options go with policies")
+        plan = check_plan(policy, facts)
+    else:
+        plan = make_plan(facts, policy, **options)
+    tell("rewrite")
+    accelerated = apply(facts, plan, observer=observer)
+    if verify:
+        tell("verify")
+        accelerated.verification = run_verification(accelerated)
+        accelerated.verification.raise_if_failed()
+    tell("report")
+    accelerated.report = make_report(accelerated)
+    return accelerated

@@ -1,0 +1,213 @@
+"""Saving a program: graphs as ``.pt2``, weights once, the plan, the example batches, and a manifest with hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tokgraph.errors import FileError
+from tokgraph.files import new_directory
+from tokgraph.ir.program import TaskGraph, is_meta
+from tokgraph.ir.spec import Task
+from tokgraph.passes.lower import Lowered, lower_program
+from tokgraph.passes.lower.exported import exported_program
+from tokgraph.runtime import Accelerated
+from tokgraph.version import VERSION
+
+from .batches import EXAMPLE, write_example
+from .weights import WEIGHTS, write_weights
+
+SCHEMA = 1
+MANIFEST, PLAN, REPORT = "manifest.json", "plan.json", "report.json"
+_REQUIRED = ("versions", "training", "state", "parameters", "own", "tasks", "files")
+
+
+def graph_file(task: str, variant: str) -> str:
+    """``understanding.pt2``, ``baseline.understanding.pt2``."""
+    return f"{'baseline.' if variant == 'baseline' else ''}{task}.pt2"
+
+
+def save(accelerated: Accelerated, folder: str | Path, *, with_baseline: bool = True) -> None:
+    """Write a program: ``TASK.pt2``, ``weights.safetensors``, ``plan.json``, example batches, ``manifest.json``.
+
+    :func:`tokgraph.load_accelerated` reads it, without the model's code. Nothing of the user's is pickled. What another
+    program left in the folder, its exported graphs among it, is removed: it belongs to other weights.
+
+    Args:
+        accelerated: the program.
+        folder: where to; what is there is replaced file by file, or, on a failure, stays as it was.
+        with_baseline: also the captured graphs.
+
+    Raises:
+        FileError: the model has no values to save (meta device), or an input cannot be written.
+    """
+    folder, programs, state = Path(folder), accelerated.variants(with_baseline), accelerated.state_dict()
+    if is_meta(accelerated.model):
+        raise FileError(
+            "the model is on the meta device, so there are no weights to save", help="build the model with storage"
+        )
+    with new_directory(folder) as temporary:
+        write_weights(temporary / WEIGHTS, state)
+        accelerated.plan.save(temporary / PLAN)
+        tasks: dict[str, dict[str, Any]] = {}
+        for variant, program in programs.items():
+            for name, graph in program.items():
+                lowered = lower_program(graph)
+                torch.export.save(exported_program(lowered, state.keys()), temporary / graph_file(name, variant))
+                tasks.setdefault(name, _described(graph))["variants"][variant] = _variant(graph, lowered)
+        write_example(temporary / EXAMPLE, accelerated.program)
+        manifest = _manifest(accelerated, tasks, temporary)
+        if accelerated.report:
+            (temporary / REPORT).write_text(json.dumps(accelerated.report, indent=2) + "\n", encoding="utf-8")
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for name in _written_before(folder):
+            if not (temporary / name).exists():
+                (folder / name).unlink(missing_ok=True)
+
+
+def _manifest(accelerated: Accelerated, tasks: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    model = accelerated.model
+    return {
+        "schema": SCHEMA,
+        "versions": {"tokgraph": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        "training": model.training,
+        "state": list(accelerated.state_dict()),
+        "parameters": {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
+        "own": {name: p.requires_grad for name, p in accelerated.own_parameters.items()},
+        "tasks": tasks,
+        "files": {path.name: _fingerprint(path) for path in sorted(folder.iterdir())},
+    }
+
+
+def _written_before(folder: Path) -> set[str]:
+    """Files of the program that is in the folder, and of what was exported from it; nothing that tokgraph did not write."""
+    if not (folder / MANIFEST).exists():
+        return set()
+    names = {"report.json"}
+    for file, path in ((MANIFEST, ("files",)), ("report.json", ("onnx", "files"))):
+        try:
+            found = json.loads((folder / file).read_text(encoding="utf-8"))
+            for key in path:
+                found = found[key]
+            names |= {*found, *(["constants.safetensors"] if len(path) > 1 else [])}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {name for name in names if Path(name).name == name}
+
+
+def _described(graph: TaskGraph) -> dict[str, Any]:
+    task = graph.task
+    return {
+        "inputs": {key: _plain_input(graph.name, key, x) for key, x in task.inputs.items()},
+        "reads": task.reads,
+        "outputs": task.outputs,
+        "visual": None if task.visual is None else asdict(task.visual),
+        "visual_inputs": list(task.visual_inputs),
+        "dynamic": {key: {str(d): n for d, n in dims.items()} for key, dims in (task.dynamic or {}).items()},
+        "dimensions": [asdict(d) for d in graph.dimensions],
+        "result": _plain_result(graph),
+        "variants": {},
+    }
+
+
+def _variant(graph: TaskGraph, lowered: Lowered) -> dict[str, Any]:
+    return {
+        "state": list(lowered.state),
+        "compact": {str(leaf): position for leaf, position in graph.compact_outputs.items()},
+        "fixed": {str(position): value for position, value in lowered.fixed.items()},
+    }
+
+
+def _plain_input(task: str, key: str, x: Any) -> dict[str, Any]:
+    """The structure of an input, and its leaves that are no tensors, as JSON gives them back."""
+    leaves, structure = pytree.tree_flatten(x)
+    plain = {str(i): leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
+    try:
+        text = pytree.treespec_dumps(structure)
+        same = pytree.treespec_loads(text) == structure and json.loads(json.dumps(plain)) == plain
+    except (TypeError, ValueError, NotImplementedError):
+        same = False
+    if not same:
+        raise FileError(
+            f"task {task!r}: input {key!r} cannot be written as JSON", help="pass numbers, strings, lists and tensors"
+        )
+    return {"structure": text, "plain": plain}
+
+
+def _plain_result(graph: TaskGraph) -> str:
+    """The structure of the task's result in dicts, lists and tuples: other mappings need the package they are from."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Mapping):
+            return {key: plain(item) for key, item in x.items()}
+        if isinstance(x, (list, tuple)):
+            return (list if isinstance(x, list) else tuple)(plain(item) for item in x)
+        return x
+
+    count = graph.out_spec.num_leaves
+    found = plain(pytree.tree_unflatten(list(range(count)), graph.out_spec))
+    if pytree.tree_leaves(found) != list(range(count)):
+        raise FileError(
+            f"task {graph.name!r} returns a structure that cannot be saved", help="return a dict, list or tuple"
+        )
+    return pytree.treespec_dumps(pytree.tree_structure(found))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved program, after checking every file that it names.
+
+    Raises:
+        FileError: there is no program, its files were changed, or another version wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise FileError(
+            f"{folder} holds no saved program: it has no {MANIFEST}", help="save one with `tokgraph optimize MODEL`"
+        ) from None
+    except ValueError as error:
+        raise FileError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise FileError(
+            f"{path} is not of schema {SCHEMA}, which this version of tokgraph reads", help="save the program again"
+        )
+    missing = [key for key in _REQUIRED if key not in manifest]
+    if missing:
+        raise FileError(f"{path} says nothing of {missing[0]!r}: it was changed", help="save the program again")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise FileError(f"{folder} is incomplete: {name} is missing", help="save the program again")
+        if _fingerprint(file) != expected:
+            raise FileError(
+                f"{file} is not the file that was saved: its hash differs from the manifest's",
+                help="it was changed, or belongs to another program; save the program again",
+            )
+    return manifest
+
+
+def task_of(described: Mapping[str, Any], inputs: Mapping[str, Any], forward: Any, visual: Any) -> Task:
+    """The task that a manifest describes."""
+    return Task(
+        forward=forward,
+        inputs=inputs,
+        dynamic={k: {int(d): n for d, n in dims.items()} for k, dims in described["dynamic"].items()} or None,
+        visual=visual,
+        visual_inputs=tuple(described["visual_inputs"]),
+        reads=described["reads"],
+        outputs=described["outputs"],
+    )

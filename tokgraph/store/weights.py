@@ -1,0 +1,100 @@
+"""One safetensors file for the weights of many graphs: written once, found by name and offset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tokgraph.errors import FileError
+
+WEIGHTS = "weights.safetensors"
+_ALIASES = "tokgraph.aliases"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file.
+
+    Args:
+        name: the name it is stored under.
+        shape: its shape.
+        offset: position of its first byte in the file.
+        length: its bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors under their names. A tensor of several names (tied weights) is stored once, under the first.
+
+    Args:
+        path: the file.
+        state: name -> tensor, as a ``state_dict``.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in state.items():
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        stored[name] = tensor.detach().cpu().contiguous()
+    shared: dict[int, str] = {}
+    for name, tensor in stored.items():  # views of one storage, which safetensors refuses
+        storage = tensor.untyped_storage().data_ptr()
+        if tensor.numel() and shared.setdefault(storage, name) != name:
+            stored[name] = tensor.clone()
+    save_file(stored, path, metadata={_ALIASES: json.dumps(aliases)})
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Name -> place of every tensor of a file, further names of tied weights included.
+
+    Source: the safetensors format: eight bytes (the header's length), a JSON header, the tensors' bytes.
+
+    Raises:
+        FileError: the file is no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} is no safetensors file: {error}") from error
+    metadata = header.pop("__metadata__", {})
+    found = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        found[name] = Stored(name, tuple(entry["shape"]), 8 + length + start, end - start)
+    return found | {name: found[of] for name, of in _aliases(metadata).items()}
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Name -> tensor; names of one tied weight have the same tensor.
+
+    Raises:
+        FileError: the file is no safetensors file.
+    """
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} is no safetensors file: {error}") from error
+    names = {name: place.name for name, place in stored_tensors(path).items()}
+    return {name: tensors[of] for name, of in names.items()}
+
+
+def _aliases(metadata: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = json.loads(metadata.get(_ALIASES, "{}"))
+    return found

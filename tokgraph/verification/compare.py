@@ -1,0 +1,157 @@
+"""Comparing a rewritten graph with the oracle: outputs, loss, and the gradient of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokgraph.ir.evaluate import evaluate, example_leaves
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.interpreter import GraphInterpreter, in_dtype
+from tokgraph.ir.node import output_args
+from tokgraph.ir.plan import DropSite
+from tokgraph.ir.program import TaskGraph, loss_node, model_device
+from tokgraph.passes.analysis.visual import visual_mask
+
+from .oracle import Oracle, demanded_rows
+
+NOISE = 1e-6
+"""Gradients this much smaller than the largest are compared with that floor: many are zero but for rounding."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one run gives.
+
+    Args:
+        outputs: the graph's flat outputs.
+        gradients: parameter name -> gradient of the loss, zero where the loss does not depend on it.
+    """
+
+    outputs: list[Any]
+    gradients: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest relative difference found, and where.
+
+    Args:
+        error: ``max |a - b| / max |b|``.
+        where: output leaf or parameter name.
+    """
+
+    error: float
+    where: str
+
+
+def run_rewritten(graph: TaskGraph, dtype: torch.dtype) -> Results:
+    """Run a task graph on its example batch, with gradients."""
+    device = model_device(graph.graph_module)
+    return _run(GraphInterpreter(graph.graph_module, *in_dtype(dtype, device)), graph)
+
+
+def run_oracle(
+    graph: TaskGraph,
+    facts: TaskFacts,
+    sites: Sequence[DropSite],
+    dtype: torch.dtype,
+    step: int = 0,
+    own: Mapping[str, torch.Tensor] | None = None,
+) -> Results:
+    """Run the undropped graph with the semantics of ``sites`` on its example batch, with gradients.
+
+    Args:
+        graph: the captured graph.
+        facts: its facts.
+        sites: resolved drop sites.
+        dtype: the type to compute in.
+        step: training steps so far, which random choices depend on.
+        own: name -> parameter that the rewritten graph adds to the model's.
+    """
+    device = model_device(graph.graph_module)
+    nodes = {node.name: node for node in graph.graph.nodes}
+    visual = visual_mask(graph, facts.visual, nodes[facts.entry]).to(device)
+    prompt = _prompt_ends(graph, facts) if any(s.selector == "attention" for s in sites) else None
+    maps = in_dtype(dtype, device)
+    return _run(Oracle(graph, facts, sites, visual, *maps, prompt=prompt, step=step, own=own), graph)
+
+
+def _prompt_ends(graph: TaskGraph, facts: TaskFacts) -> list[int]:
+    """Position of each sample's last prompt token: the row whose label is the first of the sample."""
+    assert facts.prompt is not None
+    nodes = {node.name: node for node in graph.graph.nodes}
+    ends = []
+    for row in evaluate(graph, [nodes[facts.prompt.targets]])[0].tolist():
+        labelled = [i for i, label in enumerate(row) if label != facts.prompt.ignore_index]
+        ends.append(facts.prompt.first + (labelled[0] if labelled else len(row) - 1))
+    return ends
+
+
+def _run(interpreter: GraphInterpreter, graph: TaskGraph) -> Results:
+    outputs = list(interpreter.run(*example_leaves(graph)))
+    loss = outputs[output_args(graph.graph).index(loss_node(graph))]
+    names = [name for name, x in interpreter.attributes.items() if isinstance(x, torch.Tensor) and x.requires_grad]
+    found = torch.autograd.grad(loss, [interpreter.attributes[name] for name in names], allow_unused=True)
+    gradients = {
+        name: torch.zeros_like(interpreter.attributes[name]) if g is None else g
+        for name, g in zip(names, found, strict=True)
+    }
+    return Results([x.detach() if isinstance(x, torch.Tensor) else x for x in outputs], gradients)
+
+
+def compare_outputs(rewritten: TaskGraph, mine: Results, reference: Results) -> Difference:
+    """The largest relative difference over the task's outputs, at the rows that the rewritten graph returns."""
+    worst = Difference(0.0, "")
+    for leaf in range(rewritten.out_spec.num_leaves):
+        a, b = mine.outputs[leaf], reference.outputs[leaf]
+        if not isinstance(a, torch.Tensor) or not a.is_floating_point():
+            continue
+        if leaf in rewritten.compact_outputs:
+            rows = mine.outputs[rewritten.compact_outputs[leaf]]
+            b = b[torch.arange(len(b), device=b.device).unsqueeze(1), rows]
+        worst = max(worst, Difference(_relative(a, b), f"output {leaf}"), key=badness)
+    return worst
+
+
+def missing_rows(rewritten: TaskGraph, mine: Results, reference: Results, facts: TaskFacts) -> Difference:
+    """An infinite difference at the first compact output that leaves out a demanded row, none where there is no such.
+
+    Outputs of another length than the token axis are not judged: which rows those are, the graph says and not the facts.
+    """
+    stream = next(node for node in rewritten.graph.nodes if node.name in (facts.entry, facts.visual.entry))
+    demanded = demanded_rows(visual_mask(rewritten, facts.visual, stream, facts.demand.tokens), facts.demand.reads)
+    for leaf, position in rewritten.compact_outputs.items():
+        if reference.outputs[leaf].shape[1] == facts.demand.tokens:
+            there = torch.zeros_like(demanded).scatter(1, mine.outputs[position].cpu(), True)
+            if (demanded & ~there).any():
+                return Difference(float("inf"), f"output {leaf}")
+    return Difference(0.0, "")
+
+
+def compare_gradients(mine: Results, reference: Results) -> Difference:
+    """The largest relative difference over the gradients of all parameters."""
+    scale = max((float(g.abs().max()) for g in reference.gradients.values() if g.numel()), default=0.0)
+    worst = Difference(0.0, "")
+    for name in reference.gradients.keys() | mine.gradients.keys():
+        a, b = mine.gradients.get(name), reference.gradients.get(name)
+        a, b = torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b  # type: ignore[arg-type]
+        worst = max(worst, Difference(_relative(a, b, NOISE * scale), name), key=badness)
+    return worst
+
+
+def badness(difference: Difference) -> tuple[float, str]:
+    """Orders differences; a NaN is worse than any number."""
+    return (float("inf") if difference.error != difference.error else difference.error, difference.where)
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    error, size = float((a - b).abs().max()), max(float(b.abs().max()), floor)
+    return error if size == 0.0 else error / size

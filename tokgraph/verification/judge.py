@@ -1,0 +1,96 @@
+"""Verification: the accelerated program against the oracle, keep-all against the captured graph, capture against eager."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+
+from tokgraph.errors import VerificationError
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.interpreter import trains_with_dropout
+from tokgraph.ir.plan import DropSite, Plan
+from tokgraph.ir.program import STEP, Program, TaskGraph, is_meta, without_program
+from tokgraph.ir.spec import no_forward, split_outputs
+from tokgraph.ir.verification import TOLERANCE, TaskVerification, Verification
+from tokgraph.passes.pipeline import Pipeline
+from tokgraph.passes.rewrite.realise import rewrite_passes
+from tokgraph.runtime import Accelerated
+
+from .compare import Results, badness, compare_gradients, compare_outputs, missing_rows, run_oracle, run_rewritten
+
+
+@overload
+def verify(accelerated: Accelerated, /, *, dtype: torch.dtype | None = None) -> Verification: ...
+
+
+@overload
+def verify(program: Program, accelerated: Accelerated, /, *, dtype: torch.dtype | None = None) -> Verification: ...
+
+
+def verify(*given: Any, dtype: torch.dtype | None = None) -> Verification:
+    """Compare an accelerated program with the oracle on the tasks' example batches: outputs, loss, all gradients.
+
+    Args:
+        given: the accelerated program; the captured one, of which its facts are, may stand before it.
+        dtype: the type to compute in; default: float64, which tells a wrong rewrite from rounding.
+
+    Raises:
+        VerificationError: the model has no values to compare (it is on the meta device).
+        FileError: the program was loaded, and saved without its baseline.
+    """
+    accelerated: Accelerated
+    (accelerated,) = without_program(given)
+    if is_meta(accelerated.model):
+        raise VerificationError(
+            "the model is on the meta device, so there are no values to compare",
+            help="build the model with storage, or skip verification (--no-verify) and verify a smaller size",
+        )
+    dtype = torch.float64 if dtype is None else dtype
+    facts, plan = accelerated.facts, accelerated.plan
+    captured = facts.program
+    tasks = {
+        name: _verify_task(captured[name], graph, facts[name], plan, captured, dtype)
+        for name, graph in accelerated.program.items()
+    }
+    own = next((p.dtype for p in captured.model.parameters() if p.is_floating_point()), torch.float32)
+    return Verification(tasks, dtype, TOLERANCE[dtype], TOLERANCE[own])
+
+
+def _verify_task(
+    captured: TaskGraph, rewritten: TaskGraph, facts: TaskFacts, plan: Plan, program: Program, dtype: torch.dtype
+) -> TaskVerification:
+    sites = plan.for_task(facts.name)
+    mine, reference = run_rewritten(rewritten, dtype), _by_oracle(captured, rewritten, facts, sites, dtype)
+    output = max(
+        missing_rows(rewritten, mine, reference, facts), compare_outputs(rewritten, mine, reference), key=badness
+    )
+    gradient = compare_gradients(mine, reference)
+    everything = [replace(site, keep=1.0, projections="shared") for site in sites]
+    kept = Pipeline(rewrite_passes(facts, everything, plan.exact)).run_task(captured)
+    whole, plain = run_rewritten(kept, dtype), run_rewritten(captured, dtype)
+    errors = [compare_outputs(kept, whole, plain).error, compare_gradients(whole, plain).error]
+    identity = float(torch.tensor(errors, dtype=torch.float64).max())  # unlike Python's max, a NaN stays
+    return TaskVerification(
+        output.error, gradient.error, output.where, gradient.where, identity, _capture_error(captured, program)
+    )
+
+
+def _by_oracle(
+    captured: TaskGraph, rewritten: TaskGraph, facts: TaskFacts, sites: Sequence[DropSite], dtype: torch.dtype
+) -> Results:
+    step = int(getattr(rewritten.graph_module, STEP, 0))
+    return run_oracle(captured, facts, sites, dtype, step, rewritten.own_parameters())
+
+
+def _capture_error(graph: TaskGraph, program: Program) -> float | None:
+    """Relative difference of the losses of the user's forward and of the captured graph, where both can be had."""
+    if trains_with_dropout(graph.graph_module) or graph.task.forward is no_forward:
+        return None
+    task, inputs = graph.task, graph.example()
+    with torch.no_grad():
+        eager, _ = split_outputs(task.forward(program.model, **inputs))
+        captured, _ = split_outputs(graph.unflatten(graph.graph_module(*graph.flatten(inputs))))
+    return float((eager - captured).abs() / eager.abs().clamp_min(torch.finfo(eager.dtype).tiny))
