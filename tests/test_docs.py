@@ -64,9 +64,19 @@ PROGRAMS = [
 ]
 
 
+SHOWN = """
+for name, shown in {shown!r}.items():
+    printed = [line.strip() for line in globals()[name].splitlines()]
+    for line in filter(None, shown.splitlines()):
+        assert line in printed, f"{{name}} has no line {{line}}"
+"""
+
+
 @pytest.mark.parametrize("path", PROGRAMS, ids=ids)
 def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
-    program = blocks(path, "python")
+    """... and what a block ```` ```ir NAME ```` shows are lines of the program's variable NAME."""
+    names = re.findall(r"^```ir (\w+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    program = blocks(path, "python") + SHOWN.format(shown={name: blocks(path, "ir", name) for name in names})
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     script = tmp_path / f"{path.stem.lower()}_md.py"
     script.write_text(program, encoding="utf-8")

@@ -107,7 +107,7 @@ def _window(
 
 
 def _window_to_selection(emit: Emitter, space: RowSpace) -> None:
-    """Replace a slice of the token axis by the selection of its rows, which can be sunk."""
+    """Replace a slice of the token axis by the selection of its rows, which can be pushed down."""
     node, axis = space.axis
     chosen = emit.select(first_input(node), space.base[0], axis, 0)
     node.replace_all_uses_with(chosen)

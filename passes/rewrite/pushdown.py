@@ -1,4 +1,4 @@
-"""PushDown: move selections towards the inputs as far as every reader allows; work on rows that nobody reads disappears."""
+"""Push-down: move selections towards the inputs as far as every reader allows; work on rows that nobody reads disappears."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Seeds: a few nodes that write the semantics of drop sites and of demand into a graph, changing no shape after them.
 
-A seeded graph is valid and computes the answer already; :class:`~tokgraph.passes.rewrite.sink.PushDown` then moves the
+A seeded graph is valid and computes the answer already; :class:`~tokgraph.passes.rewrite.pushdown.PushDown` then moves the
 selections towards the inputs, where they save work.
 """
 

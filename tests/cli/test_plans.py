@@ -186,7 +186,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import tokgraph as tg
 from tests import tiny
-from tokgraph.policies import Policy, option
+from tokgraph.planning import Policy, option
 
 @dataclass(frozen=True)
 class Toy(Policy):

@@ -140,7 +140,7 @@ def test_the_oracle_shares_no_code_with_the_rewriter() -> None:
             if name.startswith("tokgraph.") and name not in seen:
                 seen.add(name)
                 stack.append(module)
-    assert {"tokgraph.plan", "tokgraph.facts", "tokgraph.passes.verify.interpret"} <= seen
+    assert {"tokgraph.ir.plan", "tokgraph.ir.facts", "tokgraph.ir.interpreter"} <= seen
     for part in ("rewrite", "rules", "analysis"):
         assert not [name for name in seen if name.startswith(f"tokgraph.passes.{part}")]
     assert "tokgraph.ops" not in seen

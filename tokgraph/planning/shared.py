@@ -32,7 +32,7 @@ class Shared(Policy):
             alike with ``"pad"`` only, which keeps the same share of every sample.
         exact: also remove work that no demanded output reads.
         target_flops: FLOPs of the training step relative to the captured program; the planner then chooses span,
-            alternation and keep ratio (:mod:`tokgraph.planner`), and ``span`` and ``keep`` must be left alone.
+            alternation and keep ratio (:mod:`tokgraph.planning.search`), and ``span`` and ``keep`` must be left alone.
         mix: task -> weight of its step in the target; default: all alike.
         mass: task -> attention mass on image keys by block, measured; default: the planner's prior.
     """

@@ -41,7 +41,7 @@ def summarise(
         facts: facts of a captured program.
         measured: what was measured of it.
         sizes: sizes beside those of the example batch at which to give the cost, as ``{"batch": 8, "tokens": 2048}``.
-        convention: whose formula to give beside the exact count (:data:`tokgraph.conventions.NAMES`).
+        convention: whose formula to give beside the exact count (:data:`tokgraph.report.published_flops.NAMES`).
         accelerated: the program with a plan applied, to give every cost ``after`` it as well.
 
     Raises:
