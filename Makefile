@@ -14,7 +14,7 @@ JOBS ?= 2
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 TREE := build/tree
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=25
 
 # One thread a process: the models of examples and tests are tiny, and JOBS processes run side by side.
 OMP_NUM_THREADS ?= 1

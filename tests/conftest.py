@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -46,25 +45,12 @@ def unround_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-@cache
-def is_of_janus(module: str) -> bool:
-    """Whether tests in a module, given by its path, take a capture of Janus or gradients that are measured on one."""
-    return (
-        re.search("captured_janus|janus_example|: Measure", (EXAMPLES.parent / module).read_text(encoding="utf-8"))
-        is not None
-    )
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process for all modules with tests of Janus, whose captures they share; else one for each module."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            module = nodeid.partition("::")[0]
-            return "janus" if is_of_janus(module) else module
-
-    return Scheduling(config, log) if config.getoption("dist") == "loadscope" else None
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a module run in one process, and so do modules of one group: they share captures."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")

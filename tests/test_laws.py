@@ -17,6 +17,8 @@ from tokgraph.ir.printer import format_graph
 from tokgraph.ir.spec import split_outputs
 from tokgraph.report.report import make_report
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 ROOT = Path(__file__).parents[1]
 TASKS = ("understanding", "generation")
 EXAMPLES = ("digits", "janus")

@@ -15,6 +15,8 @@ from tokgraph.ir.plan import DropSite
 from tokgraph.planning.check import check_plan
 from tokgraph.report.report import make_report
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 U, G = "understanding", "generation"
 
 

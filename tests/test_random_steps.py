@@ -8,6 +8,7 @@ import torch
 import tokgraph as tg
 from tests import tiny
 from tokgraph.ir.evaluate import evaluate
+from tokgraph.ir.program import STEP
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_other_selectors_count_no_steps(program: tg.Program, facts: tg.Facts) ->
     task = thinned(program, facts, "uniform")
     choices(task, 2)
     assert task.step == 0
-    assert not hasattr(task.graph_module, tg.program.STEP)
+    assert not hasattr(task.graph_module, STEP)
 
 
 def test_the_oracle_follows_the_step(program: tg.Program, facts: tg.Facts) -> None:

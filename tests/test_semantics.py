@@ -17,6 +17,8 @@ from torch import Tensor
 import tokgraph as tg
 from tests.harness import ZERO, Captured, assert_close, assert_same_gradients, gradients, random_hash
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 reference = pytest.importorskip("tests.reference.janus", reason="needs transformers")
 
 TASKS = ("understanding", "generation")

@@ -103,7 +103,7 @@ def apply(
     """
     facts = facts_of(source, facts)
     plan = check_plan(plan, facts)
-    passes = [p for name in facts for p in rewrite_passes(facts[name], plan.for_task(name), plan.exact)]
+    passes = [p for name in facts.program for p in rewrite_passes(facts[name], plan.for_task(name), plan.exact)]
     program = Pipeline(passes, observer).run(facts.program)
     for name, graph in program.items():
         mark_places(graph, facts[name])

@@ -185,7 +185,6 @@ TOY = """
 from dataclasses import dataclass
 from typing import ClassVar
 import tokgraph as tg
-from tests import tiny
 from tokgraph.planning import Policy, option
 
 @dataclass(frozen=True)

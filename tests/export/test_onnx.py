@@ -133,7 +133,7 @@ def test_every_node_says_where_it_comes_from(exported) -> None:
 def test_a_graph_is_traced_once(exported, task: str, lower) -> None:
     """What the converter would decompose, by a trace that takes longer than all the rest, is decomposed already."""
     program = exported().accelerated
-    lowered = lower(program.program[task], program.facts[task], onnx_decompositions(DEFAULT_OPSET))
+    lowered = lower(program.program[task], onnx_decompositions(DEFAULT_OPSET))
     assert is_decomposed(lowered, DEFAULT_OPSET)
 
 

@@ -15,6 +15,8 @@ from tests import tiny
 from tests.harness import Captured
 from tokgraph.ir.cost import TaskCost, Work
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 AMOUNTS = [f.name for f in fields(Work)]
 
 

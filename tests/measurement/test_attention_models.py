@@ -16,6 +16,8 @@ from tests.measurement.allocations import CLOSE, assert_sums_to_one, expected, o
 from tests.passes.tools import TASKS
 from tokgraph.measurement.pieces import regions
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 
 @pytest.fixture(scope="module")
 def eager_janus() -> Captured:

@@ -28,6 +28,8 @@ from tests.measurement.gradients import (
 )
 from tests.passes import models
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 
 class Scale(nn.Module):
     """A factor that is broadcast to all rows by hand."""

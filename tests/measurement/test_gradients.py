@@ -30,6 +30,8 @@ from tests.measurement.gradients import (
 from tokgraph.errors import AnalysisError, BatchError
 from tokgraph.measurement.gradients import GradientNorms, GradientSplit, gradient_cosines, measure_gradients
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ["digits", "tiny", pytest.param("janus", marks=pytest.mark.slow), *ODD])

@@ -137,7 +137,7 @@ def test_a_model_without_storage_is_refused() -> None:
     spec = tiny.build()
     empty = tg.Program(tg.ModelSpec(spec.model.to("meta"), spec.tasks), {})
     with pytest.raises(tg.AnalysisError, match="on the meta device, so there is nothing to measure"):
-        measure(empty, Facts({}))
+        measure(Facts({}, empty))
 
 
 # ------------------------------------------------------------------ files

@@ -25,6 +25,8 @@ from tokgraph.measurement import (
 )
 from tokgraph.measurement.observe import ObservedRun
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 
 def orthogonal(size: int) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)).double())[0]

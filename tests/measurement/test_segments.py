@@ -17,6 +17,8 @@ from tests.measurement.models import Decoder, batch, captured, causal, declaring
 from tokgraph.errors import AnalysisError, BatchError, SpecError
 from tokgraph.measurement import find_segments
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 LETTERS = {"system": "s", "image": "i", "instruction": "n", "output": "o", "other": "."}
 
 

@@ -21,6 +21,8 @@ from tokgraph.ir.program import TaskGraph
 pytest.importorskip("transformers")
 from tests.reference import janus
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 IMAGE, IMAGE_TOKENS = 255, 16
 U, G = "understanding", "generation"
 Inputs = dict[str, Tensor]

@@ -14,6 +14,8 @@ from tokgraph.planning import policies, policy
 from tokgraph.planning.check import check_plan
 from tokgraph.report.report import make_report
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 UNDERSTANDING = ("fastv", "pyramiddrop", "dart", "task-specific", "himix")
 PUBLISHED = (*UNDERSTANDING, "random-ltd", "hmgen", "himix-hmgen-share-all", "himix-hmgen-share-partial")
 U, G = "understanding", "generation"

@@ -14,6 +14,8 @@ import tokgraph as tg
 from tests.harness import Captured, gradients
 from tests.store.programs import loss_of
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 LOAD = """
 import sys
 for name in ("transformers", "tests"):

@@ -302,8 +302,8 @@ class Facts(Mapping[str, TaskFacts]):
         return self._program
 
     def of(self, program: Program) -> Facts:
-        """The same facts for another program of the same graphs, as one of some of the tasks."""
-        return self if program is self._program else Facts({name: self[name] for name in program}, program)
+        """The same facts for another program of these graphs, which may have some of the tasks only."""
+        return self if program is self._program else Facts(self._tasks, program)
 
     def __getitem__(self, task: str) -> TaskFacts:
         return self._tasks[task]

@@ -22,6 +22,8 @@ from tokgraph.ir.spec import split_outputs
 from tokgraph.passes.cost.attribution import task_cost
 from tokgraph.passes.cost.works import count_nodes, node_works
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
+
 aten = torch.ops.aten
 EXAMPLES = ("digits_example", pytest.param("janus_example", marks=pytest.mark.slow))
 

@@ -24,7 +24,7 @@ from tokgraph.passes.lower import Lowered, lower_forward, lower_program, lower_t
 def test_the_same_outputs(two: Captured, accelerated: Any, lower: Callable[..., Lowered], plan: str, task: str) -> None:
     """On a batch of other sizes as well; what is exact stays exact, bit for bit."""
     graph = accelerated(plan).program[task]
-    lowered = lower(graph, two.facts[task])
+    lowered = lower(graph)
     assert (lowered.task, lowered.kind) == (task, "forward")
     for rows, text in SIZES:
         inputs = batch(task, rows, text)
@@ -58,8 +58,8 @@ def all_lowered(two: Captured, accelerated: Any, train_step: Any, rich: Captured
     found = [rich_step(task) for task in TASKS] + [train_step("thinned", task) for task in TASKS]
     for task in TASKS:
         for lower in (lower_forward, lower_program):
-            found += [lower(rich.program[task], rich.facts[task])]
-            found += [lower(accelerated("thinned").program[task], two.facts[task])]
+            found += [lower(rich.program[task])]
+            found += [lower(accelerated("thinned").program[task])]
     return found
 
 

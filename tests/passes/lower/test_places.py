@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 import tokgraph as tg
+from tests import tiny as small
 from tests.harness import Captured, captured_tiny
 from tests.passes import models
 from tokgraph.passes.lower import Place, lower_program, places_of
@@ -269,9 +270,10 @@ def test_nodes_carry_their_places(tiny: Captured, thinned: tg.Accelerated, task:
     assert tensors <= set(origin.values()), "every node that makes a tensor has one that stands for it"
 
 
-def test_without_facts_and_without_places_there_are_none(tiny: Captured) -> None:
-    assert places_of(tiny.program[G]) == {}
-    assert next(place_of(node) for node in calls(tiny.program[G])) is None
+def test_a_graph_that_was_not_analysed_has_no_places() -> None:
+    graph = tg.capture(small.build(layers=1, dynamic=False))[G]
+    assert places_of(graph) == {}
+    assert next(place_of(node) for node in calls(graph)) is None
 
 
 def test_kinds_are_those_of_the_type(tiny: Captured) -> None:
