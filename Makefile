@@ -4,6 +4,7 @@
 #   make test        the tests, but for the slow ones (make test-slow)
 #   make lint        style, types, imports
 #   make format      put the code into the style that `make lint` asks for
+#   make arrows      which room imports which, in Graphviz's DOT; dashed: what would have to go to undo a circle
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
@@ -20,7 +21,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=25
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: help venv example test test-slow lint style types imports format tree clean
+.PHONY: help venv example test test-slow lint style types imports arrows format tree clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,6 +61,10 @@ types: $(READY) tree
 
 imports: $(READY) tree
 	cd $(TREE) && $(BIN)/lint-imports --no-logo --config $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/import_linter_cache
+
+arrows: $(READY) tree
+	@cd $(TREE) && for room in tokgraph tokgraph.passes; do \
+		$(BIN)/import-linter drawgraph $$room --show-import-totals --show-cycle-breakers; done
 
 # passes/ and cli/ are installed as tokgraph.passes and tokgraph.cli. mypy and import-linter read folders and not
 # installations, so they get one in which everything lies where it is imported.

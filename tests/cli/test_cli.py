@@ -46,26 +46,26 @@ def test_optimize_writes_plan_report_and_ir(run, tmp_path):
 
 
 def test_a_plan_file_replays(run, tmp_path):
-    assert run("optimize", TINY, *FOUR, "-o", "one").exit_code == 0
-    assert run("optimize", TINY, *FOUR, "--plan", "one/plan.json", "-o", "two").exit_code == 0
+    assert run("optimize", TINY, *FOUR, "--no-save", "-o", "one").exit_code == 0
+    assert run("optimize", TINY, *FOUR, "--plan", "one/plan.json", "--no-save", "-o", "two").exit_code == 0
     for file in ("plan.json", "ir/understanding.after.txt", "ir/generation.after.txt"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_json_is_all_there_is_on_standard_output(run):
-    result = run("optimize", TINY, *FOUR, "--json", "-o", "results")
+    result = run("optimize", TINY, *FOUR, "--json", "--no-save", "-o", "results")
     assert json.loads(result.stdout)["sharing_index"] == 1.0
 
 
 def test_dump_ir_writes_a_file_a_pass(run, tmp_path):
-    assert run("optimize", TINY, *FOUR, "--dump-ir", "dump", "-o", "results").exit_code == 0
+    assert run("optimize", TINY, *FOUR, "--dump-ir", "dump", "--no-save", "-o", "results").exit_code == 0
     names = sorted(p.name for p in (tmp_path / "dump").iterdir())
     passes = ("00.explicit-causal-mask", "01.seed-sites", "02.sink")
     assert names == [f"{task}.{p}.txt" for task in ("generation", "understanding") for p in passes]
 
 
 def test_no_verify_says_so(run, tmp_path):
-    result = run("optimize", TINY, *FOUR, "--no-verify", "-o", "results")
+    result = run("optimize", TINY, *FOUR, "--no-verify", "--no-save", "-o", "results")
     assert result.exit_code == 0
     assert "not verified" in result.output
     assert json.loads((tmp_path / "results/report.json").read_text())["verification"]["passed"] is None
