@@ -1,5 +1,6 @@
 """Passes over task graphs: the only place that changes graphs."""
 
-from .pipeline import GraphPass, PassDelta, Pipeline
+from .contract import GraphPass, pass_of, registered_passes
+from .pipeline import PassDelta, Pipeline
 
-__all__ = ["GraphPass", "PassDelta", "Pipeline"]
+__all__ = ["GraphPass", "PassDelta", "Pipeline", "pass_of", "registered_passes"]

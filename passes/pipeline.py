@@ -1,71 +1,57 @@
-"""The pass contract, and the pipeline that runs passes over every task of a program."""
+"""The pipeline: it runs passes, one after another, over every task of a program, and checks what each leaves behind."""
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.fx.passes.infra.pass_manager import PassManager
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
 
 from tokgraph.errors import InternalError, TokgraphError
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.printer import operator_name
 from tokgraph.ir.program import Program, TaskGraph
 
-Numerics = Literal["exact", "approximate"]
-
-
-class GraphPass(PassBase):
-    """A pass over one task graph; subclasses are frozen dataclasses whose fields are their options.
-
-    A pass with a field ``task`` runs on that task's graph only.
-
-    Class attributes:
-        name: the pass's name in diagnostics, deltas and documentation.
-        numerics: ``"exact"``: outputs and gradients stay equal beyond rounding; ``"approximate"``: they may not.
-    """
-
-    name: ClassVar[str]
-    numerics: ClassVar[Numerics] = "exact"
-
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        """Check the precondition on the graph, run, check the postcondition on the *result*."""
-        self.requires(graph_module)
-        result = self.call(graph_module)
-        if result is None:
-            raise InternalError(f"pass {self.name} returned no result")
-        self.ensures(result.graph_module)
-        return result
-
-    @abc.abstractmethod
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Edit ``graph_module`` in place and say whether anything changed."""
+from .contract import Numerics, Pass, pass_name, run_pass
 
 
 @dataclass(frozen=True)
 class PassDelta:
-    """What one pass did to one task's graph."""
+    """What one pass did to one task's graph.
+
+    Args:
+        task: the task.
+        name: the pass.
+        modified: whether the graph is another one than before.
+        nodes_before: nodes of the graph before.
+        nodes_after: nodes after.
+        operators: operator -> calls more than before (negative: fewer), of those whose number changed, by name.
+        numerics: what the pass says of itself; ``None``: it is no :class:`~tokgraph.passes.GraphPass` and does not say.
+        seconds: how long it took, without the checks after it.
+    """
 
     task: str
     name: str
     modified: bool
     nodes_before: int
     nodes_after: int
+    operators: Mapping[str, int] = field(default_factory=dict)
+    numerics: Numerics | None = None
+    seconds: float = field(default=0.0, compare=False)
 
 
 Observer = Callable[[PassDelta, TaskGraph], None]
-Pass = Callable[[fx.GraphModule], PassResult | None]
 
 
-def validate(module: nn.Module) -> None:
+def validate(module: fx.GraphModule) -> None:
     """Check what every pass must leave behind.
 
     Raises:
-        InternalError: the graph is malformed, or a tensor node lost its fake value.
+        InternalError: the graph is malformed, or a value that is used lost its fake value.
     """
-    assert isinstance(module, fx.GraphModule)
     try:
         module.graph.lint()
     except RuntimeError as error:
@@ -80,59 +66,74 @@ class Pipeline:
     """Runs passes, in order, over every task of a program.
 
     Args:
-        passes: :class:`GraphPass` instances, or any callable ``GraphModule -> PassResult | None``.
+        passes: :class:`~tokgraph.passes.GraphPass` instances, or any callable ``GraphModule -> PassResult | None``.
         observer: called after every pass with its :class:`PassDelta` and the task graph.
         check: validate the graph after every pass.
+        stop_after: name of a pass: on a task that it runs on, no pass runs after it.
     """
 
     passes: Sequence[Pass]
     observer: Observer | None = None
     check: bool = True
+    stop_after: str | None = None
 
-    def run(self, program: Program) -> Program:
+    def run(self, program: Program, facts: Mapping[str, TaskFacts] | None = None) -> Program:
         """The program with the passes applied to copies of its graphs.
+
+        Args:
+            program: the program.
+            facts: the facts of its tasks, for passes that need them.
 
         Raises:
             TokgraphError: as a pass raises it.
             InternalError: a pass broke the graph; the message names it and those that ran before.
         """
-        return program.replacing({name: self.run_task(graph) for name, graph in program.items()})
+        known = facts or {}
+        return program.replacing({name: self.run_task(graph, known.get(name)) for name, graph in program.items()})
 
-    def run_task(self, graph: TaskGraph) -> TaskGraph:
+    def run_task(self, graph: TaskGraph, facts: TaskFacts | None = None) -> TaskGraph:
         """One task's graph with the passes for it applied to a copy."""
         edited = graph.copy()
-        chosen = [p for p in self.passes if getattr(p, "task", None) in (None, graph.name)]
-        manager = PassManager([self._observed(p, edited) for p in chosen], run_checks_after_each_pass=self.check)
-        manager.add_checks(validate)
-        try:
-            module = manager(edited.graph_module).graph_module
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, TokgraphError):
-                cause = cause.__cause__
-            if cause is not None:
-                raise cause from None
-            raise InternalError(f"task {graph.name}: {error}: {error.__cause__}") from error
-        assert isinstance(module, fx.GraphModule)
-        return replace(edited, graph_module=module)
+        ran: list[str] = []
+        for function in self._chosen(graph.name):
+            try:
+                edited = self._step(function, edited, facts)
+            except TokgraphError:
+                raise
+            except Exception as error:
+                what = str(error) if isinstance(error, InternalError) else f"{type(error).__name__}: {error}"
+                raise InternalError(
+                    f"task {graph.name}: pass {pass_name(function)}: {what} (ran before: {', '.join(ran) or 'none'})"
+                ) from error
+            ran.append(pass_name(function))
+        return edited
 
-    def _observed(self, function: Pass, graph: TaskGraph) -> Pass:
-        def run(module: fx.GraphModule) -> PassResult:
-            before = len(module.graph.nodes)
-            result = function(module)
-            if result is None:  # plain fx passes may edit in place and return nothing
-                result = PassResult(module, True)
-            if self.observer is not None:
-                delta = PassDelta(
-                    graph.name, pass_name(function), result.modified, before, len(result.graph_module.graph.nodes)
-                )
-                self.observer(delta, replace(graph, graph_module=result.graph_module))
-            return result
+    def _chosen(self, task: str) -> Iterator[Pass]:
+        mine = [p for p in self.passes if getattr(p, "task", None) in (None, task)]
+        ends = [i for i, p in enumerate(mine, 1) if pass_name(p) == self.stop_after]
+        return iter(mine[: ends[-1]] if ends else mine)
 
-        run.__name__ = pass_name(function)
-        return run
+    def _step(self, function: Pass, graph: TaskGraph, facts: TaskFacts | None) -> TaskGraph:
+        before = _operators(graph.graph)
+        start = time.perf_counter()
+        result = run_pass(function, graph.graph_module, facts)
+        seconds = time.perf_counter() - start
+        if self.check:
+            validate(result.graph_module)  # type: ignore[arg-type]
+        graph = replace(graph, graph_module=result.graph_module)
+        if self.observer is not None:
+            self.observer(_delta(function, result, before, graph, seconds), graph)
+        return graph
 
 
-def pass_name(function: Pass) -> str:
-    """A pass's name: its ``name`` attribute, or what Python calls it."""
-    return str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
+def _operators(graph: fx.Graph) -> Counter[str]:
+    return Counter(operator_name(n.target) if n.op == "call_function" else n.op for n in graph.nodes)
+
+
+def _delta(function: Pass, result: PassResult, before: Counter[str], graph: TaskGraph, seconds: float) -> PassDelta:
+    after = _operators(graph.graph)
+    changed = {name: after[name] - before[name] for name in sorted(before | after) if after[name] != before[name]}
+    numerics = getattr(function, "numerics", None)
+    return PassDelta(
+        graph.name, pass_name(function), result.modified, before.total(), after.total(), changed, numerics, seconds
+    )

@@ -11,12 +11,12 @@ from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import Plan, Ragged
 from tokgraph.ir.program import Program
 from tokgraph.ir.spec import ModelSpec
-from tokgraph.passes.capture import capture
+from tokgraph.passes.capture.export import CLEANUPS, capture
 from tokgraph.passes.cost.attribution import task_cost
 from tokgraph.passes.facts import analyze
 from tokgraph.passes.lower.places import mark_places
 from tokgraph.passes.pipeline import Observer, Pipeline
-from tokgraph.passes.rewrite.realise import rewrite_passes
+from tokgraph.passes.rewrite.realise import REWRITE, rewrite_passes
 from tokgraph.planning.check import check_plan, with_ragged
 
 from .errors import PlanError
@@ -26,9 +26,11 @@ from .runtime import Accelerated
 from .verification import verify as run_verification
 
 Progress = Callable[[str], None]
-__all__ = ["STAGES", "Progress", "analyze", "apply", "capture", "costs", "make_plan", "optimize"]
+__all__ = ["PASSES", "STAGES", "Progress", "analyze", "apply", "capture", "costs", "make_plan", "optimize", "run_until"]
 
 STAGES = ("capture", "analyse", "plan", "rewrite", "verify", "report")
+PASSES = tuple(found.name for found in (*CLEANUPS, *REWRITE))
+"""Names of the passes that the stages run, in order: those of ``capture``, then those of ``rewrite``."""
 
 
 def facts_of(source: Program | Facts, facts: Facts | None) -> Facts:
@@ -103,11 +105,15 @@ def apply(
     """
     facts = facts_of(source, facts)
     plan = check_plan(plan, facts)
-    passes = [p for name in facts.program for p in rewrite_passes(facts[name], plan.for_task(name), plan.exact)]
-    program = Pipeline(passes, observer).run(facts.program)
+    program = _rewritten(facts, plan, observer)
     for name, graph in program.items():
         mark_places(graph, facts[name])
     return Accelerated(program, plan, facts)
+
+
+def _rewritten(facts: Facts, plan: Plan, observer: Observer | None, stop_after: str | None = None) -> Program:
+    passes = [p for name in facts.program for p in rewrite_passes(facts[name], plan.for_task(name), plan.exact)]
+    return Pipeline(passes, observer, stop_after=stop_after).run(facts.program, facts)
 
 
 def optimize(
@@ -137,16 +143,7 @@ def optimize(
     """
     tell = progress or (lambda stage: None)
     tell("capture")
-    program = capture(spec)
-    tell("analyse")
-    facts = analyze(program)
-    tell("plan")
-    if isinstance(policy, Plan):
-        if options:
-            raise PlanError(f"a plan takes no options, such as {next(iter(options))}", help="options go with policies")
-        plan = check_plan(policy, facts)
-    else:
-        plan = make_plan(facts, policy, **options)
+    facts, plan = _planned(capture(spec, observer=observer), policy, tell, options)
     tell("rewrite")
     accelerated = apply(facts, plan, observer=observer)
     if verify:
@@ -156,3 +153,51 @@ def optimize(
     tell("report")
     accelerated.report = make_report(accelerated)
     return accelerated
+
+
+def run_until(
+    spec: ModelSpec,
+    last: str,
+    policy: str | Policy | Plan = "shared",
+    *,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
+    **options: Any,
+) -> Program:
+    """As :func:`optimize`, but no further than one pass: the graphs as it leaves them.
+
+    Args:
+        spec: the model and its tasks.
+        last: name of the pass (:data:`PASSES`). A task that it does not run on gets all passes of its stage.
+        policy: a policy's name, a policy, or a plan; not looked at where the pass is one of capture.
+        progress: called with each stage's name before it begins.
+        observer: called after every pass.
+        options: options of the named policy.
+
+    Raises:
+        PlanError: no stage runs a pass of that name.
+        TokgraphError: a stage refused the model or the plan.
+    """
+    if last not in PASSES:
+        raise PlanError(f"no stage runs a pass that is named {last!r}", help=f"the passes are {', '.join(PASSES)}")
+    tell = progress or (lambda stage: None)
+    tell("capture")
+    if last in {cleanup.name for cleanup in CLEANUPS}:
+        return capture(spec, observer=observer, stop_after=last)
+    facts, plan = _planned(capture(spec, observer=observer), policy, tell, options)
+    tell("rewrite")
+    return _rewritten(facts, plan, observer, last)
+
+
+def _planned(
+    program: Program, policy: str | Policy | Plan, tell: Progress, options: dict[str, Any]
+) -> tuple[Facts, Plan]:
+    """The stages between capture and rewrite."""
+    tell("analyse")
+    facts = analyze(program)
+    tell("plan")
+    if not isinstance(policy, Plan):
+        return facts, make_plan(facts, policy, **options)
+    if options:
+        raise PlanError(f"a plan takes no options, such as {next(iter(options))}", help="options go with policies")
+    return facts, check_plan(policy, facts)

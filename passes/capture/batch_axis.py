@@ -9,12 +9,12 @@ import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.fx.passes.infra.pass_base import PassResult
 
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import Dim, argument, dims, rank, same_size, value
 
+from ..contract import GraphPass
 from ..emitter import Emitter
-from ..pipeline import GraphPass
 from ..rules import axis_map
 from ..rules.pointwise import BROADCASTING
 from ..rules.registry import Axis, first_input
@@ -60,25 +60,21 @@ class KeepBatchAxis(GraphPass):
 
     name: ClassVar[str] = "keep-batch-axis"
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Rebuild what lies between merges and the reshapes that undo them."""
         graph = graph_module.graph
         emit = Emitter(graph, self.name)
         apart: dict[fx.Node, Apart] = {}
-        undone = 0
         for node in list(graph.nodes):
             if node.op != "call_function" or not isinstance(value(node), torch.Tensor):
                 continue
             if node.target in VIEWS and (same := _separated(emit, node, apart)) is not None:
                 node.replace_all_uses_with(same)
-                undone += 1
             elif (moved := _apart(emit, node, apart)) is not None:
                 apart[node] = moved
         graph.eliminate_dead_code()
         _merge_again(emit, apart)
         graph.eliminate_dead_code()
-        graph_module.recompile()
-        return PassResult(graph_module, undone > 0)
 
 
 def _separated(emit: Emitter, node: fx.Node, apart: dict[fx.Node, Apart]) -> fx.Node | None:

@@ -21,24 +21,37 @@ from tokgraph.ir.node import value
 from tokgraph.ir.program import TIED, Dimension, Program, TaskGraph, model_device, tied_names
 from tokgraph.ir.spec import ModelSpec, Task, split_outputs
 
-from ..pipeline import Pipeline
+from ..contract import GraphPass
+from ..pipeline import Observer, Pipeline
 from .batch_axis import KeepBatchAxis
 from .normalize import RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
 
 log = logging.getLogger(__name__)
+CLEANUPS: tuple[type[GraphPass], ...] = (
+    RemoveAssertions, RemoveNoOps, TypeAsToCast, SplitToSlices, ViewToReshape, KeepBatchAxis,
+)  # fmt: skip
+"""The passes that make a fresh export plain, in order."""
 
 
-def capture(spec: ModelSpec) -> Program:
+def capture(spec: ModelSpec, *, observer: Observer | None = None, stop_after: str | None = None) -> Program:
     """Capture every task of a model.
 
     Each task's forward runs once on the example batch (models build tables lazily), then ``torch.export`` traces it, non
     strict, with the dimensions of ``Task.dynamic`` symbolic where the model allows it.
 
+    Args:
+        spec: the model and its tasks.
+        observer: called after every pass that cleans up (:data:`CLEANUPS`).
+        stop_after: name of the last pass to run; the graphs are then not fit for the stages that follow.
+
     Raises:
         CaptureError: a forward fails on its example batch, or cannot be traced.
         SpecError: a forward returns no scalar loss.
     """
-    return Program(spec, {name: _capture_task(spec.model, name, task) for name, task in spec.tasks.items()})
+    clean = Pipeline([cleanup() for cleanup in CLEANUPS], observer, stop_after=stop_after)
+    return Program(
+        spec, {name: clean.run_task(_capture_task(spec.model, name, task)) for name, task in spec.tasks.items()}
+    )
 
 
 class _Forward(nn.Module):
@@ -68,9 +81,7 @@ def _capture_task(model: nn.Module, name: str, task: Task) -> TaskGraph:
     fixed = [f"{d.input}[{d.dim}] ({d.name} = {d.size})" for d in dimensions if d.symbol is None]
     if fixed:
         log.warning("task %s: the model fixes %s to the example batch", name, ", ".join(fixed))
-    graph = TaskGraph(name, task, module, pytree.tree_structure(dict(task.inputs)), out_spec, dimensions)
-    plain = [RemoveAssertions(), RemoveNoOps(), TypeAsToCast(), SplitToSlices(), ViewToReshape(), KeepBatchAxis()]
-    return Pipeline(plain).run_task(graph)
+    return TaskGraph(name, task, module, pytree.tree_structure(dict(task.inputs)), out_spec, dimensions)
 
 
 def _warm_up(wrapper: _Forward, name: str, inputs: Mapping[str, Any]) -> None:

@@ -10,11 +10,11 @@ from typing import ClassVar, cast
 
 import torch
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassResult
 
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import argument, call, rank, tensor
 
-from ..pipeline import GraphPass
+from ..contract import GraphPass
 from ..rules.indexing import is_whole_slice_scatter
 from ..rules.registry import first_input, norm_dim
 from ..rules.shape import is_whole_slice
@@ -39,14 +39,11 @@ class RemoveAssertions(GraphPass):
 
     name: ClassVar[str] = "remove-assertions"
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Erase every assertion and what only assertions needed."""
-        checks = [node for node in graph_module.graph.nodes if _is_check(node)]
-        for node in reversed(checks):
+        for node in reversed([node for node in graph_module.graph.nodes if _is_check(node)]):
             graph_module.graph.erase_node(node)
-        dead = graph_module.graph.eliminate_dead_code()
-        graph_module.recompile()
-        return PassResult(graph_module, bool(checks) or dead)
+        graph_module.graph.eliminate_dead_code()
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class RemoveNoOps(GraphPass):
 
     name: ClassVar[str] = "remove-no-ops"
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Replace each such call by the input that it equals."""
         removed = 0
         for node in list(graph_module.graph.nodes):
@@ -64,9 +61,8 @@ class RemoveNoOps(GraphPass):
                 node.replace_all_uses_with(same)
                 graph_module.graph.erase_node(node)
                 removed += 1
-        dead = removed > 0 and graph_module.graph.eliminate_dead_code()
-        graph_module.recompile()
-        return PassResult(graph_module, removed > 0 or dead)
+        if removed:
+            graph_module.graph.eliminate_dead_code()
 
 
 def _same_as(node: fx.Node) -> fx.Node | None:
@@ -85,9 +81,9 @@ class TypeAsToCast(GraphPass):
 
     name: ClassVar[str] = "type-as-to-cast"
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Replace each ``type_as`` by a cast, or by its input where that has the type already."""
-        graph, found = graph_module.graph, 0
+        graph = graph_module.graph
         for node in list(graph.nodes):
             if node.target is not aten.type_as.default:
                 continue
@@ -97,9 +93,6 @@ class TypeAsToCast(GraphPass):
                     x = call(graph, aten._to_copy.default, x, dtype=val.dtype, origin=node, made_by=self.name)
             node.replace_all_uses_with(x)
             graph.erase_node(node)
-            found += 1
-        graph_module.recompile()
-        return PassResult(graph_module, found > 0)
 
 
 @dataclass(frozen=True)
@@ -110,13 +103,11 @@ class ViewToReshape(GraphPass):
 
     name: ClassVar[str] = "view-to-reshape"
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Retarget every view."""
-        views = [n for n in graph_module.graph.nodes if n.target in (aten.view.default, aten._unsafe_view.default)]
-        for node in views:
-            node.target = aten.reshape.default
-        graph_module.recompile()
-        return PassResult(graph_module, bool(views))
+        for node in graph_module.graph.nodes:
+            if node.target in (aten.view.default, aten._unsafe_view.default):
+                node.target = aten.reshape.default
 
 
 @dataclass(frozen=True)
@@ -125,23 +116,21 @@ class SplitToSlices(GraphPass):
 
     name: ClassVar[str] = "split-to-slices"
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Replace every split whose parts have known sizes."""
         splits = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-        replaced = 0
         for node in list(graph_module.graph.nodes):
-            if node.target in splits and _replace_split(graph_module.graph, node, self.name):
-                replaced += 1
-        graph_module.recompile()
-        return PassResult(graph_module, replaced > 0)
+            if node.target in splits:
+                _replace_split(graph_module.graph, node, self.name)
 
 
-def _replace_split(graph: fx.Graph, node: fx.Node, made_by: str) -> bool:
+def _replace_split(graph: fx.Graph, node: fx.Node, made_by: str) -> None:
+    """Replace a split, unless a size is symbolic or a reader takes the results as they come."""
     x = first_input(node)
     dim = norm_dim(argument(node, "dim", 0), rank(x))
     sizes = [part.shape[dim] for part in node.meta["val"]]
     if not all(isinstance(size, int) for size in sizes) or any(u.target is not operator.getitem for u in node.users):
-        return False
+        return
     for user in list(node.users):
         number = cast(int, user.args[1])
         start = sum(sizes[:number])
@@ -150,4 +139,3 @@ def _replace_split(graph: fx.Graph, node: fx.Node, made_by: str) -> bool:
         user.replace_all_uses_with(part)
         graph.erase_node(user)
     graph.erase_node(node)
-    return True

@@ -41,7 +41,7 @@ class Pathways:
 
 def lean_graph(graph: TaskGraph, facts: TaskFacts) -> TaskGraph:
     """A captured graph without the work that no demanded output reads: what profiles are read off and measured on."""
-    return Pipeline([*seeds(facts, (), exact=True), PushDown()]).run_task(graph)
+    return Pipeline([*seeds(facts, (), exact=True), PushDown()]).run_task(graph, facts)
 
 
 def pathways(graph: TaskGraph, facts: TaskFacts) -> Pathways:

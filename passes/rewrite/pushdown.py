@@ -9,20 +9,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.tools_common import stable_topological_sort
 
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import refresh_value
 
+from ..contract import GraphPass
 from ..emitter import Emitter, is_selection, remove_dead_code, selection
-from ..pipeline import GraphPass
 from ..rules.shape import SIZED
 from .wants import Along, Chain, Selections, Want, selections, through_restore, through_selection
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
 NARROWED = "tokgraph.narrowed"
-"""Key of a node's ``meta``: the sink pass computes it on fewer rows."""
+"""Key of a node's ``meta``: push-down computes it on fewer rows."""
 STALE = "tokgraph.stale"
 LIFTED = "tokgraph.lifted"
 
@@ -38,20 +38,17 @@ class PushDown(GraphPass):
     name: ClassVar[str] = "push-down"
     task: str | None = None
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Find what every value's readers share, then rebuild the calls on fewer rows."""
         graph = graph_module.graph
-        before = str(graph)
         found = selections(graph)
         if not any(is_selection(node) for node in found.live):
-            return PassResult(graph_module, False)
+            return
         rebuild = _Rebuild(graph, found, self.name)
         rebuild.run()
         stable_topological_sort(graph_module)
         remove_dead_code(graph_module.graph)
         _refresh(graph_module.graph)
-        graph_module.recompile()
-        return PassResult(graph_module, str(graph_module.graph) != before)
 
 
 def _refresh(graph: fx.Graph) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.plan import DropSite
 
-from ..pipeline import GraphPass
+from ..contract import GraphPass
 from .pushdown import PushDown
 from .seed import ExplicitCausalMask, SeedSites, only_projects
+
+REWRITE: tuple[type[GraphPass], ...] = (ExplicitCausalMask, SeedSites, PushDown)
+"""The passes of :func:`rewrite_passes`, in order."""
 
 
 def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
@@ -24,8 +27,8 @@ def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[Grap
     if exact and facts.demand.reads != "all":
         touched.add(len(facts.blocks) - 1)
     return [
-        ExplicitCausalMask(facts.name, facts, tuple(sorted(touched))),
-        SeedSites(facts.name, facts, tuple(sites), exact),
+        ExplicitCausalMask(facts.name, tuple(sorted(touched))),
+        SeedSites(facts.name, tuple(sites), exact),
     ]
 
 

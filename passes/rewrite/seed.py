@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.errors import PlanError
@@ -20,8 +19,8 @@ from tokgraph.ir.facts import Attention, Block, TaskFacts
 from tokgraph.ir.node import argument, rank, refresh_value
 from tokgraph.ir.plan import DropSite
 
+from ..contract import GraphPass, Numerics
 from ..emitter import RESIDUAL, Emitter, remove_dead_code
-from ..pipeline import GraphPass, Numerics
 from ..rules.registry import is_one
 from .index import IndexBuilder, check_disjoint_or_nested
 from .legality import check_blocks
@@ -40,28 +39,23 @@ class ExplicitCausalMask(GraphPass):
 
     Args:
         task: the task.
-        facts: its facts.
         blocks: the blocks whose attentions are rewritten.
     """
 
     name: ClassVar[str] = "explicit-causal-mask"
     task: str
-    facts: TaskFacts
     blocks: tuple[int, ...]
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Replace ``is_causal=True`` by a lower-triangular boolean mask."""
+        blocks = self.needed(facts).blocks
         nodes = {node.name: node for node in graph_module.graph.nodes}
         emit = Emitter(graph_module.graph, self.name)
-        changed = 0
         for block in self.blocks:
-            for attention in self.facts.blocks[block].attention:
+            for attention in blocks[block].attention:
                 node = nodes[attention.node]
                 if attention.kind == "sdpa" and argument(node, "is_causal", False):
                     _make_mask_explicit(emit, node)
-                    changed += 1
-        graph_module.recompile()
-        return PassResult(graph_module, changed > 0)
 
 
 def _make_mask_explicit(emit: Emitter, node: fx.Node) -> None:
@@ -92,7 +86,6 @@ class SeedSites(GraphPass):
 
     Args:
         task: the task.
-        facts: its facts.
         sites: its drop sites, resolved, outer spans first.
         exact: also select what demanded outputs read.
 
@@ -104,54 +97,58 @@ class SeedSites(GraphPass):
     name: ClassVar[str] = "seed-sites"
     numerics: ClassVar[Numerics] = "approximate"
     task: str
-    facts: TaskFacts
     sites: tuple[DropSite, ...]
     exact: bool = False
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
+    def requires(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Spans are nested or disjoint, and every block in them is understood."""
-        last = len(self.facts.blocks)
+        facts = self.needed(facts)
+        last = len(facts.blocks)
         reach = tuple(
             DropSite(s.task, s.start, s.end if s.restore else last, s.keep, s.selector, s.mode) for s in self.sites
         )
         check_disjoint_or_nested(reach)
         inside = {b for s in reach for b in range(s.start, s.end or last)}
-        check_blocks(graph_module.graph, self.facts, [self.facts.blocks[b] for b in sorted(inside)])
+        check_blocks(graph_module.graph, facts, [facts.blocks[b] for b in sorted(inside)])
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Seed every block of every span, then the readers of the stream."""
+        facts = self.needed(facts)
         graph = graph_module.graph
-        before = str(graph)
         emit = Emitter(graph, self.name)
-        build = IndexBuilder(emit, self.facts)
+        build = IndexBuilder(emit, facts)
         nodes = {node.name: node for node in graph.nodes}
-        for name in self.facts.stream:
+        for name in facts.stream:
             nodes[name].meta[RESIDUAL] = True
         frames: tuple[Frame, ...] = ()
-        stream = nodes[self.facts.blocks[0].start]
-        for block in self.facts.blocks:
-            frames = self._frames(block.index, frames, build, emit, stream)
+        stream = nodes[facts.blocks[0].start]
+        for block in facts.blocks:
+            frames = self._frames(facts, block.index, frames, build, emit, stream)
             if any(s.projections == "own" and s.start <= block.index < (s.end or 0) for s in self.sites):
                 hidden = [f for f in frames if _hides(f.site, block.index)]
                 seed_projections(block, frames, hidden, self.task, emit, build, nodes)
             stream = self._seed_block(block, frames, emit, nodes, stream)
         frames = tuple(frame for frame in frames if not frame.site.restore)
-        seed_readers(graph_module, emit, build, self.facts, stream, frames, self.exact)
+        seed_readers(graph_module, emit, build, facts, stream, frames, self.exact)
         stable_topological_sort(graph_module)  # a choice of rows may stand after nodes that now read it
         remove_dead_code(graph_module.graph)
-        graph_module.recompile()
-        return PassResult(graph_module, str(graph_module.graph) != before)
 
     def _frames(
-        self, block: int, frames: tuple[Frame, ...], build: IndexBuilder, emit: Emitter, stream: fx.Node
+        self,
+        facts: TaskFacts,
+        block: int,
+        frames: tuple[Frame, ...],
+        build: IndexBuilder,
+        emit: Emitter,
+        stream: fx.Node,
     ) -> tuple[Frame, ...]:
         """The frames open in ``block``, outermost first; ``frames``: those of the block before."""
         before = frames
         frames = tuple(f for f in frames if not f.site.restore or block < (f.site.end or 0))
         for site in self.sites:
-            if site.start == block and not only_projects(site, self.facts):
+            if site.start == block and not only_projects(site, facts):
                 inner = emit.chain(stream, indices(frames))
-                attention = self.facts.blocks[block - 1].attention[0] if block else None
+                attention = facts.blocks[block - 1].attention[0] if block else None
                 keys = tuple(f for f in before if _hides(f.site, block - 1))
                 frames = (*frames, build.site(site, frames, Seen(inner, frames, attention, before, keys)))
         hidden = [_hides(f.site, block) for f in frames]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,15 +11,17 @@ import pytest
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
 
 import tokgraph as tg
-from tests.passes.tools import Run, captured, changes, site
+from tests.passes.tools import Run, assert_well_formed, captured, changes, node, site
 from tokgraph.errors import InternalError, PlanError
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import call
 from tokgraph.passes import GraphPass, PassDelta, Pipeline
 from tokgraph.passes.capture.normalize import RemoveNoOps
-from tokgraph.passes.pipeline import pass_name
-from tokgraph.passes.rewrite import PushDown, SeedSites
+from tokgraph.passes.contract import fingerprint, pass_name
+from tokgraph.passes.rewrite import ExplicitCausalMask, PushDown, SeedSites
 from tokgraph.passes.rewrite.realise import rewrite_passes
 
 aten = torch.ops.aten
@@ -46,7 +50,6 @@ def negate_twice(module: fx.GraphModule) -> None:
         with module.graph.inserting_after(once):
             twice = call(module.graph, aten.neg.default, once, origin=n, made_by="negate-twice")
         n.replace_all_uses_with(twice, lambda user, once=once: user is not once)
-    module.recompile()
 
 
 def do_nothing(module: fx.GraphModule) -> PassResult:
@@ -61,28 +64,39 @@ class Counting(GraphPass):
     task: str | None = None
     limit: int = 10**6
 
-    def requires(self, graph_module: fx.GraphModule) -> None:
+    def requires(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         if len(graph_module.graph.nodes) > self.limit:
             raise PlanError(f"more than {self.limit} nodes")
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        return PassResult(graph_module, False)
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Erf(GraphPass):
+    """A pass of ours that changes what it finds: gelu by its other approximation."""
+
+    name: ClassVar[str] = "erf"
+
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
+        for n in gelus(graph_module):
+            n.update_kwarg("approximate", "tanh")
 
 
 def test_a_pass_base_of_a_user_runs_among_ours() -> None:
     found = captured()
     passes = rewrite_passes(found.facts, found.sites(site(0, 1)), exact=True)
-    plain = Pipeline(passes).run_task(found.graph)
-    with_user = Pipeline([*passes[:-1], TanhGelu(), passes[-1]]).run_task(found.graph)
+    plain = Pipeline(passes).run_task(found.graph, found.facts)
+    with_user = Pipeline([*passes[:-1], TanhGelu(), passes[-1]]).run_task(found.graph, found.facts)
     assert [n.kwargs.get("approximate") for n in gelus(with_user.graph_module)] == ["tanh", "tanh"]
     assert 1e-9 < float((Run.of(plain).outputs[0] - Run.of(with_user).outputs[0]).abs().detach()) < 1e-2
 
 
 def test_a_function_of_a_user_runs_among_ours() -> None:
-    """What it inserts is narrowed by the sink like everything else."""
+    """What it inserts is narrowed by push-down like everything else."""
     found = captured()
     masks, seed, *rest = rewrite_passes(found.facts, found.sites(site(0, 1)), exact=True)
-    after = Pipeline([masks, seed, negate_twice, *rest]).run_task(found.graph)
+    after = Pipeline([masks, seed, negate_twice, *rest]).run_task(found.graph, found.facts)
     Run.of(after).assert_equals(Run.of(found.sunk(site(0, 1), exact=True)))
     shapes = [tuple(n.meta["val"].shape) for n in after.graph.nodes if n.target is aten.neg.default]
     assert shapes == [(2, 8, 32)] * 2 + [(2, 6, 32)] * 2
@@ -99,10 +113,11 @@ def test_the_observer_is_told_of_every_pass() -> None:
     nodes = len(found.graph.graph.nodes)
     assert [delta for delta, _ in seen] == [
         PassDelta("understanding", "do_nothing", False, nodes, nodes),
-        PassDelta("understanding", "negate_twice", True, nodes, nodes + 4),
+        PassDelta("understanding", "negate_twice", True, nodes, nodes + 4, {"neg": 4}),
         PassDelta("understanding", "TanhGelu", True, nodes + 4, nodes + 4),
-        PassDelta("understanding", "counting", False, nodes + 4, nodes + 4),
+        PassDelta("understanding", "counting", False, nodes + 4, nodes + 4, {}, "exact"),
     ]
+    assert all(delta.seconds > 0 for delta, _ in seen)
     assert [count for _, count in seen] == [delta.nodes_after for delta, _ in seen]
 
 
@@ -111,10 +126,10 @@ def test_passes_for_one_task_leave_the_others_alone() -> None:
     program = tg.Program(a.program.spec, {"understanding": a.graph, "generation": b.graph})
     ran: list[tuple[str, str]] = []
     passes = [Counting(task="generation"), Counting(), *rewrite_passes(a.facts, (), exact=True)]
-    after = Pipeline(passes, lambda delta, _: ran.append((delta.task, delta.name))).run(program)
-    sink = [("understanding", "explicit-causal-mask"), ("understanding", "seed-sites"), ("understanding", "push-down")]
+    after = Pipeline(passes, lambda delta, _: ran.append((delta.task, delta.name))).run(program, a.facts_of)
+    rewrite = [("understanding", name) for name in ("explicit-causal-mask", "seed-sites", "push-down")]
     assert [r for r in ran if r[0] == "generation"] == [("generation", "counting")] * 2
-    assert [r for r in ran if r[0] == "understanding"] == [("understanding", "counting"), *sink]
+    assert [r for r in ran if r[0] == "understanding"] == [("understanding", "counting"), *rewrite]
     assert changes(program["generation"], after["generation"]) == ""
 
 
@@ -134,6 +149,178 @@ def test_names() -> None:
     assert pass_name(PushDown()) == "push-down"
     assert pass_name(negate_twice) == "negate_twice"
     assert pass_name(TanhGelu()) == "TanhGelu"
+
+
+# ------------------------------------------------------------------ what changed, found out and not believed
+
+
+def boasts(module: fx.GraphModule) -> PassResult:
+    return PassResult(module, True)
+
+
+def denies(module: fx.GraphModule) -> PassResult:
+    negate_twice(module)
+    return PassResult(module, False)
+
+
+def copies(module: fx.GraphModule) -> PassResult:
+    """Another module with an equal graph."""
+    return PassResult(fx.GraphModule(module, copy.deepcopy(module.graph)), True)
+
+
+@pytest.mark.parametrize("function", [do_nothing, boasts, copies, Counting(), RemoveNoOps()], ids=pass_name)
+def test_nothing_is_modified(function: object) -> None:
+    """Whatever the pass says."""
+    deltas: list[PassDelta] = []
+    found = captured()
+    after = Pipeline([function], lambda delta, _: deltas.append(delta)).run_task(found.graph)  # type: ignore[list-item]
+    assert [d.modified for d in deltas] == [False]
+    assert changes(found.graph, after) == ""
+
+
+def test_a_pass_that_denies_its_changes_is_caught() -> None:
+    with pytest.raises(InternalError, match=r"pass denies: it says that it changed nothing.*ran before: do_nothing"):
+        Pipeline([do_nothing, denies]).run_task(captured().graph)
+
+
+def test_a_pass_of_ours_cannot_lie() -> None:
+    """It says nothing: called alone, in a pipeline or by torch, its graphs are compared."""
+    module = captured().graph.copy().graph_module
+    first, second = Erf()(module), Erf()(module)
+    assert (first.modified, second.modified) == (True, False)
+    managed = PassManager([Erf()])(captured().graph.copy().graph_module)
+    assert managed.modified
+    assert [n.kwargs["approximate"] for n in gelus(managed.graph_module)] == ["tanh", "tanh"]
+
+
+def test_what_is_changed_is_compiled_again() -> None:
+    """Neither the pass nor its caller has to."""
+    found = captured()
+    module = found.graph.copy().graph_module
+    before = module.code
+    assert Erf()(module).graph_module.code != before
+    after = Pipeline([negate_twice, Erf()]).run_task(found.graph)
+    assert after.graph_module.code.count("aten.neg") == 4
+    assert 1e-9 < float((Run.of(after).outputs[0] - Run.of(found.graph).outputs[0]).abs().detach()) < 1e-2
+
+
+def rename(graph: fx.Graph) -> None:
+    node(graph, "gelu")._rename("other")
+
+
+def retarget(graph: fx.Graph) -> None:
+    node(graph, "gelu").target = aten.relu.default
+
+
+def another_argument(graph: fx.Graph) -> None:
+    n = next(n for n in graph.nodes if n.target is aten.layer_norm.default)
+    n.update_arg(4, float(n.args[4]) * 2)  # type: ignore[arg-type]
+
+
+def another_type(graph: fx.Graph) -> None:
+    """Equal in Python, not in a graph."""
+    n = next(n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default)
+    assert n.args[5] is True
+    n.update_arg(5, 1)
+
+
+def another_keyword(graph: fx.Graph) -> None:
+    node(graph, "gelu").update_kwarg("approximate", "tanh")
+
+
+def another_input(graph: fx.Graph) -> None:
+    n = node(graph, "gelu")
+    n.update_arg(0, n.args[0].args[0])  # type: ignore[union-attr]
+
+
+def another_order(graph: fx.Graph) -> None:
+    graph.output_node().prepend(node(graph, "gelu"))
+
+
+def another_output(graph: fx.Graph) -> None:
+    output = graph.output_node()
+    output.args = (tuple(reversed(output.args[0])),)  # type: ignore[arg-type]
+
+
+def another_attribute(graph: fx.Graph) -> None:
+    next(n for n in graph.nodes if n.op == "get_attr").target = "layers.1.norm1.bias"
+
+
+def one_more(graph: fx.Graph) -> None:
+    with graph.inserting_after(node(graph, "gelu")):
+        graph.call_function(aten.neg.default, (node(graph, "gelu"),))
+
+
+EDITS = [
+    rename, retarget, another_argument, another_type, another_keyword, another_input, another_order, another_output,
+    another_attribute, one_more,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_every_edit_is_seen(edit: Callable[[fx.Graph], None]) -> None:
+    graph = captured().graph.copy().graph
+    before = fingerprint(graph)
+    assert fingerprint(graph) == fingerprint(copy.deepcopy(graph)) == before
+    edit(graph)
+    assert fingerprint(graph) != before
+
+
+# ------------------------------------------------------------------ facts, and where to stop
+
+
+def test_passes_are_given_the_facts_of_their_task() -> None:
+    a, b = captured("understanding"), captured("generation")
+    given: list[TaskFacts | None] = []
+
+    @dataclass(frozen=True)
+    class Given(GraphPass):
+        name: ClassVar[str] = "given"
+
+        def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
+            given.append(facts)
+
+    program = tg.Program(a.program.spec, {"understanding": a.graph, "generation": b.graph})
+    Pipeline([Given()]).run(program, {"understanding": a.facts, "generation": b.facts})
+    Pipeline([Given()]).run(program)
+    assert given == [a.facts, b.facts, None, None]
+
+
+@pytest.mark.parametrize(
+    "needy", [SeedSites("understanding", ()), ExplicitCausalMask("understanding", (0,))], ids=pass_name
+)
+def test_a_pass_that_needs_facts_says_so(needy: GraphPass) -> None:
+    found = captured()
+    with pytest.raises(InternalError, match=f"pass {needy.name} needs the facts of the task"):
+        needy(found.graph.copy().graph_module)
+    with pytest.raises(InternalError, match=f"task understanding: pass {needy.name}: .*needs the facts"):
+        Pipeline([needy]).run_task(found.graph)
+
+
+def test_a_pipeline_stops_after_a_pass() -> None:
+    ran: list[str] = []
+    passes = [do_nothing, Counting(), negate_twice, Counting(limit=10**5), Erf()]
+    Pipeline(passes, lambda delta, _: ran.append(delta.name), stop_after="counting").run(captured().program)
+    assert ran == ["do_nothing", "counting", "negate_twice", "counting"]
+
+
+def test_a_pass_that_a_task_does_not_have_stops_nothing() -> None:
+    ran: list[str] = []
+    passes = [Counting(task="generation"), Erf()]
+    Pipeline(passes, lambda delta, _: ran.append(delta.name), stop_after="counting").run(captured().program)
+    assert ran == ["erf"]
+
+
+def test_metadata_is_kept() -> None:
+    """Of what a pass leaves alone: values, places and origins."""
+    found = captured()
+    after = Pipeline([Counting(), negate_twice, Erf()]).run_task(found.graph)
+    assert_well_formed(after, None)
+    for n in found.graph.graph.nodes:
+        mine = node(after, n.name).meta
+        assert mine.keys() == n.meta.keys()
+        assert mine.get("nn_module_stack") == n.meta.get("nn_module_stack")
+    assert after.graph_module.meta == found.graph.graph_module.meta
 
 
 # ------------------------------------------------------------------ what breaks
@@ -165,25 +352,16 @@ def returns_nonsense(module: fx.GraphModule) -> int:
     return 3
 
 
-class ReturnsNothing(GraphPass):
-    """A pass of ours must say what it did."""
-
-    name: ClassVar[str] = "returns-nothing"
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        return None  # type: ignore[return-value]
-
-
 @dataclass(frozen=True)
 class PromisesTooMuch(GraphPass):
     """Its postcondition is checked on the result."""
 
     name: ClassVar[str] = "promises-too-much"
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        return PassResult(graph_module, False)
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
+        return None
 
-    def ensures(self, graph_module: fx.GraphModule) -> None:
+    def ensures(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         if gelus(graph_module):
             raise InternalError("a gelu is left")
 
@@ -193,9 +371,8 @@ class PromisesTooMuch(GraphPass):
     [
         (use_before_definition, "use_before_definition", "malformed graph"),
         (no_value, "no_value", "nodes without a value: neg"),
-        (crashes, "crashes", "a bug of the pass"),
-        (returns_nonsense, "returns_nonsense", ""),
-        (ReturnsNothing(), "returns-nothing", "returned no result"),
+        (crashes, "crashes", "ValueError: a bug of the pass"),
+        (returns_nonsense, "returns_nonsense", "returned int, which is no PassResult"),
         (PromisesTooMuch(), "promises-too-much", "a gelu is left"),
     ],
     ids=lambda p: p if isinstance(p, str) else "",
@@ -206,11 +383,9 @@ def test_a_broken_pass_is_a_bug_that_is_named(broken: object, name: str, why: st
     with pytest.raises(InternalError) as caught:
         Pipeline([RemoveNoOps(), do_nothing, broken]).run(found.program)  # type: ignore[list-item]
     message = str(caught.value)
-    assert "understanding" in message
-    assert name in message
+    assert message.startswith(f"task understanding: pass {name}: ")
     assert why in message
-    assert "remove-no-ops" in message
-    assert "do_nothing" in message
+    assert message.endswith("(ran before: remove-no-ops, do_nothing)")
 
 
 def test_a_refusal_is_no_bug() -> None:

@@ -51,10 +51,10 @@ class Captured:
         return tg.Plan(mine).for_task(self.task)
 
     def seeded(self, *sites: tg.DropSite, exact: bool = False) -> tg.TaskGraph:
-        return Pipeline(seeds(self.facts, self.sites(*sites), exact)).run_task(self.graph)
+        return Pipeline(seeds(self.facts, self.sites(*sites), exact)).run_task(self.graph, self.facts)
 
     def sunk(self, *sites: tg.DropSite, exact: bool = False) -> tg.TaskGraph:
-        return Pipeline(rewrite_passes(self.facts, self.sites(*sites), exact)).run_task(self.graph)
+        return Pipeline(rewrite_passes(self.facts, self.sites(*sites), exact)).run_task(self.graph, self.facts)
 
     def apply(self, *sites: tg.DropSite, exact: bool = False) -> tg.Accelerated:
         return tg.apply(self.program, tg.Plan(self.sites(*sites), exact=exact), facts=self.facts_of)

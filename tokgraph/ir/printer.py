@@ -35,10 +35,11 @@ def _call(node: fx.Node) -> str:
     if node.target in _INFIX:
         return f"{_argument(node.args[0])} {_INFIX[node.target]} {_argument(node.args[1])}"
     arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
-    return f"{_operator(node.target)}({', '.join(arguments)})"
+    return f"{operator_name(node.target)}({', '.join(arguments)})"
 
 
-def _operator(target: Any) -> str:
+def operator_name(target: Any) -> str:
+    """An operator's name, short: ``add.Tensor``, ``layer_norm``, ``drop``."""
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
         return name.removeprefix("aten.").removeprefix("tokgraph.").removesuffix(".default")

@@ -66,7 +66,7 @@ def _pathways_after(captured: TaskGraph, accelerated: Accelerated, facts: Facts)
     task, plan = facts[captured.name], accelerated.plan
     if plan.exact:
         return pathways(accelerated.program[captured.name], task)
-    lean = Pipeline(rewrite_passes(task, plan.for_task(captured.name), exact=True)).run_task(captured)
+    lean = Pipeline(rewrite_passes(task, plan.for_task(captured.name), exact=True)).run_task(captured, task)
     return pathways(lean, task)
 
 

@@ -69,7 +69,7 @@ def _verify_task(
     )
     gradient = compare_gradients(mine, reference)
     everything = [replace(site, keep=1.0, projections="shared") for site in sites]
-    kept = Pipeline(rewrite_passes(facts, everything, plan.exact)).run_task(captured)
+    kept = Pipeline(rewrite_passes(facts, everything, plan.exact)).run_task(captured, facts)
     whole, plain = run_rewritten(kept, dtype), run_rewritten(captured, dtype)
     errors = [compare_outputs(kept, whole, plain).error, compare_gradients(whole, plain).error]
     identity = float(torch.tensor(errors, dtype=torch.float64).max())  # unlike Python's max, a NaN stays

@@ -26,13 +26,13 @@ aten = torch.ops.aten
 def written(found: Captured, *sites: tg.DropSite, exact: bool = False) -> str:
     """What seeding changes in a graph whose masks are explicit already."""
     masks, seed = seeds(found.facts, found.sites(*sites), exact)
-    before = Pipeline([masks]).run_task(found.graph)
-    return changes(before, Pipeline([seed]).run_task(before))
+    before = Pipeline([masks]).run_task(found.graph, found.facts)
+    return changes(before, Pipeline([seed]).run_task(before, found.facts))
 
 
 def test_explicit_causal_mask() -> None:
     found = captured(dynamic=True)
-    after = Pipeline([ExplicitCausalMask("understanding", found.facts, (0,))]).run_task(found.graph)
+    after = Pipeline([ExplicitCausalMask("understanding", (0,))]).run_task(found.graph, found.facts)
     assert_expected_inline(
         changes(found.graph, after),
         """\
@@ -276,7 +276,7 @@ def test_no_site_changes_nothing(exact: bool) -> None:
     """A task with full outputs demands every row, so exact has nothing to write either."""
     found = captured("understanding", outputs="full")
     copy = found.graph.copy()
-    result = SeedSites("understanding", found.facts, (), exact)(copy.graph_module)
+    result = SeedSites("understanding", (), exact)(copy.graph_module, found.facts)
     assert not result.modified
     assert changes(found.graph, copy) == ""
     assert copy.compact_outputs == {}
@@ -284,9 +284,9 @@ def test_no_site_changes_nothing(exact: bool) -> None:
 
 def test_attentions_with_masks_stay_as_they_are() -> None:
     found = captured()
-    once = Pipeline([ExplicitCausalMask("understanding", found.facts, (0, 1))]).run_task(found.graph).copy()
+    once = Pipeline([ExplicitCausalMask("understanding", (0, 1))]).run_task(found.graph, found.facts).copy()
     before = once.copy()
-    result = ExplicitCausalMask("understanding", found.facts, (0, 1))(once.graph_module)
+    result = ExplicitCausalMask("understanding", (0, 1))(once.graph_module, found.facts)
     assert not result.modified
     assert changes(before, once) == ""
     Run.of(once).assert_equals(Run.of(found.graph))
@@ -306,7 +306,8 @@ def test_the_observer_sees_what_passes_did() -> None:
     found = captured()
     deltas: list[PassDelta] = []
     masks, seed = seeds(found.facts, found.sites(site(0, 1)), exact=False)
-    graph = Pipeline([masks, seed, PushDown(), PushDown()], lambda delta, _: deltas.append(delta)).run_task(found.graph)
+    passes = [masks, seed, PushDown(), PushDown()]
+    graph = Pipeline(passes, lambda delta, _: deltas.append(delta)).run_task(found.graph, found.facts)
     assert [(d.task, d.name, d.modified) for d in deltas] == [
         ("understanding", "explicit-causal-mask", True),
         ("understanding", "seed-sites", True),
