@@ -1,4 +1,4 @@
-"""What several commands share: the model argument, ``--set``, progress on standard error, and units."""
+"""What several commands share: the model argument, ``--set``, policies, switches of passes, progress, files and units."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from tokgraph.files import new_directory
 from tokgraph.ir.spec import ModelSpec, load
 from tokgraph.planning import policies
+from tokgraph.stages import PASSES
 from tokgraph.store.batches import load_batches
+
+ALL = "all"
+"""What ``--print-after`` takes for every pass."""
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,6 +72,32 @@ ragged_option = click.option(
     type=click.Choice(["min", "pad"]),
     help="Samples with different numbers of visual tokens: all lose as many as the one with the fewest, or each its own "
     "share, under a padding mask.  [default: min]",
+)
+
+
+def pass_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The switches that show what passes do: ``--print-after``, ``--time-passes``."""
+    options = (
+        click.option(
+            "--print-after",
+            multiple=True,
+            type=click.Choice([ALL, *PASSES]),
+            metavar="PASS",
+            help="Print every task's IR after this pass to standard error; repeatable, or 'all'.",
+        ),
+        click.option("--time-passes", is_flag=True, help="Print the time of stages and passes to standard error."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+stop_option = click.option(
+    "--stop-after",
+    "last",
+    type=click.Choice(PASSES),
+    metavar="PASS",
+    help="Run no further than this pass, print every task's IR, and write no results.",
 )
 
 
@@ -138,6 +169,25 @@ def amount(number: float) -> str:
         if number >= size:
             return f"{number / size:.4g} {unit}"
     return f"{number:g}"
+
+
+def write_folder(folder: Path, files: dict[str, str], write: Callable[[Path], None] | None = None) -> None:
+    """Write files by their paths within a folder, all of them or none.
+
+    Args:
+        folder: the folder.
+        files: path within it -> text.
+        write: writes more, to the folder that it is given.
+    """
+    try:
+        with new_directory(folder) as temporary:
+            if write is not None:
+                write(temporary)
+            for name, text in files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"cannot write {folder}: {error}") from None
 
 
 @contextmanager

@@ -17,9 +17,11 @@ from tokgraph.passes.capture.export import capture
 from tokgraph.report.published_flops import NAMES
 from tokgraph.report.report import make_report
 from tokgraph.report.summary import summarise, with_nodes
+from tokgraph.report.why_not import EXACT, why_not
 from tokgraph.stages import analyze, apply
 
-from .common import calibration, load_model, model_options, parse_settings, progress
+from .common import calibration, load_model, model_options, parse_settings, pass_options
+from .passes import PassLog
 from .tables import print_summary
 
 
@@ -43,6 +45,13 @@ from .tables import print_summary
 @click.option(
     "--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="Also the cost after this plan file."
 )
+@click.option(
+    "--why-not",
+    "asks_why",
+    is_flag=True,
+    help="Also what keeps rows that nobody reads from being dropped earlier: those of the plan, or of `exact`.",
+)
+@pass_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Write facts.json here.")
 def inspect(
@@ -52,18 +61,22 @@ def inspect(
     convention: str,
     calibrate: str | None,
     plan_file: Path | None,
+    asks_why: bool,
+    print_after: tuple[str, ...],
+    time_passes: bool,
     as_json: bool,
     out: Path | None,
 ) -> None:
     """Show where the visual tokens of MODEL flow, what they cost by block and task, and what the tasks share."""
     asked = [_sizes(text) for text in sizes]
     plan = None if plan_file is None else Plan.load(plan_file)
-    with progress() as stage:
+    log = PassLog(print_after, time_passes)
+    with log.watching() as stage:
         stage("load")
         spec = load_model(model, settings)
         batches = calibration(calibrate, spec)
         stage("capture")
-        program = capture(spec)
+        program = capture(spec, observer=log.observer)
         stage("analyse")
         facts = analyze(program)
         measured = None
@@ -73,7 +86,7 @@ def inspect(
         accelerated = None
         if plan is not None:
             stage("apply the plan")
-            accelerated = apply(facts, plan)
+            accelerated = apply(facts, plan, observer=log.observer)
         stage("summarise")
         summary = summarise(
             facts,
@@ -85,6 +98,9 @@ def inspect(
         if accelerated is not None:
             report = make_report(accelerated)
             summary["plan"] = {name: report[name] for name in ("policy", "options", "sharing_index", "coverage")}
+        if asks_why:
+            stage("ask why not")
+            summary["why_not"] = why_not(facts, plan or EXACT)
     if out is not None:
         write_atomically(out / "facts.json", json.dumps(with_nodes(summary, facts), indent=1) + "\n")
     if as_json:

@@ -12,15 +12,25 @@ from rich.console import Console
 from rich.table import Table
 
 import tokgraph
-from tokgraph.files import new_directory
 from tokgraph.ir.plan import Plan
 from tokgraph.ir.printer import format_graph
-from tokgraph.ir.program import TaskGraph, is_meta
-from tokgraph.passes.pipeline import PassDelta
+from tokgraph.ir.program import Program, is_meta
 from tokgraph.runtime import Accelerated
 from tokgraph.stages import optimize as run
+from tokgraph.stages import run_until
 
-from .common import amount, chosen_options, load_model, model_options, parse_settings, policy_options, progress
+from .common import (
+    amount,
+    chosen_options,
+    load_model,
+    model_options,
+    parse_settings,
+    pass_options,
+    policy_options,
+    stop_option,
+    write_folder,
+)
+from .passes import PassLog
 
 
 @click.command()
@@ -29,6 +39,8 @@ from .common import amount, chosen_options, load_model, model_options, parse_set
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="A plan file to apply.")
 @click.option("--verify/--no-verify", default=True, help="Compare with the oracle; exit 3 if they disagree.")
 @click.option("--save/--no-save", default=True, help="Also write the program, for `tokgraph export`, `profile`, `run`.")
+@pass_options
+@stop_option
 @click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Results.  [default: out/MODEL]")
@@ -39,6 +51,9 @@ def optimize(
     plan_file: Path | None,
     verify: bool,
     save: bool,
+    print_after: tuple[str, ...],
+    time_passes: bool,
+    last: str | None,
     dump_ir: Path | None,
     as_json: bool,
     out: Path | None,
@@ -54,21 +69,21 @@ def optimize(
         clash = "--policy" if policy is not None else "--" + next(iter(given)).replace("_", "-")
         raise click.UsageError(f"--plan and {clash} exclude each other")
     chosen: str | Plan = Plan.load(plan_file) if plan_file is not None else policy or "shared"
-    dumps: dict[str, str] = {}
-    with progress() as stage:
+    log = PassLog(print_after, time_passes, dump_ir)
+    with log.watching() as stage:
         stage("load")
         spec = load_model(model, settings)
-        try:
-            accelerated = run(
-                spec, chosen, verify=verify, progress=stage, observer=_dump_to(dumps) if dump_ir else None, **given
-            )
-        finally:  # the dumps of a run that failed show which pass was the last
-            if dump_ir is not None and dumps:
-                _write(dump_ir, dumps)
+        if last is None:
+            accelerated = run(spec, chosen, verify=verify, progress=stage, observer=log.observer, **given)
+        else:
+            program = run_until(spec, last, chosen, progress=stage, observer=log.observer, **given)
+    if last is not None:
+        print_graphs(program, last, as_json)
+        return
     report = {"model": model, "settings": parse_settings(settings), **accelerated.report, "versions": _versions()}
     target = out or Path("out") / Path(model.partition(":")[0]).stem
     saved = accelerated if save and not is_meta(accelerated.model) else None
-    _write(target, _results(accelerated, report), saved)
+    write_folder(target, _results(accelerated, report), None if saved is None else saved.save)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -78,12 +93,13 @@ def optimize(
         )
 
 
-def _dump_to(dumps: dict[str, str]) -> Any:
-    def observe(delta: PassDelta, graph: TaskGraph) -> None:
-        number = sum(name.startswith(f"{delta.task}.") for name in dumps)
-        dumps[f"{delta.task}.{number:02d}.{delta.name}.txt"] = format_graph(graph)
-
-    return observe
+def print_graphs(program: Program, last: str, as_json: bool) -> None:
+    """The IR of every task as a pass left it, on standard output."""
+    texts = {name: format_graph(graph) for name, graph in program.items()}
+    if as_json:
+        click.echo(json.dumps({"schema": 1, "stopped_after": last, "ir": texts}, indent=2))
+    else:
+        click.echo("".join(texts.values()), nl=False)
 
 
 def _versions() -> dict[str, str]:
@@ -97,18 +113,6 @@ def _results(accelerated: Accelerated, report: dict[str, Any]) -> dict[str, str]
         files[f"ir/{name}.before.txt"] = format_graph(captured[name])
         files[f"ir/{name}.after.txt"] = format_graph(accelerated.program[name])
     return files
-
-
-def _write(folder: Path, files: dict[str, str], program: Accelerated | None = None) -> None:
-    try:
-        with new_directory(folder) as temporary:
-            if program is not None:
-                program.save(temporary)
-            for name, text in files.items():
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                (temporary / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise click.ClickException(f"cannot write {folder}: {error}") from None
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

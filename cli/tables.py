@@ -25,6 +25,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         plan = summary["plan"]
         console.print(f"plan: sharing index {plan['sharing_index']:.3f}, coverage {plan['coverage']:.3f}")
     _print_pathways(summary["pathways"], list(tasks), console)
+    if "why_not" in summary:
+        for name, groups in summary["why_not"].items():
+            console.print(why_not_table(name, groups))
     if summary["gradient_cosines"] is not None:
         _print_measured(tasks, console)
         _print_asymmetry(summary["image_attention"], console)
@@ -55,6 +58,26 @@ def _print_tasks(tasks: dict[str, Any], console: Console) -> None:
     for label, cells in rows.items():
         table.add_row(label, *cells)
     console.print(table)
+
+
+def why_not_table(task: str, groups: list[dict[str, Any]]) -> Table:
+    """What keeps a task's selections where they stop: a row a reason, with the first of its places."""
+    table = Table(
+        title=f"{task}: why selections move no further up", caption="the nearest miss, and the first place, first"
+    )
+    for column in ("times", "reason", "value", "at"):
+        table.add_column(column, overflow="fold", justify="right" if column == "times" else "left")
+    for group in groups:
+        first = group["at"][0]
+        operator = group["operator"].removeprefix("aten.").removeprefix("tokgraph.").removesuffix(".default")
+        reason = group["reason"] if operator in group["reason"] else f"{operator}: {group['reason']}"
+        if group["end"]:
+            reason += " (nothing lies further up)"
+        source = (first["source"] or "").rpartition("/")[2]
+        table.add_row(
+            str(group["count"]), reason, first["value"], "\n".join(filter(None, (first["module"], source))) or "-"
+        )
+    return table
 
 
 def _source(visual: dict[str, Any]) -> str:

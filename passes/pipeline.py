@@ -119,7 +119,7 @@ class Pipeline:
         result = run_pass(function, graph.graph_module, facts)
         seconds = time.perf_counter() - start
         if self.check:
-            validate(result.graph_module)  # type: ignore[arg-type]
+            validate(result.graph_module)
         graph = replace(graph, graph_module=result.graph_module)
         if self.observer is not None:
             self.observer(_delta(function, result, before, graph, seconds), graph)

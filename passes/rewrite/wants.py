@@ -46,20 +46,23 @@ class Along:
 
 
 Want = dict[Along, Chain]
+Uses = dict[fx.Node, list[tuple[fx.Node, Want]]]
 STREAM = Along(1, 0)
 
 
 @dataclass(frozen=True)
 class Declined:
-    """Why a selection stopped at a value.
+    """Why an operator does not pass a selection of its result on to its inputs.
 
     Args:
         node: the value's name.
         reason: what the operator does.
+        end: there is nothing to pass it on to: what is selected begins here.
     """
 
     node: str
     reason: str
+    end: bool = False
 
 
 @dataclass
@@ -67,13 +70,15 @@ class Selections:
     """What :func:`selections` finds.
 
     Args:
+        uses: value -> who reads it, through whatever selections and restores, and the chains that it wants.
         own: value -> chains applied inside it (what all its users want and its operator commutes with).
         inputs: node -> input -> chains it then wants of that input.
         live: values that are needed at all.
         kept_restores: restores that some user reads whole.
-        declined: selections that stopped, and why.
+        declined: what operators did not pass on (:func:`~tokgraph.passes.rewrite.stops.stops` has all that stopped).
     """
 
+    uses: Uses = field(default_factory=lambda: defaultdict(list))
     own: dict[fx.Node, Want] = field(default_factory=dict)
     inputs: dict[fx.Node, dict[fx.Node, Want]] = field(default_factory=dict)
     live: set[fx.Node] = field(default_factory=set)
@@ -120,47 +125,46 @@ def through_restore(node: fx.Node, want: Mapping[Along, Chain]) -> tuple[fx.Node
 def selections(graph: fx.Graph) -> Selections:
     """Find what selections every value's users share, and where each stops."""
     found = Selections()
-    uses: dict[fx.Node, list[Want]] = defaultdict(list)
     for node in reversed(graph.nodes):
         if node.op == "output":
             for x in node.all_input_nodes:
-                uses[x].append({})
+                found.uses[x].append((node, {}))
             continue
-        if node not in uses:
+        if node not in found.uses:
             continue
         found.live.add(node)
         if is_selection(node):
-            _visit_selection(node, uses)
+            _visit_selection(node, found.uses)
         elif node.target is tokgraph.restore.default:
-            _visit_restore(node, uses, found)
+            _visit_restore(node, found)
         else:
-            _visit_operator(node, uses, found)
+            _visit_operator(node, found)
     return found
 
 
-def _visit_selection(node: fx.Node, uses: dict[fx.Node, list[Want]]) -> None:
-    for want in uses[node]:
+def _visit_selection(node: fx.Node, uses: Uses) -> None:
+    for reader, want in uses[node]:
         x, inner = through_selection(node, want)
-        uses[x].append(inner)
-    uses[selection(node)[1]].append({})
+        uses[x].append((reader, inner))
+    uses[selection(node)[1]].append((node, {}))
 
 
-def _visit_restore(node: fx.Node, uses: dict[fx.Node, list[Want]], found: Selections) -> None:
-    for want in uses[node]:
+def _visit_restore(node: fx.Node, found: Selections) -> None:
+    for reader, want in found.uses[node]:
         passed = through_restore(node, want)
         if passed is not None:
-            uses[passed[0]].append(passed[1])
+            found.uses[passed[0]].append((reader, passed[1]))
         else:
             found.kept_restores.add(node)
     if node in found.kept_restores:
         for x in node.all_input_nodes:
-            uses[x].append({})
+            found.uses[x].append((node, {}))
 
 
-def _visit_operator(node: fx.Node, uses: dict[fx.Node, list[Want]], found: Selections) -> None:
+def _visit_operator(node: fx.Node, found: Selections) -> None:
     own: Want = {}
     inputs: dict[fx.Node, Want] = {x: {} for x in node.all_input_nodes}
-    for along, chain in sorted(common(uses[node]).items()):
+    for along, chain in sorted(common(want for _, want in found.uses[node]).items()):
         passed = commute(node, along)
         if isinstance(passed, Declined):
             found.declined.append(passed)
@@ -172,14 +176,14 @@ def _visit_operator(node: fx.Node, uses: dict[fx.Node, list[Want]], found: Selec
                 inputs[x][a] = chain
     found.own[node], found.inputs[node] = own, inputs
     for x, want in inputs.items():
-        uses[x].append(want)
+        found.uses[x].append((node, want))
 
 
 def commute(node: fx.Node, along: Along) -> list[tuple[fx.Node, Along]] | Declined:
     """Where a selection along an axis of ``node`` goes among its inputs, or why it stays."""
     described = axis_map(node) if tensor(node) is not None else None
     if node.op != "call_function" or described is None:
-        return Declined(node.name, f"{node.target} has no token-axis rule" if node.op == "call_function" else node.op)
+        return _without_rule(node)
     if node.target is operator.getitem:
         return Declined(node.name, "one result of several cannot be narrowed alone")
     if along.ndim is not None or is_one(node, along.batch) != _batch_is_one(node, along):
@@ -188,7 +192,7 @@ def commute(node: fx.Node, along: Along) -> list[tuple[fx.Node, Along]] | Declin
     if rows is None or samples is None:
         return Declined(node.name, f"{node.target} mixes rows")
     if not rows and node.target not in SIZED:
-        return Declined(node.name, f"{node.target} makes the axis")
+        return Declined(node.name, f"{node.target} makes the axis", end=True)
     batch_of = dict(samples)
     passed = []
     for x, dim in rows:
@@ -201,6 +205,12 @@ def commute(node: fx.Node, along: Along) -> list[tuple[fx.Node, Along]] | Declin
     if any(_occurrences(node, x) > sum(x is y for y, _ in rows) for x, _ in passed):
         return Declined(node.name, f"{node.target} reads one value along two axes")
     return passed
+
+
+def _without_rule(node: fx.Node) -> Declined:
+    if node.op == "call_function":
+        return Declined(node.name, f"{node.target} has no token-axis rule")
+    return Declined(node.name, "an input of the task" if node.op == "placeholder" else "held by the model", end=True)
 
 
 def _batch_is_one(node: fx.Node, along: Along) -> bool:

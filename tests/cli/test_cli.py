@@ -57,13 +57,6 @@ def test_json_is_all_there_is_on_standard_output(run):
     assert json.loads(result.stdout)["sharing_index"] == 1.0
 
 
-def test_dump_ir_writes_a_file_a_pass(run, tmp_path):
-    assert run("optimize", TINY, *FOUR, "--dump-ir", "dump", "--no-save", "-o", "results").exit_code == 0
-    names = sorted(p.name for p in (tmp_path / "dump").iterdir())
-    passes = ("00.explicit-causal-mask", "01.seed-sites", "02.sink")
-    assert names == [f"{task}.{p}.txt" for task in ("generation", "understanding") for p in passes]
-
-
 def test_no_verify_says_so(run, tmp_path):
     result = run("optimize", TINY, *FOUR, "--no-verify", "--no-save", "-o", "results")
     assert result.exit_code == 0

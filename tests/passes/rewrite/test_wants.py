@@ -100,7 +100,7 @@ def test_masks_of_attention_are_lifted(p: Inputs) -> None:
 @pytest.mark.parametrize(
     ("make", "along", "reason"),
     [
-        (lambda p: p.x, ROWS, "placeholder"),
+        (lambda p: p.x, ROWS, "an input of the task"),
         (lambda p: p(aten.cumsum.default, p.x, 1), ROWS, "mixes rows"),
         (lambda p: p(aten.special_i0e.default, p.x), ROWS, "has no token-axis rule"),
         (lambda p: p(aten.ones.default, [2, 4, 3]), ROWS, "makes the axis"),
