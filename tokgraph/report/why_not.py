@@ -38,9 +38,10 @@ def why_not(facts: Facts, plan: Plan = EXACT) -> dict[str, list[dict[str, Any]]]
     """
     plan = check_plan(plan, facts)
     found = {}
-    for name, task in facts.items():
+    for name, graph in facts.program.items():
+        task = facts[name]
         passes = seeds(task, plan.for_task(name), plan.exact) if plan.sites or plan.exact else []
-        seeded = Pipeline(passes).run_task(facts.program[name], task)
+        seeded = Pipeline(passes).run_task(graph, task)
         found[name] = _grouped(stops(seeded.graph))
     return found
 
