@@ -88,7 +88,8 @@ class PassLog:
             return
         text = format_graph(graph)
         if wanted:
-            self._texts.append(f"--- after {delta.name}{'' if delta.modified else ' (no change)'}\n{text}")
+            facts = (delta.name, _numerics(delta), *(() if delta.modified else ("no change",)))
+            self._texts.append(f"--- after {', '.join(facts)}\n{text}")
         number = sum(name.startswith(f"{delta.task}.") for name in self._dumps)
         self._dumps[f"{delta.task}.{number:02d}.{delta.name}.txt"] = text
 
@@ -126,4 +127,8 @@ def _cells(delta: PassDelta) -> tuple[str, str]:
     nodes = str(delta.nodes_after) if same else f"{delta.nodes_before} -> {delta.nodes_after}"
     operators = ", ".join(f"{count:+d} {name}" for name, count in delta.operators.items())
     what = operators or ("as many of each" if delta.modified else "no change")
-    return nodes, f"  {delta.name}, {delta.task}, {delta.numerics or 'numerics not said'}\n    {what}"
+    return nodes, f"  {delta.name}, {delta.task}, {_numerics(delta)}\n    {what}"
+
+
+def _numerics(delta: PassDelta) -> str:
+    return delta.numerics or "numerics not said"

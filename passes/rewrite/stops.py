@@ -103,7 +103,7 @@ def _reads(node: fx.Node, reader: fx.Node, chain: Chain, longest: Chain, cause: 
     if reader in found.kept_restores and reader.args[2] is node:
         return "it says where a restore puts rows"
     if reader in found.kept_restores:
-        return f"a restore puts {'its rows back' if reader.args[1] is node else 'rows back into it'}, all for {cause}"
+        return f"a restore puts {'its rows back' if reader.args[1] is node else 'rows back into it'}, for {cause}"
     return f"{cause} needs all its rows"
 
 
@@ -119,9 +119,14 @@ def _cause(node: fx.Node, reader: fx.Node, dim: int, found: Selections) -> fx.No
     while (axis := _followed(node, reader, dim, found)) is not None:
         needs = [r for r, want in found.uses[reader] if not any(along.dim == axis for along in want)]
         if not needs:
-            break
+            return _keeper(reader, found) if reader in found.kept_restores else reader
         node, reader, dim = reader, needs[-1], axis
     return reader
+
+
+def _keeper(restore: fx.Node, found: Selections) -> fx.Node:
+    """Who reads other rows of a restore than it put back."""
+    return next(r for r, want in reversed(found.uses[restore]) if through_restore(restore, want) is None)
 
 
 def _followed(node: fx.Node, reader: fx.Node, dim: int, found: Selections) -> int | None:

@@ -21,7 +21,7 @@ TASKS = ("understanding", "generation")
 
 def printed(text: str) -> list[tuple[str, str]]:
     """``(pass, task)`` of each IR in a text."""
-    return re.findall(r"^--- after ([\w-]+)(?: \(no change\))?\ntask (\w+)$", text, flags=re.MULTILINE)
+    return re.findall(r"^--- after ([\w-]+), \w+(?:, no change)?\ntask (\w+)$", text, flags=re.MULTILINE)
 
 
 def test_print_after_prints_to_standard_error(run, tmp_path):
@@ -41,7 +41,8 @@ def test_print_after_all(run):
     *cleanups, masks, seed, push = PASSES
     expected = [(name, task) for task in TASKS for name in cleanups]
     assert printed(stderr) == [*expected, *((name, task) for task in TASKS for name in (masks, seed, push))]
-    assert "--- after remove-no-ops (no change)" in stderr
+    assert "--- after remove-no-ops, exact, no change\n" in stderr
+    assert "--- after seed-sites, approximate\n" in stderr
 
 
 def test_print_after_a_failure(run, tmp_path):

@@ -1,26 +1,31 @@
-"""Passes as data: every pass is a name and plain fields, and is made again from them."""
+"""Passes as data: every pass is a name and plain fields, and is made again from them; what counts as a change."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
 import tokgraph as tg
-from tests.passes.tools import captured, changes, site
+from tests.passes.tools import captured, changes, node, site
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.passes import GraphPass, Pipeline, pass_of, registered_passes
+from tokgraph.passes.contract import fingerprint
 from tokgraph.passes.rewrite import PushDown, SeedSites
 from tokgraph.passes.rewrite.realise import rewrite_passes
 from tokgraph.stages import PASSES
 
+aten = torch.ops.aten
 OURS = {name: cls for name, cls in registered_passes().items() if cls.__module__.startswith("tokgraph.")}
 
 
@@ -131,3 +136,68 @@ def test_a_name_is_taken_once() -> None:
                 return None
 
     assert registered_passes()["push-down"] is PushDown
+
+
+# ------------------------------------------------------------------ what counts as a change
+
+
+def rename(graph: fx.Graph) -> None:
+    node(graph, "gelu")._rename("other")
+
+
+def retarget(graph: fx.Graph) -> None:
+    node(graph, "gelu").target = aten.relu.default
+
+
+def another_argument(graph: fx.Graph) -> None:
+    n = next(n for n in graph.nodes if n.target is aten.layer_norm.default)
+    n.update_arg(4, float(n.args[4]) * 2)  # type: ignore[arg-type]
+
+
+def another_type(graph: fx.Graph) -> None:
+    """Equal in Python, not in a graph."""
+    n = next(n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default)
+    assert n.args[5] is True
+    n.update_arg(5, 1)
+
+
+def another_keyword(graph: fx.Graph) -> None:
+    node(graph, "gelu").update_kwarg("approximate", "tanh")
+
+
+def another_input(graph: fx.Graph) -> None:
+    n = node(graph, "gelu")
+    n.update_arg(0, n.args[0].args[0])  # type: ignore[union-attr]
+
+
+def another_order(graph: fx.Graph) -> None:
+    graph.output_node().prepend(node(graph, "gelu"))
+
+
+def another_output(graph: fx.Graph) -> None:
+    output = graph.output_node()
+    output.args = (tuple(reversed(output.args[0])),)  # type: ignore[arg-type]
+
+
+def another_attribute(graph: fx.Graph) -> None:
+    next(n for n in graph.nodes if n.op == "get_attr").target = "layers.1.norm1.bias"
+
+
+def one_more(graph: fx.Graph) -> None:
+    with graph.inserting_after(node(graph, "gelu")):
+        graph.call_function(aten.neg.default, (node(graph, "gelu"),))
+
+
+EDITS = [
+    rename, retarget, another_argument, another_type, another_keyword, another_input, another_order, another_output,
+    another_attribute, one_more,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+def test_every_edit_is_seen(edit: Callable[[fx.Graph], None]) -> None:
+    graph = captured().graph.copy().graph
+    before = fingerprint(graph)
+    assert fingerprint(graph) == fingerprint(copy.deepcopy(graph)) == before
+    edit(graph)
+    assert fingerprint(graph) != before

@@ -1,4 +1,4 @@
-"""Sinking: exact, as far as every reader allows, and no further."""
+"""Push-down: exact, as far as every reader allows, and no further."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ class Case:
         self.i, self.j = self.p.input("i", I), self.p.input("j", J)
 
     def sunk(self, *outputs: fx.Node) -> list[fx.Node]:
-        """The calls after sinking."""
+        """The calls after push-down."""
         module = self.p.module(*outputs)
         before = module(*self.p.inputs)
         module = PushDown()(module).graph_module
@@ -249,7 +249,7 @@ class Case:
         return self.sunk_calls
 
     def expressions(self, *outputs: fx.Node) -> list[str]:
-        """The outputs after sinking, written out."""
+        """The outputs after push-down, written out."""
         calls = self.sunk(*outputs)
         return [written(n) for n in calls[-1].graph.output_node().args[0]]
 
@@ -414,7 +414,7 @@ def work(module: fx.GraphModule) -> int:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(programs())
 def test_random_programs(drawn: Drawn) -> None:
-    """Sinking never changes a value, never adds work, and is done after one time."""
+    """Push-down never changes a value, never adds work, and is done after one time."""
     module, inputs = drawn.module, drawn.inputs
     before, cost = module(*inputs), work(module)
     result = PushDown()(module)

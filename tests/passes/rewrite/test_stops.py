@@ -94,8 +94,8 @@ def test_a_restore_that_is_read_whole(p: Inputs) -> None:
     whole = p(tokgraph.restore.default, h, kept, p.i)
     p.graph.output((p(aten.cumsum.default, whole, 1), p.select(p.select(whole, p.i), p.j)))
     assert told(p.graph) == [
-        ("relu", "a restore puts rows back into it, all for cumsum"),
-        ("exp", "a restore puts its rows back, all for cumsum"),
+        ("relu", "a restore puts rows back into it, for cumsum"),
+        ("exp", "a restore puts its rows back, for cumsum"),
     ]
 
 
@@ -106,6 +106,15 @@ def test_a_restore_of_other_rows(p: Inputs) -> None:
     assert [(s.value, s.reason) for s in found if s.value is whole] == [
         (whole, "it does not put the selected rows back, but others")
     ]
+
+
+def test_a_restore_of_which_other_rows_are_read(p: Inputs) -> None:
+    """What lies around it stays whole for the sake of that reader."""
+    h = p(aten.relu.default, p.x)
+    whole = p(tokgraph.restore.default, h, p.select(p.y, p.i), p.i)
+    p.graph.output((p(aten.exp.default, p.select(whole, p.j)), p.select(h, p.i)))
+    (stop,) = [s for s in stops(p.graph) if s.value is h]
+    assert stop.reason == "a restore puts rows back into it, for exp"
 
 
 def test_an_index_says_which_rows(p: Inputs) -> None:
