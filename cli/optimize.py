@@ -9,10 +9,12 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import tokgraph
 from tokgraph.files import new_directory
+from tokgraph.ir.names import file_part
 from tokgraph.ir.plan import Plan
 from tokgraph.ir.printer import format_graph
 from tokgraph.ir.program import TaskGraph, is_meta
@@ -80,8 +82,9 @@ def optimize(
 
 def _dump_to(dumps: dict[str, str]) -> Any:
     def observe(delta: PassDelta, graph: TaskGraph) -> None:
-        number = sum(name.startswith(f"{delta.task}.") for name in dumps)
-        dumps[f"{delta.task}.{number:02d}.{delta.name}.txt"] = format_graph(graph)
+        task = file_part(delta.task)
+        number = sum(name.startswith(f"{task}.") for name in dumps)
+        dumps[f"{task}.{number:02d}.{delta.name}.txt"] = format_graph(graph)
 
     return observe
 
@@ -94,8 +97,8 @@ def _results(accelerated: Accelerated, report: dict[str, Any]) -> dict[str, str]
     files = {"plan.json": accelerated.plan.to_json(), "report.json": json.dumps(report, indent=2) + "\n"}
     captured = accelerated.variants(with_baseline=True)["baseline"]
     for name in accelerated:
-        files[f"ir/{name}.before.txt"] = format_graph(captured[name])
-        files[f"ir/{name}.after.txt"] = format_graph(accelerated.program[name])
+        files[f"ir/{file_part(name)}.before.txt"] = format_graph(captured[name])
+        files[f"ir/{file_part(name)}.after.txt"] = format_graph(accelerated.program[name])
     return files
 
 
@@ -117,7 +120,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_column("")
     tasks = report["tasks"]
     for name in tasks:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     rows = {
         "nodes": [f"{t['nodes']['before']} -> {t['nodes']['after']}" for t in tasks.values()],
         "blocks": [str(t["blocks"]) for t in tasks.values()],

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tokgraph.errors import ExportError
-from tokgraph.ir.program import STEP
+from tokgraph.ir.names import STEP, file_part
 from tokgraph.store.weights import WEIGHTS, read_weights
 
 GraphKind = Literal["forward", "train-step", "update-step"]
@@ -30,7 +30,7 @@ _TORCH = {
 
 def file_name(task: str, kind: str, variant: str = ACCELERATED) -> str:
     """``understanding.train-step.onnx``, ``baseline.understanding.train-step.onnx``."""
-    return f"{'' if variant == ACCELERATED else f'{variant}.'}{task}.{kind}.onnx"
+    return f"{'' if variant == ACCELERATED else f'{variant}.'}{file_part(task)}.{kind}.onnx"
 
 
 @dataclass(frozen=True)
