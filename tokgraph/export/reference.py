@@ -10,7 +10,6 @@ import torch
 
 from tokgraph.ir.interpreter import GraphInterpreter, in_dtype
 from tokgraph.ir.program import TaskGraph, model_device
-from tokgraph.ir.tensors import tensor_name
 from tokgraph.passes.lower.graph import STATE, Source
 from tokgraph.passes.lower.step import GRAD, PARAMETER, AdamW, Optimizer
 
@@ -90,8 +89,7 @@ class Reference:
         device = model_device(module)
         leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
         if dtype is None:
-            found = {tensor_name(key): p for key, p in module.named_parameters(remove_duplicate=False)}
-            return list(module(*leaves)), found
+            return list(module(*leaves)), dict(self._graph.named_parameters())
         interpreter = GraphInterpreter(module, *in_dtype(dtype, device))
         return list(interpreter.run(*leaves)), interpreter.attributes
 

@@ -105,9 +105,13 @@ class TaskGraph:
         moved: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), dict(self.task.inputs))
         return moved
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, of those that the graph reads, tied ones under each of their names."""
+        return {tensor_name(key): p for key, p in self.graph_module.named_parameters(remove_duplicate=False)}
+
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, of those that a plan added to the model's, by name: optimizers count them."""
-        named = {tensor_name(key): parameter for key, parameter in self.graph_module.named_parameters()}
+        named = self.named_parameters()
         return {name: named[name] for name in sorted(named) if name.startswith(f"{OWN}.")}
 
     def input_nodes(self) -> dict[str, list[fx.Node]]:

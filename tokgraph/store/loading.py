@@ -59,6 +59,8 @@ def load_accelerated(folder: str | Path) -> Accelerated:
 class _Parameters(nn.Module):
     """A model's parameters and buffers under their names, without its code.
 
+    Names that attributes of ``nn.Module`` have are kept in its tables only; its own methods refuse them.
+
     Args:
         tensors: name -> parameter or buffer.
     """
@@ -68,10 +70,17 @@ class _Parameters(nn.Module):
         for name, x in tensors.items():
             *path, leaf = name.split(".")
             module: nn.Module = self
-            for part in path:  # nn.Module's own methods refuse names that its class has
-                module = module._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+            for part in path:
+                module = module._modules.setdefault(part, _Parameters({}))  # type: ignore[assignment]
             held = module._parameters if isinstance(x, nn.Parameter) else module._buffers
             held[leaf] = x  # type: ignore[index]
+
+    def train(self, mode: bool = True) -> _Parameters:
+        """Set the mode, which a tensor of that name must not get in the way of."""
+        self.__dict__["training"] = mode
+        for module in self.children():
+            module.train(mode)
+        return self
 
 
 def _shared(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, bool]) -> dict[str, torch.Tensor]:
