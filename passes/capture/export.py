@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -228,7 +229,9 @@ def _plain_module(model: nn.Module, exported: ExportedProgram, inputs: Mapping[s
     leaves = {key: len(pytree.tree_leaves(x)) for key, x in inputs.items()}
     if all(count == 1 for count in leaves.values()):  # the graph can use the user's names, or like ones
         for node, key in zip(placeholders, leaves, strict=True):
-            node._rename(f"{key}_" if key == "self" else key)  # methods have an argument of that name
+            node._rename(
+                f"{key}_" if key == "self" or iskeyword(key) else key
+            )  # which no further argument can be called
             node.target = node.name
     plain = fx.GraphModule(attributes, graph)
     plain.meta[TIED] = tied_names(model)

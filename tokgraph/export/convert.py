@@ -75,9 +75,10 @@ def to_onnx(
         opset: version of the ONNX operator set.
 
     Raises:
-        ExportError: an operator has no ONNX counterpart.
+        ExportError: an operator has no ONNX counterpart, or two of inputs, weights and outputs have one name.
         DependencyError: the packages that convert are not installed.
     """
+    _refuse_equal_names(lowered)
     program = exported_program(lowered, into=_Decomposed if is_decomposed(lowered, opset) else ExportedProgram)
     with _quiet():
         try:
@@ -99,12 +100,41 @@ def to_onnx(
     model: ir.Model = converted.model
     nodes = {node.name: lowered_place(node) for node in converted.exported_program.graph.nodes}
     _annotate(model, nodes)
+    _rename_values(model)
     _simplify(model)
     _name_sizes(model, symbols)
     model.metadata_props.clear()
     model.metadata_props.update({f"{PREFIX}{key}": value for key, value in about.items()})
     model.producer_name, model.producer_version = "tokgraph", about.get("version", "")
     return model
+
+
+def _refuse_equal_names(lowered: Lowered) -> None:
+    """Inputs, weights and outputs of an ONNX graph have their names in one table; those of a task need not."""
+    seen: dict[str, str] = {}
+    for what, names in (("an input", lowered.inputs), ("a weight", lowered.state), ("an output", lowered.outputs)):
+        for name in names:
+            if name in seen:
+                raise ExportError(
+                    f"task {lowered.task!r}, {lowered.kind}: {name!r} names {seen[name]} and {what}",
+                    help="ONNX tells them apart by name only: call the task's input, or what its forward returns, otherwise",
+                )
+            seen[name] = what
+
+
+def _rename_values(model: ir.Model) -> None:
+    """Give values inside a graph, which the converter named after operators, names that nothing else has."""
+    outside = {id(value) for value in model.graph.outputs}
+    used = {str(x.name) for x in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs)}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if id(value) in outside:
+                continue
+            name, number = str(value.name), 0
+            while value.name in used:
+                number += 1
+                value.name = f"{name}_{number}"
+            used.add(str(value.name))
 
 
 def _missing(error: ImportError) -> DependencyError:
