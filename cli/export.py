@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokgraph.export import KINDS
+from tokgraph.export.packages import require_packages
 
 from .common import amount, model_options, parse_settings, policy_options, progress
 from .target import accelerated_program, batches_in, is_folder, names
@@ -60,6 +61,7 @@ def export(
     update-step (with the optimizer's step). All read weights.safetensors. Loss, outputs and gradients are compared with
     PyTorch on two batches; report.json has the errors found.
     """
+    require_packages()  # before the work that would be in vain
     with progress() as stage:
         accelerated = accelerated_program(model, settings, policy, plan_file, verify, options, stage)
         target = out or (Path(model) if is_folder(model) else Path("out") / Path(model.partition(":")[0]).stem)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
-from tokgraph.errors import DependencyError, ExportError
+from tokgraph.errors import ExportError
 from tokgraph.passes.lower import Lowered, exported_program
 from tokgraph.passes.lower.graph import lowered_place
 
 from .files import PREFIX, NodePlace
+from .packages import missing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -92,7 +93,7 @@ def to_onnx(
                 verbose=False,
             )
         except ImportError as error:
-            raise _missing(error) from error
+            raise missing(error) from error
         except Exception as error:
             raise _failed(lowered, error) from error
     assert converted is not None
@@ -137,12 +138,6 @@ def _rename_values(model: ir.Model) -> None:
             used.add(str(value.name))
 
 
-def _missing(error: ImportError) -> DependencyError:
-    return DependencyError(
-        f"ONNX export needs a package that is not installed: {error}", help="pip install 'tokgraph[onnx]'"
-    )
-
-
 def _failed(lowered: Lowered, error: BaseException) -> ExportError:
     causes = [error]
     while (cause := causes[-1].__cause__) is not None:
@@ -176,7 +171,7 @@ def _stable_sort() -> Any:
         import onnx_ir
         from onnxscript import opset18
     except ImportError as error:
-        raise _missing(error) from error
+        raise missing(error) from error
 
     op: Any = opset18
 

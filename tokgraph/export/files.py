@@ -12,6 +12,8 @@ from tokgraph.errors import ExportError
 from tokgraph.ir.names import STEP, file_part
 from tokgraph.store.weights import WEIGHTS, read_weights
 
+from .packages import require_packages
+
 GraphKind = Literal["forward", "train-step", "update-step"]
 KINDS: tuple[GraphKind, ...] = get_args(GraphKind)
 BASELINE = "baseline"
@@ -102,7 +104,9 @@ def read_exported(path: Path) -> ExportedFile:
 
     Raises:
         ExportError: the file is no ONNX model, or none that tokgraph exported.
+        DependencyError: a package is missing.
     """
+    require_packages("onnx", "onnx_ir")
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -145,6 +149,7 @@ def find_exported(folder: Path) -> list[ExportedFile]:
 
     Raises:
         ExportError: there is none.
+        DependencyError: a package is missing.
     """
     found = [read_exported(path) for path in sorted(folder.glob("*.onnx"))]
     if not found:

@@ -72,8 +72,10 @@ class _Parameters(nn.Module):
             module: nn.Module = self
             for part in path:
                 module = module._modules.setdefault(part, _Parameters({}))  # type: ignore[assignment]
-            held = module._parameters if isinstance(x, nn.Parameter) else module._buffers
-            held[leaf] = x  # type: ignore[index]
+            if isinstance(x, nn.Parameter):
+                module._parameters[leaf] = x
+            else:
+                module._buffers[leaf] = x
 
     def train(self, mode: bool = True) -> _Parameters:
         """Set the mode, which a tensor of that name must not get in the way of."""
