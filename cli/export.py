@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from tokgraph.export import KINDS
 from tokgraph.export.packages import require_packages
 
-from .common import amount, model_options, parse_settings, policy_options, progress
+from .common import amount, model_options, parse_settings, plain_console, policy_options, progress
 from .target import accelerated_program, batches_in, is_folder, names
 
 
@@ -85,5 +84,5 @@ def export(
         errors = [max(check[what] for check in file["checks"]) for what in ("output_error", "gradient_error")]
         gradient = "-" if file["kind"] == "forward" else f"{errors[1]:.1e}"
         table.add_row(name, str(file["nodes"]), f"{amount(file['bytes'])}B", f"{errors[0]:.1e}", gradient)
-    Console().print(table)
+    plain_console().print(table)
     click.echo(f"wrote {target}: ONNX graphs, weights.safetensors, report.json")

@@ -9,7 +9,6 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 import tokgraph
@@ -22,7 +21,16 @@ from tokgraph.passes.pipeline import PassDelta
 from tokgraph.runtime import Accelerated
 from tokgraph.stages import optimize as run
 
-from .common import amount, chosen_options, load_model, model_options, parse_settings, policy_options, progress
+from .common import (
+    amount,
+    chosen_options,
+    load_model,
+    model_options,
+    parse_settings,
+    plain_console,
+    policy_options,
+    progress,
+)
 
 
 @click.command()
@@ -74,7 +82,7 @@ def optimize(
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        print_report(report, Console())
+        print_report(report, plain_console())
         click.echo(
             f"wrote {target / 'report.json'}, plan.json{' and ir/' if saved is None else ', ir/ and the program'}"
         )
@@ -120,7 +128,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table.add_column("")
     tasks = report["tasks"]
     for name in tasks:
-        table.add_column(escape(name), justify="right")
+        table.add_column(name, justify="right")
     rows = {
         "nodes": [f"{t['nodes']['before']} -> {t['nodes']['after']}" for t in tasks.values()],
         "blocks": [str(t["blocks"]) for t in tasks.values()],
