@@ -127,7 +127,10 @@ def _span(context: click.Context, parameter: click.Parameter, text: str | None) 
 def _mix(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, float] | None:
     if text is None:
         return None
-    found = parse_settings(tuple(part.strip() for part in text.split(",")), "--mix")
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().rpartition("=")  # a task's name may be anything
+        found[name] = parse_settings((f"weight={weight}",), "--mix")["weight"] if name else None
     if not all(isinstance(weight, (int, float)) for weight in found.values()):
         raise click.BadParameter(f"{text!r} is not TASK=WEIGHT,..., as understanding=0.5,generation=0.5")
     return found
@@ -188,6 +191,11 @@ def write_folder(folder: Path, files: dict[str, str], write: Callable[[Path], No
                 (temporary / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise click.ClickException(f"cannot write {folder}: {error}") from None
+
+
+def plain_console() -> Console:
+    """A console that prints names as they are, brackets and colons among them."""
+    return Console(markup=False, emoji=False)
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from tokgraph.export import KINDS
+from tokgraph.export.packages import require_packages
 
-from .common import amount, model_options, parse_settings, policy_options, progress
+from .common import amount, model_options, parse_settings, plain_console, policy_options, progress
 from .target import accelerated_program, batches_in, is_folder, names
 
 
@@ -60,6 +60,7 @@ def export(
     update-step (with the optimizer's step). All read weights.safetensors. Loss, outputs and gradients are compared with
     PyTorch on two batches; report.json has the errors found.
     """
+    require_packages()  # before the work that would be in vain
     with progress() as stage:
         accelerated = accelerated_program(model, settings, policy, plan_file, verify, options, stage)
         target = out or (Path(model) if is_folder(model) else Path("out") / Path(model.partition(":")[0]).stem)
@@ -83,5 +84,5 @@ def export(
         errors = [max(check[what] for check in file["checks"]) for what in ("output_error", "gradient_error")]
         gradient = "-" if file["kind"] == "forward" else f"{errors[1]:.1e}"
         table.add_row(name, str(file["nodes"]), f"{amount(file['bytes'])}B", f"{errors[0]:.1e}", gradient)
-    Console().print(table)
+    plain_console().print(table)
     click.echo(f"wrote {target}: ONNX graphs, weights.safetensors, report.json")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from tokgraph.files import write_atomically
 from tokgraph.ir.facts import Facts
@@ -20,7 +19,7 @@ from tokgraph.report.summary import summarise, with_nodes
 from tokgraph.report.why_not import EXACT, why_not
 from tokgraph.stages import analyze, apply
 
-from .common import calibration, load_model, model_options, parse_settings, pass_options
+from .common import calibration, load_model, model_options, parse_settings, pass_options, plain_console
 from .passes import PassLog
 from .tables import print_summary
 
@@ -106,7 +105,7 @@ def inspect(
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
-        print_summary(summary, Console())
+        print_summary(summary, plain_console())
 
 
 def _one_sample(facts: Facts) -> list[dict[str, int]]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tokgraph
+from tokgraph.ir.names import file_part
 from tokgraph.ir.plan import Plan
 from tokgraph.ir.printer import format_graph
 from tokgraph.ir.program import Program, is_meta
@@ -26,6 +27,7 @@ from .common import (
     model_options,
     parse_settings,
     pass_options,
+    plain_console,
     policy_options,
     stop_option,
     write_folder,
@@ -87,7 +89,7 @@ def optimize(
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        print_report(report, Console())
+        print_report(report, plain_console())
         click.echo(
             f"wrote {target / 'report.json'}, plan.json{' and ir/' if saved is None else ', ir/ and the program'}"
         )
@@ -110,8 +112,8 @@ def _results(accelerated: Accelerated, report: dict[str, Any]) -> dict[str, str]
     files = {"plan.json": accelerated.plan.to_json(), "report.json": json.dumps(report, indent=2) + "\n"}
     captured = accelerated.variants(with_baseline=True)["baseline"]
     for name in accelerated:
-        files[f"ir/{name}.before.txt"] = format_graph(captured[name])
-        files[f"ir/{name}.after.txt"] = format_graph(accelerated.program[name])
+        files[f"ir/{file_part(name)}.before.txt"] = format_graph(captured[name])
+        files[f"ir/{file_part(name)}.after.txt"] = format_graph(accelerated.program[name])
     return files
 
 

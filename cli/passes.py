@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tokgraph.ir.names import file_part
 from tokgraph.ir.printer import format_graph
 from tokgraph.ir.program import TaskGraph
 from tokgraph.passes.pipeline import Observer, PassDelta
@@ -90,8 +91,9 @@ class PassLog:
         if wanted:
             facts = (delta.name, _numerics(delta), *(() if delta.modified else ("no change",)))
             self._texts.append(f"--- after {', '.join(facts)}\n{text}")
-        number = sum(name.startswith(f"{delta.task}.") for name in self._dumps)
-        self._dumps[f"{delta.task}.{number:02d}.{delta.name}.txt"] = text
+        task = file_part(delta.task)
+        number = sum(name.startswith(f"{task}.") for name in self._dumps)
+        self._dumps[f"{task}.{number:02d}.{delta.name}.txt"] = text
 
     def _show(self) -> None:
         for text in self._texts:

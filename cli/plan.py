@@ -27,6 +27,7 @@ from .common import (
     load_model,
     mix_option,
     model_options,
+    plain_console,
     policy_options,
     progress,
     ragged_option,
@@ -140,7 +141,7 @@ def compare(
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        _print(found, Console())
+        _print(found, plain_console())
     if any(row.get("verified") is False for row in found["rows"]):
         click.get_current_context().exit(3)
 
@@ -172,4 +173,4 @@ def _print(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     for row in found["rows"]:
         if "error" in row:
-            console.print(f"{row['policy']}: {row['error']}", markup=False, highlight=False)
+            console.print(f"{row['policy']}: {row['error']}", highlight=False)

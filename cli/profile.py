@@ -15,7 +15,7 @@ from tokgraph.errors import BatchError
 from tokgraph.export.files import ExportedFile
 from tokgraph.profile import profile_exported, profile_programs, write_trace
 
-from .common import model_options, policy_options, progress
+from .common import model_options, plain_console, policy_options, progress
 from .target import Batches, accelerated_program, batches_in, example_of, holds_onnx, is_folder, names
 
 
@@ -100,7 +100,7 @@ def profile(
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        print_profile(found, Console())
+        print_profile(found, plain_console())
 
 
 def exported_inputs(file: ExportedFile, batches: Batches) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from tokgraph.export.files import ACCELERATED, BASELINE, ExportedFile, find_expo
 from tokgraph.export.reference import Reference
 from tokgraph.export.session import Session
 from tokgraph.files import new_file
+from tokgraph.ir.names import quoted
 from tokgraph.runtime import Accelerated
 from tokgraph.store.loading import load_accelerated
 
@@ -61,7 +62,11 @@ def run(
         files = {f.task: f for f in find_exported(folder) if (f.kind, f.variant) == (graph, variant)}
         found = _in_onnxruntime(files, batches, wanted, graph, device)
     if out is not None:
-        tensors = {f"{task}/{name}": x.contiguous() for task, outputs in found.items() for name, x in outputs.items()}
+        tensors = {
+            f"{quoted(task, '/')}/{name}": x.contiguous()
+            for task, outputs in found.items()
+            for name, x in outputs.items()
+        }
         with new_file(out) as temporary:
             save_file(tensors, temporary)
     losses = {task: float(outputs["loss"]) for task, outputs in found.items()}

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from tokgraph.ir.node import Dim, ancestors, call, dims, fake_mode, rank, refresh_value, same_size, tensor, value
+from tokgraph.ir.tensors import hold, read, target_of
 from tokgraph.passes.rules.registry import is_one
 
 aten = torch.ops.aten
@@ -58,35 +59,32 @@ class Emitter:
 
     def state(self, name: str, initial: torch.Tensor, origin: fx.Node) -> fx.Node:
         """A tensor of the graph's own, read before everything else; made on the device of ``origin`` when it is new."""
-        for node in self.graph.find_nodes(op="get_attr", target=name):
+        for node in self.graph.find_nodes(op="get_attr", target=target_of(name)):
             return node  # type: ignore[no-any-return]
-        module = self.graph.owning_module
-        assert module is not None
         val = origin.meta["val"]
-        module.register_buffer(name, initial.to(val.device), persistent=False)
-        with self.graph.inserting_after(self._inputs[-1] if self._inputs else None):
-            node = self.graph.get_attr(name)
+        node = self._read(name, initial.to(val.device))
         mode = fake_mode(self.graph)
         node.meta["val"] = initial if mode is None else mode.from_tensor(initial.to(val.device))
         return node
 
     def parameter(self, name: str, of: fx.Node) -> fx.Node:
         """A parameter of the graph's own, a copy of the one that ``of`` reads; the one of that name, if there is one."""
-        for node in self.graph.find_nodes(op="get_attr", target=name):
+        for node in self.graph.find_nodes(op="get_attr", target=target_of(name)):
             return node  # type: ignore[no-any-return]
-        module = self.graph.owning_module
-        assert module is not None
-        path, _, leaf = name.rpartition(".")
-        original = operator.attrgetter(str(of.target))(module)
-        if path not in dict(module.named_modules()):
-            module.add_submodule(path, torch.nn.Module())
-        holder = module.get_submodule(path)
+        assert self.graph.owning_module is not None
+        original = read(self.graph.owning_module, of)
         copied = torch.nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
-        holder.register_parameter(leaf, copied)
-        with self.graph.inserting_after(self._inputs[-1] if self._inputs else None):
-            node = self.graph.get_attr(name)
+        node = self._read(name, copied)
         node.meta["val"] = of.meta["val"]
         return node
+
+    def _read(self, name: str, x: torch.Tensor) -> fx.Node:
+        """A node that reads a new tensor of the graph module."""
+        module = self.graph.owning_module
+        assert module is not None
+        target = hold(module, name, x)
+        with self.graph.inserting_after(self._inputs[-1] if self._inputs else None):
+            return self.graph.get_attr(target)
 
     def size(self, node: fx.Node, axis: int) -> fx.Node | int:
         """The size of an axis: a number, or a node that computes it from as early a value as there is."""

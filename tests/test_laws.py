@@ -45,7 +45,7 @@ def test_parameters_are_the_models_own(example):
     accelerated = example.apply(tg.Plan(on_both_tasks(1, 3, keep=0.5), exact=True))
     own = dict(example.model.named_parameters(remove_duplicate=False))
     for task in TASKS:
-        held = dict(accelerated[task].graph_module.named_parameters(remove_duplicate=False))
+        held = accelerated[task].task_graph.named_parameters()
         assert held
         assert all(own[name] is parameter for name, parameter in held.items())
     assert [id(p) for p in accelerated.parameters()] == [id(p) for p in example.model.parameters()]

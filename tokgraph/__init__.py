@@ -1,14 +1,14 @@
 """tokgraph: a compiler that thins the visual tokens of unified vision-language models while their tasks keep sharing
 their parameters.
+
+Model files import this package to describe a model, so what captures and rewrites one is imported when it is first used.
+Importing it registers the operators ``torch.ops.tokgraph``.
 """
 
-from tokgraph.ir.cost import TaskCost
-from tokgraph.ir.facts import Facts, TaskFacts
-from tokgraph.ir.plan import DropSite, Plan
-from tokgraph.ir.program import Program, TaskGraph
-from tokgraph.ir.spec import ModelSpec, Task, VisualTokens, load
-from tokgraph.ir.verification import Verification
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from . import ops as ops
 from .errors import (
     AnalysisError,
     BatchError,
@@ -24,14 +24,22 @@ from .errors import (
     TokgraphError,
     VerificationError,
 )
-from .measurement import ImageAttention, Measurements, image_attention, measure
-from .planning import Policy, register_selector
-from .report import summarise
-from .runtime import Accelerated, TaskModule
-from .stages import analyze, apply, capture, costs, make_plan, optimize
-from .store import load_accelerated, load_batches, save_batches
-from .verification import verify
+from .ir.spec import ModelSpec, Task, VisualTokens, load
 from .version import VERSION
+
+if TYPE_CHECKING:  # each also in _LATER
+    from .ir.cost import TaskCost
+    from .ir.facts import Facts, TaskFacts
+    from .ir.plan import DropSite, Plan
+    from .ir.program import Program, TaskGraph
+    from .ir.verification import Verification
+    from .measurement import ImageAttention, Measurements, image_attention, measure
+    from .planning import Policy, register_selector
+    from .report import summarise
+    from .runtime import Accelerated, TaskModule
+    from .stages import analyze, apply, capture, costs, make_plan, optimize
+    from .store import load_accelerated, load_batches, save_batches
+    from .verification import verify
 
 __version__ = VERSION
 
@@ -81,3 +89,37 @@ __all__ = [
     "summarise",
     "verify",
 ]
+
+_LATER = {
+    "ir.cost": ("TaskCost",),
+    "ir.facts": ("Facts", "TaskFacts"),
+    "ir.plan": ("DropSite", "Plan"),
+    "ir.program": ("Program", "TaskGraph"),
+    "ir.verification": ("Verification",),
+    "measurement": ("ImageAttention", "Measurements", "image_attention", "measure"),
+    "planning": ("Policy", "register_selector"),
+    "report": ("summarise",),
+    "runtime": ("Accelerated", "TaskModule"),
+    "stages": ("analyze", "apply", "capture", "costs", "make_plan", "optimize"),
+    "store": ("load_accelerated", "load_batches", "save_batches"),
+    "verification": ("verify",),
+}
+"""Module -> names that are imported from it when they are first asked for."""
+_MODULES = {name: module for module, names in _LATER.items() for name in names}
+_ROOMS = ("cli", "comparison", "export", "files", "passes", "profile", *dict.fromkeys(m.split(".")[0] for m in _LATER))
+"""Modules and packages that ``tokgraph.NAME`` imports."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        found = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    elif name in _ROOMS:
+        found = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

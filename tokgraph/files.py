@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def is_plain(name: str) -> bool:
+    """Whether a name that was read from a file is that of a file, and not of a path out of the folder that it is in."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and Path(name).name == name
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary file that becomes ``path`` when the block ends without an error; on one, what was there stays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tokgraph.ir.facts import Facts
+from tokgraph.ir.names import STEP, copied_name
 from tokgraph.ir.plan import Plan
-from tokgraph.ir.program import STEP, Program, TaskGraph
+from tokgraph.ir.program import Program, TaskGraph
+from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import Verification
 from tokgraph.passes.facts import analyze
 
@@ -35,33 +38,41 @@ class TaskModule(nn.Module):
     @property
     def step(self) -> int:
         """Training steps so far: a plan that drops at random draws anew at each; 0 for other plans."""
-        return int(getattr(self.graph_module, STEP, 0))
+        counter = held(self.graph_module, STEP)
+        return 0 if counter is None else int(counter)
 
     @step.setter
     def step(self, number: int) -> None:
-        if hasattr(self.graph_module, STEP):
-            getattr(self.graph_module, STEP).fill_(number)
+        counter = held(self.graph_module, STEP)
+        if counter is not None:
+            counter.fill_(number)
+
+    def __call__(self, /, **inputs: Any) -> Any:
+        """The task's result, hooks run as of any module; an input may be called ``self``."""
+        return super().__call__(**inputs) if "self" not in inputs else super().__call__(inputs)
 
     def _run(self, inputs: Mapping[str, Any]) -> Any:
         outputs = self.graph_module(*self.task_graph.flatten(inputs))
-        if self.training and hasattr(self.graph_module, STEP):
-            getattr(self.graph_module, STEP).add_(1)
+        counter = held(self.graph_module, STEP) if self.training else None
+        if counter is not None:
+            counter.add_(1)
         return outputs
 
-    def forward(self, **inputs: Any) -> Any:
+    def forward(self, named: Mapping[str, Any] = MappingProxyType({}), /, **inputs: Any) -> Any:
         """What the task's forward returns; tensors beside the loss may hold the demanded rows only.
 
         In training mode each call counts as a step (:attr:`step`).
 
         Args:
+            named: inputs by name that cannot be passed as keywords of a module (``self``).
             inputs: the task's inputs, by name.
 
         Raises:
             BatchError: the inputs are not those of the example batch, or hold another number of visual tokens.
         """
-        return self.task_graph.unflatten(self._run(inputs))
+        return self.task_graph.unflatten(self._run({**named, **inputs}))
 
-    def with_rows(self, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    def with_rows(self, /, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         """The result, and the row index of every compact tensor in it.
 
         Returns:
@@ -145,7 +156,7 @@ class Accelerated(Mapping[str, TaskModule]):
         loaded = self.model.state_dict()
         with torch.no_grad():
             for name, parameter in added.items():
-                parameter.copy_(state[name] if name in state else loaded[name.split(".", 2)[2]])
+                parameter.copy_(state[name] if name in state else loaded[copied_name(name)])
         return keys
 
     def variants(self, with_baseline: bool) -> dict[str, Program]:

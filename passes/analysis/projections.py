@@ -9,6 +9,7 @@ from torch import fx
 
 from tokgraph.ir.facts import Attention, Projection
 from tokgraph.ir.node import argument, rank, tensor_inputs
+from tokgraph.ir.tensors import tensor_name
 
 aten = torch.ops.aten
 
@@ -71,4 +72,6 @@ def _is_plain(node: fx.Node) -> bool:
 
 def _projection(node: fx.Node, keys: bool) -> Projection:
     bias = argument(node, "bias")
-    return Projection(node.name, str(argument(node, "weight").target), None if bias is None else str(bias.target), keys)
+    return Projection(
+        node.name, tensor_name(argument(node, "weight")), None if bias is None else tensor_name(bias), keys
+    )

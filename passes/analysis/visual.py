@@ -83,8 +83,9 @@ def _declared(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> Visual
     if visual.kind == "positions":
         start, stop = visual.span or (None, None)
         return VisualFlow("range", entry.name, 0, 0, start=start or 0, stop=stop)
-    source = next((n for n in graph.graph.nodes if n.op == "placeholder" and n.name == visual.input), None)
-    if source is None:
+    sources = graph.input_nodes().get(visual.input or "", [])
+    source = sources[0] if len(sources) == 1 else None
+    if source is None or tensor(source) is None:
         raise AnalysisError(f"task {graph.name!r}: visual input {visual.input!r} is not a plain tensor input")
     if rank(source) != 2 or (source.users and not classes.same((source, 1), (stream, 1))):
         raise AnalysisError(
@@ -101,7 +102,7 @@ def _declared(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> Visual
 
 def _found(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlow:
     wanted = set(graph.task.visual_inputs)
-    inputs = [n for n in graph.graph.nodes if n.op == "placeholder" and n.name in wanted]
+    inputs = [n for key, nodes in graph.input_nodes().items() if key in wanted for n in nodes]
     visual = descendants(inputs)
     if stream not in visual:
         raise AnalysisError(

@@ -6,20 +6,25 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
+from keyword import iskeyword
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import CaptureError, TokgraphError, Where
+from tokgraph.ir.names import check_tensor_names
 from tokgraph.ir.node import value
-from tokgraph.ir.program import TIED, Dimension, Program, TaskGraph, model_device, tied_names
+from tokgraph.ir.program import TIED, Dimension, Program, TaskGraph, is_training, model_device, tied_names
 from tokgraph.ir.spec import ModelSpec, Task, split_outputs
+from tokgraph.ir.tensors import CONSTANTS, constants_prefix, named_tensors, read, target_of, tensor_name
 
 from ..contract import GraphPass
 from ..pipeline import Observer, Pipeline
@@ -31,6 +36,14 @@ CLEANUPS: tuple[type[GraphPass], ...] = (
     RemoveAssertions, RemoveNoOps, TypeAsToCast, SplitToSlices, ViewToReshape, KeepBatchAxis,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
+_TENSORS = (
+    InputKind.PARAMETER,
+    InputKind.BUFFER,
+    InputKind.CONSTANT_TENSOR,
+    OutputKind.BUFFER_MUTATION,
+    OutputKind.PARAMETER_MUTATION,
+)
+"""Inputs and outputs of an exported program that stand for tensors of the model."""
 
 
 def capture(spec: ModelSpec, *, observer: Observer | None = None, stop_after: str | None = None) -> Program:
@@ -45,13 +58,28 @@ def capture(spec: ModelSpec, *, observer: Observer | None = None, stop_after: st
         stop_after: name of the last pass to run; the graphs are then not fit for the stages that follow.
 
     Raises:
-        CaptureError: a forward fails on its example batch, or cannot be traced.
-        SpecError: a forward returns no scalar loss.
+        CaptureError: a forward fails on its example batch, or cannot be traced, or a submodule has a name that PyTorch
+            cannot look up.
+        SpecError: a forward returns no scalar loss, or a tensor of the model has a name that is reserved.
     """
+    _check_names(spec.model)
     clean = Pipeline([cleanup() for cleanup in CLEANUPS], observer, stop_after=stop_after)
     return Program(
         spec, {name: clean.run_task(_capture_task(spec.model, name, task)) for name, task in spec.tasks.items()}
     )
+
+
+def _check_names(model: nn.Module) -> None:
+    """Refuse names of tensors that are tokgraph's, and of modules that attributes of their parents' classes hide."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, child in module.named_children():
+            if getattr(module, name, child) is not child:
+                raise CaptureError(
+                    f"the submodule {name!r} of {path or 'the model'} is hidden by an attribute of {type(module).__name__}",
+                    where=Where(module=f"{path}.{name}" if path else name),
+                    help="give the submodule another name: PyTorch finds submodules by getattr",
+                )
+    check_tensor_names(named_tensors(model))
 
 
 class _Forward(nn.Module):
@@ -61,6 +89,7 @@ class _Forward(nn.Module):
         super().__init__()
         self.model = model
         self.task = task
+        self.training = is_training(model)
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         return self.task.forward(self.model, **inputs)
@@ -69,19 +98,20 @@ class _Forward(nn.Module):
 def _capture_task(model: nn.Module, name: str, task: Task) -> TaskGraph:
     device = model_device(model)
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(device), dict(task.inputs))
-    wrapper = _Forward(model, task).train(model.training)
+    wrapper = _Forward(model, task)
     if device.type != "meta":  # nothing to run without storage; lazily built tables are then traced with the rest
         _warm_up(wrapper, name, inputs)
     exported = _export(wrapper, name, inputs)
     out_spec = exported.call_spec.out_spec
     if out_spec is None:
         raise CaptureError(f"task {name!r}: forward returns nothing")
-    module = _plain_module(model, exported, list(inputs))
-    dimensions = _dimensions(task, module)
+    module = _plain_module(model, exported, inputs)
+    graph = TaskGraph(name, task, module, pytree.tree_structure(dict(task.inputs)), out_spec)
+    dimensions = _dimensions(graph)
     fixed = [f"{d.input}[{d.dim}] ({d.name} = {d.size})" for d in dimensions if d.symbol is None]
     if fixed:
         log.warning("task %s: the model fixes %s to the example batch", name, ", ".join(fixed))
-    return TaskGraph(name, task, module, pytree.tree_structure(dict(task.inputs)), out_spec, dimensions)
+    return replace(graph, dimensions=dimensions)
 
 
 def _warm_up(wrapper: _Forward, name: str, inputs: Mapping[str, Any]) -> None:
@@ -127,7 +157,8 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
 
 def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> ExportedProgram:
     dynamic = wrapper.task.dynamic or {}
-    dims = {name: Dim(name) if named else Dim.AUTO for of_input in dynamic.values() for name in of_input.values()}
+    wanted = dict.fromkeys(name for of_input in dynamic.values() for name in of_input.values())
+    dims = {name: Dim(f"dim_{i}") if named else Dim.AUTO for i, name in enumerate(wanted)}  # Dim takes identifiers only
 
     def dims_of(key: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -138,6 +169,7 @@ def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> Expo
     with torch.no_grad(), warnings.catch_warnings(), _quiet_torch():
         warnings.simplefilter("ignore")
         exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
+        _rename_tensors(exported, target_of)
         functional: ExportedProgram = exported.run_decompositions({})
         return functional
 
@@ -171,45 +203,72 @@ def _user_frame(error: BaseException) -> Where | None:
     return Where(source=found) if found else None
 
 
-def _plain_module(model: nn.Module, exported: ExportedProgram, keys: list[str]) -> fx.GraphModule:
-    """The exported graph with flat inputs and outputs; its attributes are the user's objects under the user's names."""
+def _rename_tensors(exported: ExportedProgram, target: Callable[[str], str]) -> None:
+    """Give the tensors of an exported program other names: torch writes them into code, and looks them up by getattr."""
+    signature = exported.graph_signature
+    for spec in (*signature.input_specs, *signature.output_specs):
+        if spec.kind in _TENSORS and spec.target is not None:
+            spec.target = target(spec.target)
+    for tensors in (exported.state_dict, exported.constants):
+        for name, x in list(tensors.items()):
+            if isinstance(x, torch.Tensor):
+                del tensors[name]
+                tensors[target(name)] = x
+
+
+def _plain_module(model: nn.Module, exported: ExportedProgram, inputs: Mapping[str, Any]) -> fx.GraphModule:
+    """The exported graph with flat inputs and outputs; it holds the user's objects under the user's names."""
     module = exported.module(check_guards=False)
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
+    mine = named_tensors(model)
+    constants = constants_prefix(mine)
     attributes: dict[str, Any] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
         elif node.op == "get_attr":
-            path, own = str(node.target), str(node.target).removeprefix("model.")
-            try:
-                attributes[own] = operator.attrgetter(own)(model)
-            except AttributeError:  # a constant that export lifted out of the code
-                own = f"_constants.{path.replace('.', '_')}"
-                attributes[own] = operator.attrgetter(path)(module)
-            node.target = own
+            name, found = _users_tensor(model, mine, tensor_name(node))
+            if found is None:  # a constant that export lifted out of the code
+                name, found = f"{constants}.{name.replace('.', '_')}", read(module, node)
+            node.target = target_of(name)
+            attributes[node.target] = found
         if stack := node.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = {
                 key: (path.removeprefix("model").removeprefix("."), kind) for key, (path, kind) in stack.items()
             }
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(placeholders) == len(keys):  # one leaf an input: the graph can use the user's names
-        for node, key in zip(placeholders, keys, strict=True):
-            node._rename(key)
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    leaves = {key: len(pytree.tree_leaves(x)) for key, x in inputs.items()}
+    if all(count == 1 for count in leaves.values()):  # the graph can use the user's names, or like ones
+        for node, key in zip(placeholders, leaves, strict=True):
+            node._rename(
+                f"{key}_" if key == "self" or iskeyword(key) else key
+            )  # which no further argument can be called
             node.target = node.name
     plain = fx.GraphModule(attributes, graph)
     plain.meta[TIED] = tied_names(model)
-    plain.train(model.training)
+    plain.meta[CONSTANTS] = constants
+    plain.train(is_training(model))
     return plain
 
 
-def _dimensions(task: Task, module: fx.GraphModule) -> tuple[Dimension, ...]:
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    values = dict(zip(task.inputs, placeholders, strict=False)) if len(placeholders) == len(task.inputs) else {}
+def _users_tensor(model: nn.Module, mine: Mapping[str, torch.Tensor], path: str) -> tuple[str, torch.Tensor | None]:
+    """The name of a tensor of the exported wrapper in the user's model, and the user's object, if it is one."""
+    name = path.removeprefix("model.")
+    if name == path or name in mine:
+        return name, mine.get(name) if name != path else None
+    try:
+        return name, operator.attrgetter(name)(model)  # a tensor that is no buffer
+    except AttributeError:
+        return path, None
+
+
+def _dimensions(graph: TaskGraph) -> tuple[Dimension, ...]:
+    nodes, task = graph.input_nodes(), graph.task
     found = []
     for key, dims in (task.dynamic or {}).items():
         for dim, name in dims.items():
-            size = value(values[key]).shape[dim] if key in values else None
+            size = value(nodes[key][0]).shape[dim]
             symbol = str(size.node.expr) if isinstance(size, torch.SymInt) else None
             found.append(Dimension(key, dim, name, symbol, task.inputs[key].shape[dim]))
     return tuple(found)

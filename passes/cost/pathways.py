@@ -16,6 +16,7 @@ from tokgraph.errors import AnalysisError
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import rank, tensor, tensor_inputs
 from tokgraph.ir.program import TaskGraph
+from tokgraph.ir.tensors import tensor_name
 
 from ..analysis.visual import MEETS, visual_mask
 from ..emitter import VISUAL_ROWS
@@ -76,7 +77,7 @@ def parameter_values(graph: fx.Graph) -> dict[fx.Node, set[str]]:
     found: dict[fx.Node, set[str]] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
-            found[node] = {str(node.target)} if _trains(tensor(node)) else set()
+            found[node] = {tensor_name(node)} if _trains(tensor(node)) else set()
         elif node.op == "call_function":
             inputs = tensor_inputs(node)
             if inputs and all(x in found for x in inputs):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +27,7 @@ from tokgraph.ir.cost import Work
 from tokgraph.ir.evaluate import evaluate, example_leaves
 from tokgraph.ir.node import ancestors, argument, entered, fake_mode, tensor, value
 from tokgraph.ir.program import TaskGraph, loss_node
+from tokgraph.ir.tensors import read
 
 from .operators import MORE, Parts
 
@@ -273,7 +273,7 @@ class _Counter:
     def needs_grad(self, node: fx.Node) -> bool:
         """Whether a node's value requires a gradient."""
         if node.op == "get_attr":
-            found = attrgetter(str(node.target))(self._module)
+            found = read(self._module, node)
             return isinstance(found, torch.Tensor) and found.requires_grad
         return node in self._grads
 

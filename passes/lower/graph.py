@@ -18,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import ExportError, InternalError
+from tokgraph.ir.names import STEP
 from tokgraph.ir.node import fake_mode, output_args, value
-from tokgraph.ir.program import COMPACT_OUTPUTS, STEP, TIED, TaskGraph, loss_node
+from tokgraph.ir.program import COMPACT_OUTPUTS, TIED, TaskGraph, loss_node
 from tokgraph.ir.spec import LOSS_KEY
+from tokgraph.ir.tensors import CONSTANTS, read, tensor_name
 
 from .decompositions import runtime_decompositions
 from .origins import Origins
@@ -73,6 +75,8 @@ class Source:
         self._collect()
         self.placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         self.tensors = [n for n in self.placeholders if isinstance(value(n), torch.Tensor)]
+        called = graph.leaf_names()
+        self.inputs = tuple(called[n] for n in self.tensors)
         self.mode = fake_mode(graph.graph) or FakeTensorMode()
 
     def _collect(self) -> None:
@@ -81,11 +85,11 @@ class Source:
         tied = self.graph.graph_module.meta.get(TIED, {})
         for node in self.graph.graph.nodes:
             if node.op == "get_attr":
-                found = operator.attrgetter(node.target)(self.graph.graph_module)
+                found, own = read(self.graph.graph_module, node), tensor_name(node)
                 if not isinstance(found, torch.Tensor):
-                    raise InternalError(f"{node.target} is a {type(found).__name__}, no tensor")
-                name = first.setdefault(id(found), tied.get(node.target, node.target))
-                self.names[node.target] = name
+                    raise InternalError(f"{own} is a {type(found).__name__}, no tensor")
+                name = first.setdefault(id(found), tied.get(own, own))
+                self.names[own] = name
                 self.state[name] = found
 
     @property
@@ -138,7 +142,7 @@ class Tracer(fx.Interpreter):
 
     def fetch_attr(self, target: str) -> Any:
         """The tensor that stands for an attribute."""
-        return self._state[self._source.names[target]]
+        return self._state[self._source.names[tensor_name(target)]]
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's result."""
@@ -227,7 +231,7 @@ def trace(
     module.graph.eliminate_dead_code()
     names = [*state, *(node.name for node in source.tensors), *more]
     _name_placeholders(module.graph, names, len(state))
-    return module, {**source.state, **_lift_constants(module, len(state))}
+    return module, {**source.state, **_lift_constants(module, len(state), source)}
 
 
 def _without_mutations(graph: fx.Graph) -> None:
@@ -279,15 +283,18 @@ def _name_placeholders(graph: fx.Graph, names: list[str], states: int) -> None:
         node.target = node.name
 
 
-def _lift_constants(module: fx.GraphModule, states: int) -> dict[str, torch.Tensor]:
+def _lift_constants(module: fx.GraphModule, states: int, source: Source) -> dict[str, torch.Tensor]:
     """Turn attributes, which are constants that the trace met, into placeholders after the other state."""
     found: dict[str, torch.Tensor] = {}
+    prefix = source.graph.graph_module.meta.get(CONSTANTS, "_constants")
     last = list(module.graph.find_nodes(op="placeholder"))[states - 1] if states else None
     for node in list(module.graph.find_nodes(op="get_attr")):
         constant = operator.attrgetter(node.target)(module)
         if not isinstance(constant, torch.Tensor):
             raise InternalError(f"a trace met {node.target}, a {type(constant).__name__}")
-        name = f"_constants.{node.target}"
+        name = f"{prefix}.{node.target}"
+        while name in source.state:  # a constant that capture lifted
+            name += "_"
         if name not in found:
             with module.graph.inserting_after(last):
                 last = module.graph.placeholder(f"constant_{len(found)}")
@@ -338,7 +345,7 @@ def _lower(
         return [x for i, x in enumerate(outputs) if i not in fixed]
 
     module, state = trace(forward, source, counter, decompositions, training=False)
-    inputs = (*(node.name for node in source.tensors), *counter)
+    inputs = (*source.inputs, *counter)
     kept = tuple(name for i, name in enumerate(names) if i not in fixed)
     return Lowered(source.graph.name, "forward", module, state, inputs, kept, counter, fixed)
 

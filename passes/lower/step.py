@@ -127,7 +127,7 @@ def lower_train_step(graph: TaskGraph, decompositions: Decompositions | None = N
 
     table = {**(decompositions or {}), **runtime_decompositions()}
     module, state = trace(step, source, counter, table, training=True, trained=source.trained)
-    inputs = (*(node.name for node in source.tensors), *counter)
+    inputs = (*source.inputs, *counter)
     return Lowered(graph.name, "train-step", module, state, inputs, tuple(names), counter)
 
 
@@ -170,7 +170,7 @@ def lower_update_step(
     extra = {**counter, **initial}
     table = {**(decompositions or {}), **runtime_decompositions()}
     module, state = trace(step, source, extra, table, training=True, trained=trained)
-    inputs = (*(node.name for node in source.tensors), *counter, *initial)
+    inputs = (*source.inputs, *counter, *initial)
     return Lowered(graph.name, "update-step", module, state, inputs, tuple(names), {**counter, **initial})
 
 

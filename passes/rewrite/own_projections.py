@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from tokgraph.ir.facts import Block, Projection
+from tokgraph.ir.names import own_name
 from tokgraph.ir.node import argument
-from tokgraph.ir.program import OWN
 
 from ..emitter import VISUAL_ROWS, Emitter
 from .index import IndexBuilder
@@ -70,7 +70,7 @@ def _split(
     text.meta[VISUAL_ROWS], image.meta[VISUAL_ROWS] = 0, visual
     names = [name for name in (projection.weight, projection.bias) if name is not None]
     model = [argument(node, name) for name in ("weight", "bias")][: len(names)]
-    copies = [emit.parameter(f"{OWN}.{task}.{name}", of) for name, of in zip(names, model, strict=True)]
+    copies = [emit.parameter(own_name(task, name), of) for name, of in zip(names, model, strict=True)]
     parts = [
         emit.call(aten.linear.default, emit.select(x, rows), *parameters, origin=node)
         for rows, parameters in ((text, model), (image, copies))

@@ -10,9 +10,9 @@ from torch import fx
 
 from tokgraph.errors import InternalError, PlanError
 from tokgraph.ir.facts import Attention, TaskFacts
+from tokgraph.ir.names import STEP
 from tokgraph.ir.node import argument, rank
 from tokgraph.ir.plan import DropSite
-from tokgraph.ir.program import STEP
 from tokgraph.planning.selectors import scorer, selectors
 
 from ..emitter import Emitter, hoist

@@ -170,7 +170,9 @@ def test_compare_refuses_names(run, names):
 
 
 def test_optimize_takes_options_of_any_policy(run, tmp_path):
-    result = run("optimize", TINY, *FOUR, "--policy", "fastv", "--option", "k=1", "--no-exact", "--no-save", "-o", "results")
+    result = run(
+        "optimize", TINY, *FOUR, "--policy", "fastv", "--option", "k=1", "--no-exact", "--no-save", "-o", "results"
+    )
     assert result.exit_code == 0, result.output
     plan = tg.Plan.load(tmp_path / "results/plan.json")
     assert (plan.policy, plan.exact, [s.start for s in plan.sites]) == ("fastv", False, [1])

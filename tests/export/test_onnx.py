@@ -273,7 +273,7 @@ def test_update_steps_are_those_of_torch_optim(tmp_path: Path, optimizer: str, o
     accelerated.export_onnx(tmp_path, "update-step", optimizer=optimizer, optimizer_options=options)
     module = accelerated["generation"]
     inputs = dict(captured.spec.tasks["generation"].inputs)
-    named = dict(module.graph_module.named_parameters())
+    named = module.task_graph.named_parameters()
     copies = {name: p.detach().clone() for name, p in named.items()}
     try:
         rule = reference(list(named.values()))

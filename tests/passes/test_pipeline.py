@@ -138,7 +138,7 @@ def test_the_program_given_stays_as_it_was() -> None:
     after = Pipeline([negate_twice, TanhGelu()]).run(found.program)
     assert str(found.graph.graph) == before
     assert after["understanding"].graph_module is not found.graph.graph_module
-    own, copy = (dict(g.graph_module.named_parameters()) for g in (found.graph, after["understanding"]))
+    own, copy = (g.named_parameters() for g in (found.graph, after["understanding"]))
     assert own.keys() == copy.keys()
     assert all(own[name] is copy[name] for name in own)
     assert all(own[name] is p for name, p in found.program.model.named_parameters() if name in own)

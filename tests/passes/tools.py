@@ -81,7 +81,7 @@ class Run:
 
     @classmethod
     def of(cls, graph: tg.TaskGraph) -> Run:
-        parameters = dict(graph.graph_module.named_parameters())
+        parameters = graph.named_parameters()
         outputs = list(graph.graph_module(*graph.flatten(graph.example())))
         found = torch.autograd.grad(outputs[0], list(parameters.values()), allow_unused=True)
         pairs = zip(parameters.items(), found, strict=True)
@@ -198,5 +198,5 @@ def assert_well_formed(graph: tg.TaskGraph, before: tg.TaskGraph | None = None) 
         if n.op == "call_function" and n.name not in known and isinstance(n.meta["val"], Tensor):
             assert n.meta.get("made_by"), f"{n.name} does not say which pass made it"
             assert "stack_trace" in n.meta, f"{n.name} has no stack trace"
-    own, theirs = dict(graph.graph_module.named_parameters()), dict(before.graph_module.named_parameters())
+    own, theirs = graph.named_parameters(), before.named_parameters()
     assert all(own[name] is theirs[name] for name in own)

@@ -235,3 +235,18 @@ def test_a_model_without_values(tmp_path: Path) -> None:
     with pytest.raises(tg.FileError, match="meta device"):
         program.save(tmp_path / "program", with_baseline=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "a/../../x", "/etc/hostname", "a\\b", ""])
+def test_a_manifest_that_names_other_places(saved: Saved, tmp_path: Path, name: str) -> None:
+    """It is refused, and saving over it removes nothing outside its folder."""
+    folder = changed(saved.folder, tmp_path)
+    outside = tmp_path / "x"
+    outside.write_text("mine")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"sha256": "", "bytes": 4}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(tg.FileError, match="not in its folder"):
+        tg.load_accelerated(folder)
+    saved.before.save(folder, with_baseline=False)
+    assert outside.read_text() == "mine"

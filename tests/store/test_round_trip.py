@@ -98,15 +98,14 @@ def test_tasks_share_their_parameters(request: pytest.FixtureRequest, which: str
     seen: dict[str, set[int]] = {}
     for program in (it.after.program, it.after.captured):
         for graph in program.values():
-            for name, p in graph.graph_module.named_parameters():
+            for name, p in graph.named_parameters().items():
                 assert id(p) in own, name
                 seen.setdefault(name, set()).add(id(p))
     assert len(seen) > 10
     assert all(len(objects) == 1 for objects in seen.values())
     shared = it.after.model.get_parameter("layers.1.attention.qkv.weight")
     assert all(
-        shared is graph.graph_module.get_parameter("layers.1.attention.qkv.weight")
-        for graph in it.after.captured.values()
+        shared is graph.named_parameters()["layers.1.attention.qkv.weight"] for graph in it.after.captured.values()
     )
 
 

@@ -19,6 +19,7 @@ from tests.passes.tools import Captured, Run, calls, captured, site
 from tokgraph.errors import VerificationError
 from tokgraph.ir import interpreter as interpret
 from tokgraph.ir.node import call, dims, rank
+from tokgraph.ir.tensors import target_of, tensor_name
 from tokgraph.verification import compare, oracle
 from tokgraph.verification.compare import run_oracle
 
@@ -242,8 +243,8 @@ def skip_the_ffn(graph: tg.TaskGraph) -> None:
 def swap_weights(graph: tg.TaskGraph) -> None:
     """The second layer computes with the FFN of the first."""
     for n in graph.graph.nodes:
-        if n.op == "get_attr" and n.target == "layers.1.mlp.0.weight":
-            n.target = "layers.0.mlp.0.weight"
+        if n.op == "get_attr" and tensor_name(n) == "layers.1.mlp.0.weight":
+            n.target = target_of("layers.0.mlp.0.weight")
 
 
 def detach_a_gradient(graph: tg.TaskGraph) -> None:

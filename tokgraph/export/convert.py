@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
-from tokgraph.errors import DependencyError, ExportError
+from tokgraph.errors import ExportError
 from tokgraph.passes.lower import Lowered, exported_program
 from tokgraph.passes.lower.graph import lowered_place
 
 from .files import PREFIX, NodePlace
+from .packages import missing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -75,9 +76,10 @@ def to_onnx(
         opset: version of the ONNX operator set.
 
     Raises:
-        ExportError: an operator has no ONNX counterpart.
+        ExportError: an operator has no ONNX counterpart, or two of inputs, weights and outputs have one name.
         DependencyError: the packages that convert are not installed.
     """
+    _refuse_equal_names(lowered)
     program = exported_program(lowered, into=_Decomposed if is_decomposed(lowered, opset) else ExportedProgram)
     with _quiet():
         try:
@@ -91,7 +93,7 @@ def to_onnx(
                 verbose=False,
             )
         except ImportError as error:
-            raise _missing(error) from error
+            raise missing(error) from error
         except Exception as error:
             raise _failed(lowered, error) from error
     assert converted is not None
@@ -99,6 +101,7 @@ def to_onnx(
     model: ir.Model = converted.model
     nodes = {node.name: lowered_place(node) for node in converted.exported_program.graph.nodes}
     _annotate(model, nodes)
+    _rename_values(model)
     _simplify(model)
     _name_sizes(model, symbols)
     model.metadata_props.clear()
@@ -107,10 +110,32 @@ def to_onnx(
     return model
 
 
-def _missing(error: ImportError) -> DependencyError:
-    return DependencyError(
-        f"ONNX export needs a package that is not installed: {error}", help="pip install 'tokgraph[onnx]'"
-    )
+def _refuse_equal_names(lowered: Lowered) -> None:
+    """Inputs, weights and outputs of an ONNX graph have their names in one table; those of a task need not."""
+    seen: dict[str, str] = {}
+    for what, names in (("an input", lowered.inputs), ("a weight", lowered.state), ("an output", lowered.outputs)):
+        for name in names:
+            if name in seen:
+                raise ExportError(
+                    f"task {lowered.task!r}, {lowered.kind}: {name!r} names {seen[name]} and {what}",
+                    help="ONNX tells them apart by name only: call the task's input, or what its forward returns, otherwise",
+                )
+            seen[name] = what
+
+
+def _rename_values(model: ir.Model) -> None:
+    """Give values inside a graph, which the converter named after operators, names that nothing else has."""
+    outside = {id(value) for value in model.graph.outputs}
+    used = {str(x.name) for x in (*model.graph.inputs, *model.graph.initializers.values(), *model.graph.outputs)}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if id(value) in outside:
+                continue
+            name, number = str(value.name), 0
+            while value.name in used:
+                number += 1
+                value.name = f"{name}_{number}"
+            used.add(str(value.name))
 
 
 def _failed(lowered: Lowered, error: BaseException) -> ExportError:
@@ -146,7 +171,7 @@ def _stable_sort() -> Any:
         import onnx_ir
         from onnxscript import opset18
     except ImportError as error:
-        raise _missing(error) from error
+        raise missing(error) from error
 
     op: Any = opset18
 

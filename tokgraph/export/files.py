@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from tokgraph.errors import ExportError
-from tokgraph.ir.program import STEP
+from tokgraph.ir.names import STEP, file_part
 from tokgraph.store.weights import WEIGHTS, read_weights
+
+from .packages import require_packages
 
 GraphKind = Literal["forward", "train-step", "update-step"]
 KINDS: tuple[GraphKind, ...] = get_args(GraphKind)
@@ -30,7 +32,7 @@ _TORCH = {
 
 def file_name(task: str, kind: str, variant: str = ACCELERATED) -> str:
     """``understanding.train-step.onnx``, ``baseline.understanding.train-step.onnx``."""
-    return f"{'' if variant == ACCELERATED else f'{variant}.'}{task}.{kind}.onnx"
+    return f"{'' if variant == ACCELERATED else f'{variant}.'}{file_part(task)}.{kind}.onnx"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ def read_exported(path: Path) -> ExportedFile:
 
     Raises:
         ExportError: the file is no ONNX model, or none that tokgraph exported.
+        DependencyError: a package is missing.
     """
+    require_packages("onnx", "onnx_ir")
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -145,6 +149,7 @@ def find_exported(folder: Path) -> list[ExportedFile]:
 
     Raises:
         ExportError: there is none.
+        DependencyError: a package is missing.
     """
     found = [read_exported(path) for path in sorted(folder.glob("*.onnx"))]
     if not found:

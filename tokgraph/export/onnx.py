@@ -26,6 +26,7 @@ from .batches import other_sizes
 from .check import Check, check_file
 from .convert import DEFAULT_OPSET, MIN_OPSET, link_weights, onnx_decompositions, to_onnx
 from .files import KINDS, GraphKind, file_name
+from .packages import require_packages
 from .reference import Reference
 from .session import onnxruntime
 
@@ -126,6 +127,7 @@ def export_onnx(
     """
     kinds: Any = (kind,) if isinstance(kind, str) else tuple(kind)
     chosen, folder = ExportOptions(kinds=kinds, **options), Path(folder)
+    require_packages()
     onnxruntime()
     tell = progress or (lambda name: None)
     programs, state = accelerated.variants(with_baseline), accelerated.state_dict()

@@ -89,8 +89,7 @@ class Reference:
         device = model_device(module)
         leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
         if dtype is None:
-            found = dict(module.named_parameters())
-            return list(module(*leaves)), found
+            return list(module(*leaves)), dict(self._graph.named_parameters())
         interpreter = GraphInterpreter(module, *in_dtype(dtype, device))
         return list(interpreter.run(*leaves)), interpreter.attributes
 

@@ -13,6 +13,8 @@ from torch.utils.dlpack import from_dlpack
 
 from tokgraph.errors import BatchError, DependencyError, ExportError
 
+from .packages import INSTALL, missing
+
 Device = Literal["cpu", "cuda"]
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -29,12 +31,12 @@ def onnxruntime() -> ModuleType:
         raise DependencyError(
             "both onnxruntime and onnxruntime-gpu are installed: they overwrite each other's files, so which one runs is "
             "chance",
-            help="pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'tokgraph[onnx]'",
+            help=f"pip uninstall -y onnxruntime onnxruntime-gpu, then {INSTALL}",
         )
     try:
         import onnxruntime as module
     except ImportError as error:
-        raise DependencyError(f"ONNX Runtime is not installed: {error}", help="pip install 'tokgraph[onnx]'") from error
+        raise missing(error) from error
     return module  # type: ignore[no-any-return]
 
 

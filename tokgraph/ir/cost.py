@@ -113,7 +113,7 @@ class TaskCost:
     sizes: Sizes | None = field(repr=False)
     uncounted: tuple[tuple[str, str], ...] = ()
 
-    def at(self, **sizes: int) -> TaskCost:
+    def at(self, /, **sizes: int) -> TaskCost:
         """The cost in numbers.
 
         Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokgraph.errors import AnalysisError
 
 from .node import ancestors, dims, tensor, where
 from .program import TaskGraph
+from .tensors import read
 
 
 def example_leaves(graph: TaskGraph) -> list[Any]:
@@ -39,7 +39,7 @@ def evaluate(graph: TaskGraph, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
             if n.op == "placeholder":
                 env[n] = leaf
             elif n.op == "get_attr":
-                env[n] = operator.attrgetter(n.target)(graph.graph_module)
+                env[n] = read(graph.graph_module, n)
                 _require_storage(graph, n, env[n])
             else:
                 args, kwargs = fx.node.map_arg((n.args, n.kwargs), env.__getitem__)

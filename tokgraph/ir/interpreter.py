@@ -10,6 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .node import argument
+from .tensors import target_of, tensor_name
 
 aten = torch.ops.aten
 _DROPOUT = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.native_dropout.default)
@@ -22,6 +23,9 @@ class GraphInterpreter(fx.Interpreter):
         module: the graph module.
         tensors: maps inputs and attributes.
         constants: maps ``dtype`` and ``device`` arguments.
+
+    Attributes:
+        attributes: name -> mapped tensor, of those that were read.
     """
 
     def __init__(
@@ -37,10 +41,15 @@ class GraphInterpreter(fx.Interpreter):
 
     def fetch_attr(self, target: str) -> Any:
         """The mapped attribute, one object for all its uses and for the names of one tied parameter."""
-        if target not in self.attributes:
+        name = tensor_name(target)
+        if name not in self.attributes:
             found = super().fetch_attr(target)
-            self.attributes[target] = self._tensors(found) if isinstance(found, torch.Tensor) else found
-        return self.attributes[target]
+            self.attributes[name] = self._tensors(found) if isinstance(found, torch.Tensor) else found
+        return self.attributes[name]
+
+    def fetch_tensor(self, name: str) -> Any:
+        """The mapped tensor that the graph module holds under a name."""
+        return self.fetch_attr(target_of(name))
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The mapped input."""

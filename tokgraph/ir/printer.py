@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from .node import module_path, tensor, value
 from .program import TaskGraph
+from .tensors import tensor_name
 
 _INFIX = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//"}
 
@@ -48,7 +50,7 @@ def operator_name(target: Any) -> str:
 
 def _argument(arg: Any) -> str:
     if isinstance(arg, fx.Node):
-        return f"@{arg.target}" if arg.op == "get_attr" else f"%{arg.name}"
+        return f"@{tensor_name(arg)}" if arg.op == "get_attr" else f"%{arg.name}"
     if isinstance(arg, (list, tuple)):
         return f"[{', '.join(_argument(a) for a in arg)}]"
     if isinstance(arg, int) and not isinstance(arg, bool) and arg >= 2**62:
@@ -72,4 +74,5 @@ def _dim(size: int | torch.SymInt, names: dict[str, str]) -> str:
     if not isinstance(size, torch.SymInt):
         return str(size)
     expression = size.node.expr
-    return str(expression.subs({s: names[str(s)] for s in expression.free_symbols if str(s) in names}))
+    named = {s: sympy.Symbol(names[str(s)]) for s in expression.free_symbols if str(s) in names}
+    return str(expression.subs(named))

@@ -13,13 +13,11 @@ from torch.utils import _pytree as pytree
 
 from tokgraph.errors import AnalysisError, BatchError
 
+from .names import OWN, input_name
 from .node import output_args, tensor
 from .spec import ModelSpec, Task
+from .tensors import tensor_name
 
-STEP = "tokgraph_step"
-"""Attribute of a graph module whose plan draws at random: int64 scalar tensor, the training steps so far."""
-OWN = "tokgraph_own"
-"""Prefix of the names of parameters that a plan adds: ``tokgraph_own.<task>.<name of the parameter it copies>``."""
 TIED = "tokgraph.tied"
 """Key of ``GraphModule.meta``: ``{name of a tied parameter: its first name in the model}``."""
 COMPACT_OUTPUTS = "tokgraph.compact_outputs"
@@ -107,11 +105,26 @@ class TaskGraph:
         moved: dict[str, Any] = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), dict(self.task.inputs))
         return moved
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, of those that the graph reads, tied ones under each of their names."""
+        return {tensor_name(key): p for key, p in self.graph_module.named_parameters(remove_duplicate=False)}
+
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, of those that a plan added to the model's, by name: optimizers count them."""
-        named = self.graph_module.named_parameters()
+        named = self.named_parameters()
+        return {name: named[name] for name in sorted(named) if name.startswith(f"{OWN}.")}
+
+    def input_nodes(self) -> dict[str, list[fx.Node]]:
+        """Input -> its placeholders, one for each of its leaves: a node's name is not always that of its input."""
+        nodes = iter(self.graph.find_nodes(op="placeholder"))
+        return {key: [next(nodes) for _ in pytree.tree_leaves(x)] for key, x in self.task.inputs.items()}
+
+    def leaf_names(self) -> dict[fx.Node, str]:
+        """Placeholder -> name of what it takes: that of the input, with a number where that holds several tensors."""
         return {
-            name: parameter for name, parameter in sorted(named, key=lambda item: item[0]) if name.startswith(f"{OWN}.")
+            node: input_name(key, i, len(nodes))
+            for key, nodes in self.input_nodes().items()
+            for i, node in enumerate(nodes)
         }
 
     def symbol_names(self) -> dict[str, str]:
@@ -168,6 +181,12 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     first = {id(p): name for name, p in model.named_parameters()}
     everything = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in everything if first[id(p)] != name}
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether the model is in training mode; so a new module is, if a tensor or submodule has the mode's name."""
+    mode: object = model.training
+    return mode if isinstance(mode, bool) else True
 
 
 def is_meta(module: nn.Module) -> bool:

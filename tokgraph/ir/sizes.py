@@ -34,7 +34,7 @@ class Sizes:
     example: Mapping[sympy.Symbol, int]
     planned: bool = False
 
-    def values(self, **asked: int) -> dict[sympy.Symbol, int]:
+    def values(self, /, **asked: int) -> dict[sympy.Symbol, int]:
         """The value of every symbol for the sizes asked for; the others are as in the example batch.
 
         Where the number of visual tokens changes and ``tokens`` is not given, the text keeps its length. A sample keeps

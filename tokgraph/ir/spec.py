@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from tokgraph.errors import BatchError, LoadError, SpecError, TokgraphError
 
+from .names import check_name, check_task_names
+
 Reads = Literal["text", "visual", "all"]
 Outputs = Literal["loss", "full"]
 LOSS_KEY = "loss"
@@ -122,6 +124,11 @@ class Task:
 
     def check(self, name: str) -> None:
         """Raise :class:`SpecError` where names in this task do not fit its inputs or its forward's signature."""
+        for key in self.inputs:
+            check_name(f"task {name!r}: an input", key)
+        for dims in (self.dynamic or {}).values():
+            for dimension in dims.values():
+                check_name(f"task {name!r}: a dimension", dimension)
         self._check_signature(name)
         for what, used in (
             ("dynamic", list(self.dynamic or ())),
@@ -180,6 +187,7 @@ class ModelSpec:
             raise SpecError(f"model must be an nn.Module, got {type(self.model).__name__}")
         if not self.tasks:
             raise SpecError("a ModelSpec needs at least one task")
+        check_task_names(self.tasks)
         for name, task in self.tasks.items():
             if not isinstance(task, Task):
                 raise SpecError(f"task {name!r} must be a tokgraph.Task, got {type(task).__name__}")

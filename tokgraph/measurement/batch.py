@@ -42,8 +42,7 @@ def on_batch(graph: TaskGraph, batch: Mapping[str, Any] | None) -> TaskGraph:
 def _check_sizes(graph: TaskGraph, leaves: list[Any]) -> None:
     """Refuse leaves whose sizes contradict the graph's, or one another where the graph has them equal."""
     bound: dict[sympy.Expr, int] = {}
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    for node, leaf in zip(placeholders, leaves, strict=True):
+    for (node, name), leaf in zip(graph.leaf_names().items(), leaves, strict=True):
         if tensor(node) is None:
             continue
         wanted = dims(node)
@@ -54,7 +53,7 @@ def _check_sizes(graph: TaskGraph, leaves: list[Any]) -> None:
         ):
             shape = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
             raise BatchError(
-                f"task {graph.name!r}: input {node.name!r} is {shape}, and the captured graph takes "
+                f"task {graph.name!r}: input {name!r} is {shape}, and the captured graph takes "
                 f"({', '.join(str(dim if isinstance(dim, int) else bound.get(dim, dim)) for dim in wanted)})",
                 help="declare the dimensions that vary in the task's dynamic=, or pass a batch of the captured sizes",
             )

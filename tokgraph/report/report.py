@@ -7,7 +7,8 @@ from typing import Any
 
 from tokgraph.ir.cost import Work
 from tokgraph.ir.facts import Facts
-from tokgraph.ir.program import OWN, TaskGraph
+from tokgraph.ir.names import copied_name
+from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.verification import Verification
 from tokgraph.passes.cost.attribution import task_cost
 from tokgraph.passes.cost.pathways import Pathways, coverage, pathways, sharing_index
@@ -39,7 +40,7 @@ def make_report(accelerated: Accelerated) -> dict[str, Any]:
         "schema": SCHEMA,
         "policy": plan.policy,
         "options": plan.options,
-        "sharing_index": round(sharing_index(before, profiles, sizes, set(map(_copied, added))), 12),
+        "sharing_index": round(sharing_index(before, profiles, sizes, set(map(copied_name, added))), 12),
         "coverage": round(coverage(before, profiles, sizes), 12),
         "new_parameters": sum(p.numel() for p in added.values()),
         "flops_ratio": totals[1] / totals[0],
@@ -48,16 +49,11 @@ def make_report(accelerated: Accelerated) -> dict[str, Any]:
     }
 
 
-def _copied(name: str) -> str:
-    """The name of the model's parameter that a parameter of the plan's is a copy of."""
-    return name.split(".", 2)[2] if name.startswith(f"{OWN}.") else name
-
-
 def _of_copied(profile: Mapping[str, float]) -> dict[str, float]:
     """A profile in which visual tokens that pass a copy count for the parameter that it is a copy of."""
     merged: dict[str, float] = {}
     for name, share in profile.items():
-        merged[_copied(name)] = max(merged.get(_copied(name), 0.0), share)
+        merged[copied_name(name)] = max(merged.get(copied_name(name), 0.0), share)
     return merged
 
 

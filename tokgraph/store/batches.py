@@ -1,4 +1,4 @@
-"""Batches in a safetensors file: tensors named ``TASK/NUMBER/INPUT``."""
+"""Batches in a safetensors file: tensors named ``TASK/NUMBER/INPUT``, a ``/`` in a name as ``%2F``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
-from tokgraph.errors import BatchError
+from tokgraph.errors import BatchError, FileError
+from tokgraph.ir.names import batch_key, batch_place, input_name
 from tokgraph.ir.program import Program
 from tokgraph.ir.spec import ModelSpec, check_tasks
 
@@ -19,13 +20,12 @@ EXAMPLE = "example.safetensors"
 Batches = Mapping[str, Iterable[Mapping[str, Any]]]
 
 
-def input_name(key: str, leaf: int, leaves: int) -> str:
-    """Name of a tensor of an input: the input's, with a number where it holds several."""
-    return key if leaves == 1 else f"{key}.{leaf}"
-
-
 def write_example(path: Path, program: Program) -> None:
-    """Write the example batches of a program's tasks."""
+    """Write the example batches of a program's tasks.
+
+    Raises:
+        FileError: the tensors of an input would have the name of another input.
+    """
     tensors = {}
     for name, graph in program.items():
         for key, x in graph.task.inputs.items():
@@ -33,7 +33,10 @@ def write_example(path: Path, program: Program) -> None:
             for i, leaf in enumerate(leaves):
                 if isinstance(leaf, torch.Tensor):
                     copy = leaf.detach().cpu().clone(memory_format=torch.contiguous_format)
-                    tensors[f"{name}/0/{input_name(key, i, len(leaves))}"] = copy
+                    written = batch_key(name, 0, input_name(key, i, len(leaves)))
+                    if written in tensors:
+                        raise FileError(f"task {name!r}: two tensors of its inputs have the name {written!r} in a file")
+                    tensors[written] = copy
     save_file(tensors, path)
 
 
@@ -49,12 +52,13 @@ def read_batches(path: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
         raise BatchError(f"{path} is no safetensors file: {error}") from error
     found: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
     for key in sorted(tensors):
-        task, number, name = key.split("/") if key.count("/") == 2 else ("", "", "")
-        if not number.isdigit():
+        place = batch_place(key)
+        if place is None:
             raise BatchError(
                 f"{path}: tensor {key!r} is not named TASK/NUMBER/INPUT", help="as understanding/0/input_ids"
             )
-        found.setdefault(task, {}).setdefault(int(number), {})[name] = tensors[key]
+        task, number, name = place
+        found.setdefault(task, {}).setdefault(number, {})[name] = tensors[key]
     if not found:
         raise BatchError(f"{path} holds no batches", help="write some with tokgraph.save_batches")
     return {task: [numbered[number] for number in sorted(numbered)] for task, numbered in found.items()}
@@ -63,7 +67,7 @@ def read_batches(path: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
 def save_batches(path: Path, batches: Batches) -> None:
     """Write calibration batches: one safetensors file, tensors named ``task/number/input``."""
     tensors = {
-        f"{task}/{number}/{name}": value.detach().clone(memory_format=torch.contiguous_format)
+        batch_key(task, number, name): value.detach().clone(memory_format=torch.contiguous_format)
         for task, of_task in batches.items()
         for number, batch in enumerate(of_task)
         for name, value in batch.items()

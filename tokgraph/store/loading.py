@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from tokgraph.ir.names import OWN, input_name
 from tokgraph.ir.node import value
 from tokgraph.ir.plan import Plan
-from tokgraph.ir.program import COMPACT_OUTPUTS, OWN, TIED, Dimension, Program, TaskGraph, tied_names
+from tokgraph.ir.program import COMPACT_OUTPUTS, TIED, Dimension, Program, TaskGraph, tied_names
 from tokgraph.ir.spec import ModelSpec, VisualTokens, no_forward
+from tokgraph.ir.tensors import CONSTANTS, constants_prefix, named_tensors, target_of
 from tokgraph.runtime import Accelerated
 
-from .batches import EXAMPLE, input_name, read_batches
+from .batches import EXAMPLE, read_batches
 from .saving import PLAN, graph_file, read_manifest, task_of
 from .weights import WEIGHTS, read_weights
 
@@ -56,6 +59,8 @@ def load_accelerated(folder: str | Path) -> Accelerated:
 class _Parameters(nn.Module):
     """A model's parameters and buffers under their names, without its code.
 
+    Names that attributes of ``nn.Module`` have are kept in its tables only; its own methods refuse them.
+
     Args:
         tensors: name -> parameter or buffer.
     """
@@ -66,13 +71,18 @@ class _Parameters(nn.Module):
             *path, leaf = name.split(".")
             module: nn.Module = self
             for part in path:
-                if not hasattr(module, part):
-                    module.add_module(part, nn.Module())
-                module = getattr(module, part)
+                module = module._modules.setdefault(part, _Parameters({}))  # type: ignore[assignment]
             if isinstance(x, nn.Parameter):
-                module.register_parameter(leaf, x)
+                module._parameters[leaf] = x
             else:
-                module.register_buffer(leaf, x)
+                module._buffers[leaf] = x
+
+    def train(self, mode: bool = True) -> _Parameters:
+        """Set the mode, which a tensor of that name must not get in the way of."""
+        self.__dict__["training"] = mode
+        for module in self.children():
+            module.train(mode)
+        return self
 
 
 def _shared(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, bool]) -> dict[str, torch.Tensor]:
@@ -117,15 +127,11 @@ def _program(
         module = _module(exported, tensors, pytree.tree_leaves(dict(inputs)), about)
         module.train(manifest["training"])
         module.meta[TIED] = tied_names(spec.model)
+        module.meta[CONSTANTS] = constants_prefix(named_tensors(spec.model))
         module.meta[COMPACT_OUTPUTS] = {int(leaf): position for leaf, position in about["compact"].items()}
-        graphs[name] = TaskGraph(
-            name,
-            spec.tasks[name],
-            module,
-            pytree.tree_structure(dict(inputs)),
-            pytree.treespec_loads(described["result"]),
-            _dimensions(described, module, dict(inputs)),
-        )
+        in_spec, out_spec = pytree.tree_structure(dict(inputs)), pytree.treespec_loads(described["result"])
+        graph = TaskGraph(name, spec.tasks[name], module, in_spec, out_spec)
+        graphs[name] = replace(graph, dimensions=_dimensions(described, graph))
     return Program(spec, graphs)
 
 
@@ -138,9 +144,10 @@ def _module(
     placeholders = list(graph.find_nodes(op="placeholder"))
     own = exported.graph_signature.inputs_to_buffers | exported.graph_signature.inputs_to_parameters
     for node, name in zip(placeholders, about["state"], strict=False):
-        attributes[name] = exported.state_dict[own[node.name]] if node.name in own else tensors[name]
+        target = target_of(name)
+        attributes[target] = exported.state_dict[own[node.name]] if node.name in own else tensors[name]
         with graph.inserting_before(node):
-            read = graph.create_node("get_attr", name)  # its module does not hold the tensor yet
+            read = graph.create_node("get_attr", target)  # its module does not hold the tensor yet
         read.meta.update(node.meta)
         node.replace_all_uses_with(read)
         graph.erase_node(node)
@@ -163,12 +170,9 @@ def _module(
     return fx.GraphModule(attributes, graph)
 
 
-def _dimensions(
-    described: Mapping[str, Any], module: fx.GraphModule, inputs: Mapping[str, Any]
-) -> tuple[Dimension, ...]:
+def _dimensions(described: Mapping[str, Any], graph: TaskGraph) -> tuple[Dimension, ...]:
     """The dimensions, with the symbols that the file's graph has for them."""
-    placeholders = iter(module.graph.find_nodes(op="placeholder"))
-    of_input = {key: [next(placeholders) for _ in pytree.tree_leaves(x)] for key, x in inputs.items()}
+    of_input = graph.input_nodes()
     found = []
     for entry in described["dimensions"]:
         nodes = of_input[entry["input"]]

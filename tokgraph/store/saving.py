@@ -14,8 +14,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import FileError
-from tokgraph.files import new_directory
-from tokgraph.ir.program import TaskGraph, is_meta
+from tokgraph.files import is_plain, new_directory
+from tokgraph.ir.names import file_part
+from tokgraph.ir.program import TaskGraph, is_meta, is_training
 from tokgraph.ir.spec import Task
 from tokgraph.passes.lower import Lowered, lower_program
 from tokgraph.passes.lower.exported import exported_program
@@ -32,7 +33,7 @@ _REQUIRED = ("versions", "training", "state", "parameters", "own", "tasks", "fil
 
 def graph_file(task: str, variant: str) -> str:
     """``understanding.pt2``, ``baseline.understanding.pt2``."""
-    return f"{'baseline.' if variant == 'baseline' else ''}{task}.pt2"
+    return f"{'baseline.' if variant == 'baseline' else ''}{file_part(task)}.pt2"
 
 
 def save(accelerated: Accelerated, folder: str | Path, *, with_baseline: bool = True) -> None:
@@ -78,7 +79,7 @@ def _manifest(accelerated: Accelerated, tasks: Mapping[str, Any], folder: Path) 
     return {
         "schema": SCHEMA,
         "versions": {"tokgraph": VERSION, "torch": torch.__version__, "python": platform.python_version()},
-        "training": model.training,
+        "training": is_training(model),
         "state": list(accelerated.state_dict()),
         "parameters": {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
         "own": {name: p.requires_grad for name, p in accelerated.own_parameters.items()},
@@ -100,7 +101,7 @@ def _written_before(folder: Path) -> set[str]:
             names |= {*found, *(["constants.safetensors"] if len(path) > 1 else [])}
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return {name for name in names if Path(name).name == name}
+    return {name for name in names if is_plain(name)}
 
 
 def _described(graph: TaskGraph) -> dict[str, Any]:
@@ -189,6 +190,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if missing:
         raise FileError(f"{path} says nothing of {missing[0]!r}: it was changed", help="save the program again")
     for name, expected in manifest["files"].items():
+        if not is_plain(name):
+            raise FileError(
+                f"{path} names the file {name!r}, which is not in its folder", help="save the program again"
+            )
         file = folder / name
         if not file.is_file():
             raise FileError(f"{folder} is incomplete: {name} is missing", help="save the program again")

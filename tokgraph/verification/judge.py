@@ -11,9 +11,11 @@ import torch
 from tokgraph.errors import VerificationError
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.interpreter import trains_with_dropout
+from tokgraph.ir.names import STEP
 from tokgraph.ir.plan import DropSite, Plan
-from tokgraph.ir.program import STEP, Program, TaskGraph, is_meta, without_program
+from tokgraph.ir.program import Program, TaskGraph, is_meta, without_program
 from tokgraph.ir.spec import no_forward, split_outputs
+from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import TOLERANCE, TaskVerification, Verification
 from tokgraph.passes.pipeline import Pipeline
 from tokgraph.passes.rewrite.realise import rewrite_passes
@@ -81,7 +83,8 @@ def _verify_task(
 def _by_oracle(
     captured: TaskGraph, rewritten: TaskGraph, facts: TaskFacts, sites: Sequence[DropSite], dtype: torch.dtype
 ) -> Results:
-    step = int(getattr(rewritten.graph_module, STEP, 0))
+    counter = held(rewritten.graph_module, STEP)
+    step = 0 if counter is None else int(counter)
     return run_oracle(captured, facts, sites, dtype, step, rewritten.own_parameters())
 
 

@@ -13,8 +13,9 @@ from torch import fx
 
 from tokgraph.ir.facts import Projection, TaskFacts
 from tokgraph.ir.interpreter import GraphInterpreter
+from tokgraph.ir.names import own_name
 from tokgraph.ir.plan import DropSite
-from tokgraph.ir.program import OWN, TaskGraph
+from tokgraph.ir.program import TaskGraph
 from tokgraph.planning.selectors import selectors
 
 aten = torch.ops.aten
@@ -94,9 +95,9 @@ class Oracle(GraphInterpreter):
         return torch.where(self._visual.unsqueeze(-1), torch.nn.functional.linear(x, *parameters), result)
 
     def _own_parameter(self, task: str, name: str) -> torch.Tensor:
-        own = f"{OWN}.{task}.{name}"
+        own = own_name(task, name)
         if own not in self.attributes:
-            self.attributes[own] = self._tensors(self._own[own] if own in self._own else super().fetch_attr(name))
+            self.attributes[own] = self._tensors(self._own[own] if own in self._own else self.fetch_tensor(name))
         found: torch.Tensor = self.attributes[own]
         return found
 

@@ -13,6 +13,7 @@ import tokgraph as tg
 from tests import tiny
 from tests.passes import models
 from tests.passes.tools import Captured, calls, captured, site
+from tokgraph.ir.tensors import tensor_name
 from tokgraph.passes.cost.pathways import lean_graph, pathways
 from tokgraph.passes.cost.rows import SAMPLES, held_rows, place_rows, row_spaces, visual_rows
 
@@ -54,7 +55,7 @@ def positions(request: pytest.FixtureRequest) -> Captured:
 
 def reader(graph: tg.TaskGraph, parameter: str) -> fx.Node:
     """The node that reads a parameter."""
-    (user,) = next(n for n in graph.graph.nodes if n.target == parameter).users
+    (user,) = next(n for n in graph.graph.nodes if tensor_name(n) == parameter).users
     return user
 
 
