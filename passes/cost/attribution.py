@@ -44,7 +44,8 @@ def task_cost(graph: TaskGraph, facts: TaskFacts) -> TaskCost:
         visual, text = share.of(node, region)
         path, op = module_path(node), str(node.target)
         nodes.append(NodeCost(node.name, op, path, region, block, work, visual, text, share.degree(node)))
-    sizes = replace(sizes, planned=share.planned, assumed=encoder.assumed + share.assumed)
+    assumed = () if share.planned else encoder.assumed + share.assumed  # a plan fixes the number of visual tokens
+    sizes = replace(sizes, planned=share.planned, assumed=assumed)
     return TaskCost(graph.name, tuple(nodes), sizes, counted.uncounted)
 
 
