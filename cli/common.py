@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tokgraph.files import new_directory
 from tokgraph.ir.spec import ModelSpec, load
-from tokgraph.planning import policies
+from tokgraph.planning import Shared, policies
+from tokgraph.planning.options import options_of
 from tokgraph.stages import PASSES
 from tokgraph.store.batches import load_batches
 
@@ -47,17 +48,15 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--policy", type=_PolicyName(), metavar="NAME", help="One of `tokgraph policies`.  [default: shared]"
         ),
-        click.option("--span", callback=_span, metavar="START:END", help="Blocks START to END-1."),
-        click.option("--keep", type=click.FloatRange(0, 1), help="Ratio of visual tokens that stay."),
-        click.option("--selector", help="Which visual tokens stay: uniform, random, norm, attention, similarity."),
-        click.option("--mode", type=click.Choice(["hide", "freeze"]), help="What dropped tokens are inside the span."),
-        click.option("--seed", type=int, help="Seed of the random selector."),
-        click.option(
-            "--exact/--no-exact", default=None, help="Also remove work that no output reads.  [default: exact]"
-        ),
+        _policy_option("span", callback=_span, metavar="START:END"),
+        _policy_option("keep"),
+        _policy_option("selector"),
+        _policy_option("mode"),
+        _policy_option("seed"),
+        _policy_option("exact"),
         ragged_option,
-        click.option("--target-flops", type=click.FloatRange(0, 1, min_open=True), help="FLOPs ratio to plan for."),
-        mix_option("Weights of the tasks in the target."),
+        _policy_option("target_flops"),
+        mix_option(sentence(SHARED["mix"].description)),
         click.option(
             "--option", "others", multiple=True, metavar="NAME=VALUE", help="Any option of the policy; repeatable."
         ),
@@ -67,12 +66,37 @@ def policy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-ragged_option = click.option(
-    "--ragged",
-    type=click.Choice(["min", "pad"]),
-    help="Samples with different numbers of visual tokens: all lose as many as the one with the fewest, or each its own "
-    "share, under a padding mask.  [default: min]",
-)
+def _policy_option(name: str, **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option of the policy ``shared`` as one of a command: type, range and help are those that the policy states."""
+    option = SHARED[name]
+    switch = f"--{name.replace('_', '-')}"
+    if option.values.get("type") == "boolean":
+        switch += f"/--no-{name.replace('_', '-')}"
+    elif "callback" not in more:
+        more["type"] = _click_type(option.values)
+    help = sentence(option.description)
+    if option.default is True or "enum" in option.values:  # numbers have other defaults in other policies
+        help += f"  [default: {name if option.default is True else option.default}]"
+    return click.option(switch, default=None, help=help, **more)
+
+
+def _click_type(schema: Mapping[str, Any]) -> Any:
+    """A JSON Schema as click's type. Whole numbers are checked by the policy, whose message is shorter for large bounds."""
+    if "enum" in schema:
+        return click.Choice(schema["enum"])
+    if schema["type"] == "number":
+        low, high = (schema.get(f"exclusive{side}", schema.get(side.lower())) for side in ("Minimum", "Maximum"))
+        return click.FloatRange(low, high, "exclusiveMinimum" in schema, "exclusiveMaximum" in schema)
+    return {"integer": int, "string": str}[schema["type"]]
+
+
+def sentence(text: str) -> str:
+    """A description as a sentence: it begins with a capital letter and ends with a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+SHARED = options_of(Shared)
+ragged_option = _policy_option("ragged")
 
 
 def pass_options(command: Callable[..., Any]) -> Callable[..., Any]:

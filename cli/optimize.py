@@ -140,10 +140,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for label, cells in rows.items():
         table.add_row(label, *cells)
     console.print(table)
-    verdict = {True: "verified", False: "NOT verified", None: "not verified (--no-verify)"}
+    outcomes = {True: "verified", False: "NOT verified", None: "not verified (--no-verify)"}
     console.print(
         f"sharing index {report['sharing_index']:.3f}, coverage {report['coverage']:.3f}, "
-        f"FLOPs {report['flops_ratio']:.3f}x, {verdict[report['verification']['passed']]}"
+        f"FLOPs {report['flops_ratio']:.3f}x, {outcomes[report['verification']['passed']]}"
     )
 
 

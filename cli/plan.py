@@ -167,9 +167,9 @@ def _print(found: dict[str, Any], console: Console) -> None:
             table.add_row(row["policy"], "-")
             continue
         ratios = (row["mixed_flops_ratio"], row["activation_ratio"], row["sharing_index"], row["coverage"])
-        verdict = {True: "yes", False: "NO", None: "-"}[row["verified"]]
+        verified = {True: "yes", False: "NO", None: "-"}[row["verified"]]
         each, cells = "/".join(f"{row['flops_ratio'][t]:.3f}" for t in tasks), [f"{x:.3f}" for x in ratios]
-        table.add_row(row["policy"], each, *cells, amount(row["new_parameters"]).replace(" ", ""), verdict)
+        table.add_row(row["policy"], each, *cells, amount(row["new_parameters"]).replace(" ", ""), verified)
     console.print(table)
     for row in found["rows"]:
         if "error" in row:

@@ -12,7 +12,7 @@ from .common import amount
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print a summary of facts (:func:`tokgraph.summary.summarise`)."""
+    """Print a summary of facts (:func:`tokgraph.report.summarise`)."""
     tasks: dict[str, Any] = summary["tasks"]
     _print_tasks(tasks, console)
     shared = summary["shared_parameters"]
@@ -54,6 +54,7 @@ def _print_tasks(tasks: dict[str, Any], console: Console) -> None:
         "loss reads": [f"{t['demand']['reads']}: {t['demand']['rows']} of {t['demand']['tokens']} rows" for t in each],
         "without a rule": [", ".join(t["operators_without_rule"]) or "-" for t in each],
         "FLOPs unknown": [", ".join(t["cost"]["uncounted"]) or "-" for t in each],
+        "assumed at other sizes": ["; ".join(t["cost"]["assumed"]) or "-" for t in each],
     }
     for label, cells in rows.items():
         table.add_row(label, *cells)

@@ -1,4 +1,4 @@
-"""Seeds at the readers of the stream: losses and outputs take the demanded rows only."""
+"""Seeds at the outputs: what is made of the stream after the last block takes the demanded rows only."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..emitter import VISUAL_ROWS, Emitter, refresh_after
 from ..rules.registry import Axis, first_input
 from ..rules.shape import VIEWS
 from .index import IndexBuilder
-from .row_space import Frame
+from .row_space import RowSpace
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
 
 
 @dataclass(frozen=True)
-class RowSpace:
-    """Rows that readers see, and which of them they read.
+class ReadRows:
+    """Rows that a loss or an output sees, and which of them it reads.
 
     Args:
         axis: an axis that indexes the rows.
@@ -39,13 +39,13 @@ class RowSpace:
     chosen: tuple[fx.Node, ...]
 
 
-def seed_readers(
+def seed_outputs(
     module: fx.GraphModule,
     emit: Emitter,
     build: IndexBuilder,
     facts: TaskFacts,
     stream: fx.Node,
-    frames: tuple[Frame, ...],
+    spaces: tuple[RowSpace, ...],
     exact: bool,
 ) -> None:
     """Select the rows that losses and outputs read.
@@ -56,13 +56,13 @@ def seed_readers(
         build: index building.
         facts: the task's facts.
         stream: the residual stream after the last block.
-        frames: frames that were never restored; labels and outputs follow their rows.
+        spaces: spaces that were never restored; labels and outputs follow their rows.
         exact: select the demanded rows as well.
 
     Raises:
         PlanError: rows are gone for good, but the task's outputs must stay whole.
     """
-    if frames and facts.demand.reads == "all":
+    if spaces and facts.demand.reads == "all":
         raise PlanError(
             f"task {facts.name!r}: a site without restore, but every row of its outputs is demanded",
             help="use restore=True, or declare what the task reads (reads='text' or 'visual', outputs='loss')",
@@ -70,46 +70,44 @@ def seed_readers(
     graph = module.graph
     classes = AxisClasses(graph)
     nodes = {node.name: node for node in graph.nodes}
-    spaces = [_whole(build, stream, frames, exact)]
+    reads = [_whole(build, stream, spaces, exact)]
     if exact:
-        spaces += [
-            space
-            for w in facts.windows
-            if (space := _window(build, emit, nodes[w.node], w.length, w.demanded, w.visual))
+        reads += [
+            read for w in facts.windows if (read := _window(build, emit, nodes[w.node], w.length, w.demanded, w.visual))
         ]
     later = descendants([stream])
     losses = [rows for node in later if (rows := loss_rows(node)) is not None]
     changed: list[fx.Node] = []
-    for space in spaces:
+    for read in reads:
         for rows in losses:
-            if space.chosen and classes.same((rows.logits, rows.axis), space.axis):
-                changed += _narrow_loss(emit, rows, space.chosen)
-    _narrow_outputs(module, emit, classes, spaces, later)
-    for space in spaces[1:]:
-        _window_to_selection(emit, space)
+            if read.chosen and classes.same((rows.logits, rows.axis), read.axis):
+                changed += _narrow_loss(emit, rows, read.chosen)
+    _narrow_outputs(module, emit, classes, reads, later)
+    for read in reads[1:]:
+        _window_to_selection(emit, read)
     refresh_after(graph, changed)
 
 
-def _whole(build: IndexBuilder, stream: fx.Node, frames: tuple[Frame, ...], exact: bool) -> RowSpace:
-    demanded = build.demand(frames) if exact else None
-    chosen = [f.index for f in frames] + ([demanded] if demanded is not None else [])
-    return RowSpace((stream, 1), (), tuple(chosen))
+def _whole(build: IndexBuilder, stream: fx.Node, spaces: tuple[RowSpace, ...], exact: bool) -> ReadRows:
+    demanded = build.demand(spaces) if exact else None
+    chosen = [space.index for space in spaces] + ([demanded] if demanded is not None else [])
+    return ReadRows((stream, 1), (), tuple(chosen))
 
 
 def _window(
     build: IndexBuilder, emit: Emitter, node: fx.Node, length: int, wanted: int, visual: int
-) -> RowSpace | None:
+) -> ReadRows | None:
     index = build.window(argument(node, "start") or 0, argument(node, "end"))
     index.meta[VISUAL_ROWS] = visual
     demanded = build.demand((), (index, length, wanted))
     axis = argument(node, "dim", 0) % rank(node)
-    return RowSpace((node, axis), (index,), () if demanded is None else (demanded,))
+    return ReadRows((node, axis), (index,), () if demanded is None else (demanded,))
 
 
-def _window_to_selection(emit: Emitter, space: RowSpace) -> None:
+def _window_to_selection(emit: Emitter, read: ReadRows) -> None:
     """Replace a slice of the token axis by the selection of its rows, which can be pushed down."""
-    node, axis = space.axis
-    chosen = emit.select(first_input(node), space.base[0], axis, 0)
+    node, axis = read.axis
+    chosen = emit.select(first_input(node), read.base[0], axis, 0)
     node.replace_all_uses_with(chosen)
 
 
@@ -127,9 +125,9 @@ def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> 
 
 
 def _narrow_outputs(
-    module: fx.GraphModule, emit: Emitter, classes: AxisClasses, spaces: list[RowSpace], later: set[fx.Node]
+    module: fx.GraphModule, emit: Emitter, classes: AxisClasses, reads: list[ReadRows], later: set[fx.Node]
 ) -> None:
-    """Narrow the outputs that carry rows of a space, and add the rows' positions to the outputs."""
+    """Narrow the outputs that carry rows that are read, and add the rows' positions to the outputs."""
     output = module.graph.output_node()
     results: list[fx.Node] = list(output.args[0])  # type: ignore[arg-type]
     compact: dict[int, int] = {}
@@ -137,11 +135,11 @@ def _narrow_outputs(
     for leaf, node in enumerate(tuple(results)):
         if node not in later or tensor(node) is None:
             continue
-        for space in spaces:
-            axes = [a for a in range(rank(node)) if classes.same((node, a), space.axis)]
-            if len(axes) == 1 and axes[0] > 0 and space.chosen:
-                results[leaf] = emit.chain(node, space.chosen, axes[0], 0)
-                first, *rest = space.chosen
+        for read in reads:
+            axes = [a for a in range(rank(node)) if classes.same((node, a), read.axis)]
+            if len(axes) == 1 and axes[0] > 0 and read.chosen:
+                results[leaf] = emit.chain(node, read.chosen, axes[0], 0)
+                first, *rest = read.chosen
                 where = emit.chain(first, rest)
                 if where not in positions:
                     positions[where] = len(results)

@@ -14,7 +14,7 @@ from tokgraph.ir.node import argument
 
 from ..emitter import VISUAL_ROWS, Emitter
 from .index import IndexBuilder
-from .row_space import Frame
+from .row_space import RowSpace, indices
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -22,8 +22,8 @@ tokgraph = torch.ops.tokgraph
 
 def seed_projections(
     block: Block,
-    frames: Sequence[Frame],
-    hidden: Sequence[Frame],
+    spaces: Sequence[RowSpace],
+    hidden: Sequence[RowSpace],
     task: str,
     emit: Emitter,
     build: IndexBuilder,
@@ -31,13 +31,13 @@ def seed_projections(
 ) -> None:
     """Give the visual rows of a block their own projections.
 
-    Where rows are kept by ``frames``, ``project(x)`` becomes ``merge(project(x[text]), own(x[visual]), visual)``, put back
-    where the rows were; rows that nothing reads are never projected. Queries are read of the rows in ``frames``, keys and
+    Where rows are kept by ``spaces``, ``project(x)`` becomes ``merge(project(x[text]), own(x[visual]), visual)``, put back
+    where the rows were; rows that nothing reads are never projected. Queries are read of the rows in ``spaces``, keys and
     values of those that no site hides.
 
     Args:
         block: the block.
-        frames: the frames open in it.
+        spaces: the spaces open in it.
         hidden: those of them, outermost first, whose dropped rows are no keys.
         task: the task, whose parameters the copies become.
         emit: where nodes go.
@@ -45,10 +45,10 @@ def seed_projections(
         nodes: the graph's nodes by name.
     """
     for projection in block.projections:
-        space = hidden if projection.keys else frames
-        visual = space[-1].visual if space else build.visual_count
+        around = hidden if projection.keys else spaces
+        visual = around[-1].visual if around else build.visual_count
         if visual:
-            _split(nodes[projection.node], projection, [f.index for f in space], visual, task, emit, build)
+            _split(nodes[projection.node], projection, indices(around), visual, task, emit, build)
 
 
 def _split(

@@ -17,8 +17,8 @@ tokgraph = torch.ops.tokgraph
 
 
 @dataclass(frozen=True)
-class Frame:
-    """A row space: the rows that a site keeps, in the space of the frames around it.
+class RowSpace:
+    """A row space: the rows that a site keeps, in the space around it.
 
     Args:
         site: the drop site.
@@ -40,14 +40,14 @@ class Frame:
         return None if self.lost is None else emit.select(self.lost, self.index)
 
 
-def indices(frames: Sequence[Frame]) -> list[fx.Node]:
-    """The frames' indices."""
-    return [frame.index for frame in frames]
+def indices(spaces: Sequence[RowSpace]) -> list[fx.Node]:
+    """The spaces' indices."""
+    return [space.index for space in spaces]
 
 
-def frozen_rows(emit: Emitter, frames: Sequence[Frame]) -> fx.Node:
-    """``[batch, tokens]`` bool: the positions that padded frames, outermost first, drop."""
-    first, *inner = frames
+def frozen_rows(emit: Emitter, spaces: Sequence[RowSpace]) -> fx.Node:
+    """``[batch, tokens]`` bool: the positions that are dropped where samples drop different numbers; outermost space first."""
+    first, *inner = spaces
     assert first.lost is not None
     if not inner:
         return first.lost
@@ -55,7 +55,7 @@ def frozen_rows(emit: Emitter, frames: Sequence[Frame]) -> fx.Node:
     return emit.call(tokgraph.restore.default, first.lost, rows, first.index, origin=first.lost)
 
 
-def unpadded(emit: Emitter, frames: Sequence[Frame], hidden: Sequence[Frame]) -> fx.Node | None:
+def unpadded(emit: Emitter, spaces: Sequence[RowSpace], hidden: Sequence[RowSpace]) -> fx.Node | None:
     """``[batch, 1, tokens, keys]`` bool: who may see whom where padding lies among the keys, ``None`` where none does.
 
     A row that counts sees no padding. A frozen row, whose result nobody uses, sees everything: a softmax over no key at all
@@ -63,7 +63,7 @@ def unpadded(emit: Emitter, frames: Sequence[Frame], hidden: Sequence[Frame]) ->
 
     Args:
         emit: where nodes go.
-        frames: the frames open in the block.
+        spaces: the spaces open in the block.
         hidden: those of them, outermost first, whose dropped rows are no keys.
     """
     padding = hidden[-1].padding(emit) if hidden else None
@@ -72,7 +72,7 @@ def unpadded(emit: Emitter, frames: Sequence[Frame], hidden: Sequence[Frame]) ->
     keys = emit.call(aten.logical_not.default, padding, origin=padding)
     for axis in (1, 1):
         keys = emit.call(aten.unsqueeze.default, keys, axis, origin=padding)
-    rows = frozen_rows(emit, frames)
+    rows = frozen_rows(emit, spaces)
     for axis in (1, 3):
         rows = emit.call(aten.unsqueeze.default, rows, axis, origin=padding)
     return emit.call(aten.logical_or.default, rows, keys, origin=padding)

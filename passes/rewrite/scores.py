@@ -17,7 +17,7 @@ from tokgraph.planning.selectors import scorer, selectors
 
 from ..emitter import Emitter, hoist
 from ..rules.registry import is_one
-from .row_space import Frame, indices
+from .row_space import RowSpace, indices
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -32,17 +32,17 @@ class Seen:
 
     Args:
         stream: the residual stream at the start of the span, in the space of ``around``.
-        around: the frames of the sites that enclose the span.
+        around: the spaces of the sites that enclose the span.
         attention: the attention of the block before the span.
-        frames: the frames open in that block.
+        spaces: the spaces open in that block.
         hidden: those of them, outermost first, whose dropped rows are no keys there.
     """
 
     stream: fx.Node
-    around: tuple[Frame, ...] = ()
+    around: tuple[RowSpace, ...] = ()
     attention: Attention | None = None
-    frames: tuple[Frame, ...] = ()
-    hidden: tuple[Frame, ...] = ()
+    spaces: tuple[RowSpace, ...] = ()
+    hidden: tuple[RowSpace, ...] = ()
 
 
 class Scores:
@@ -142,7 +142,7 @@ class Scores:
         targets = self._nodes[prompt.targets]
         hoist(self._emit.graph, targets)  # labels are read by the loss only, at the graph's end
         mask = self._call(tokgraph.prompt_mask.default, targets, self._entry, prompt.ignore_index, prompt.first)
-        outer = indices(seen.frames)  # a prompt whose last token was dropped before pays nothing: no row, an error
+        outer = indices(seen.spaces)  # a prompt whose last token was dropped before pays nothing: no row, an error
         row = self._call(tokgraph.rows.default, self._emit.chain(mask, outer), 1, True)
         return self._weights_of(self._nodes[attention.node], attention.kind, [*outer, row])
 

@@ -24,9 +24,9 @@ from ..emitter import RESIDUAL, Emitter, remove_dead_code
 from ..rules.registry import is_one
 from .index import IndexBuilder, check_disjoint_or_nested
 from .legality import check_blocks
-from .outputs import seed_readers
+from .outputs import seed_outputs
 from .own_projections import seed_projections
-from .row_space import Frame, indices, unpadded
+from .row_space import RowSpace, indices, unpadded
 from .scores import Seen
 
 aten = torch.ops.aten
@@ -112,7 +112,7 @@ class SeedSites(GraphPass):
         check_blocks(graph_module.graph, facts, [facts.blocks[b] for b in sorted(inside)])
 
     def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
-        """Seed every block of every span, then the readers of the stream."""
+        """Seed every block of every span, then the outputs."""
         facts = self.needed(facts)
         graph = graph_module.graph
         emit = Emitter(graph, self.name)
@@ -120,57 +120,57 @@ class SeedSites(GraphPass):
         nodes = {node.name: node for node in graph.nodes}
         for name in facts.stream:
             nodes[name].meta[RESIDUAL] = True
-        frames: tuple[Frame, ...] = ()
+        spaces: tuple[RowSpace, ...] = ()
         stream = nodes[facts.blocks[0].start]
         for block in facts.blocks:
-            frames = self._frames(facts, block.index, frames, build, emit, stream)
+            spaces = self._spaces(facts, block.index, spaces, build, emit, stream)
             if any(s.projections == "own" and s.start <= block.index < (s.end or 0) for s in self.sites):
-                hidden = [f for f in frames if _hides(f.site, block.index)]
-                seed_projections(block, frames, hidden, self.task, emit, build, nodes)
-            stream = self._seed_block(block, frames, emit, nodes, stream)
-        frames = tuple(frame for frame in frames if not frame.site.restore)
-        seed_readers(graph_module, emit, build, facts, stream, frames, self.exact)
+                hidden = [space for space in spaces if _hides(space.site, block.index)]
+                seed_projections(block, spaces, hidden, self.task, emit, build, nodes)
+            stream = self._seed_block(block, spaces, emit, nodes, stream)
+        spaces = tuple(space for space in spaces if not space.site.restore)
+        seed_outputs(graph_module, emit, build, facts, stream, spaces, self.exact)
         stable_topological_sort(graph_module)  # a choice of rows may stand after nodes that now read it
         remove_dead_code(graph_module.graph)
 
-    def _frames(
+    def _spaces(
         self,
         facts: TaskFacts,
         block: int,
-        frames: tuple[Frame, ...],
+        spaces: tuple[RowSpace, ...],
         build: IndexBuilder,
         emit: Emitter,
         stream: fx.Node,
-    ) -> tuple[Frame, ...]:
-        """The frames open in ``block``, outermost first; ``frames``: those of the block before."""
-        before = frames
-        frames = tuple(f for f in frames if not f.site.restore or block < (f.site.end or 0))
+    ) -> tuple[RowSpace, ...]:
+        """The spaces open in ``block``, outermost first; ``spaces``: those of the block before."""
+        before = spaces
+        spaces = tuple(space for space in spaces if not space.site.restore or block < (space.site.end or 0))
         for site in self.sites:
             if site.start == block and not only_projects(site, facts):
-                inner = emit.chain(stream, indices(frames))
+                inner = emit.chain(stream, indices(spaces))
                 attention = facts.blocks[block - 1].attention[0] if block else None
-                keys = tuple(f for f in before if _hides(f.site, block - 1))
-                frames = (*frames, build.site(site, frames, Seen(inner, frames, attention, before, keys)))
-        hidden = [_hides(f.site, block) for f in frames]
+                keys = tuple(space for space in before if _hides(space.site, block - 1))
+                spaces = (*spaces, build.site(site, spaces, Seen(inner, spaces, attention, before, keys)))
+        hidden = [_hides(space.site, block) for space in spaces]
         if hidden != sorted(hidden, reverse=True):
             raise PlanError(
                 f"task {self.task!r}: block {block} has a 'hide' site inside a 'freeze' site",
                 help="nest 'freeze' inside 'hide', or give both the same mode",
             )
-        return frames
+        return spaces
 
     def _seed_block(
-        self, block: Block, frames: tuple[Frame, ...], emit: Emitter, nodes: dict[str, fx.Node], stream: fx.Node
+        self, block: Block, spaces: tuple[RowSpace, ...], emit: Emitter, nodes: dict[str, fx.Node], stream: fx.Node
     ) -> fx.Node:
         end = nodes[block.end]
-        if not frames:
+        if not spaces:
             return end
-        hidden = [f for f in frames if _hides(f.site, block.index)]
-        seen = unpadded(emit, frames, hidden)
+        hidden = [space for space in spaces if _hides(space.site, block.index)]
+        seen = unpadded(emit, spaces, hidden)
         for attention in block.attention:
             _hide_keys(attention, indices(hidden), seen, emit, nodes)
         readers = list(end.users)
-        merged = _frozen(emit, stream, end, frames)
+        merged = _frozen(emit, stream, end, spaces)
         for reader in readers:
             reader.replace_input_with(end, merged)
         return merged
@@ -185,19 +185,19 @@ def _hides(site: DropSite, block: int) -> bool:
     return site.mode == "hide" or (site.end is not None and block >= site.end)
 
 
-def _frozen(emit: Emitter, before: fx.Node, after: fx.Node, frames: Sequence[Frame]) -> fx.Node:
-    """``after`` with the rows that any frame leaves out, and padding, taken from ``before``."""
-    if not frames:
+def _frozen(emit: Emitter, before: fx.Node, after: fx.Node, spaces: Sequence[RowSpace]) -> fx.Node:
+    """``after`` with the rows that any space leaves out, and padding, taken from ``before``."""
+    if not spaces:
         return after
-    frame, *inner = frames
-    unchanged = emit.select(before, frame.index)
-    rows = _frozen(emit, unchanged, emit.select(after, frame.index), inner)
-    padding = None if inner else frame.padding(emit)
+    space, *inner = spaces
+    unchanged = emit.select(before, space.index)
+    rows = _frozen(emit, unchanged, emit.select(after, space.index), inner)
+    padding = None if inner else space.padding(emit)
     if padding is not None:
         padding = emit.call(aten.unsqueeze.default, padding, -1, origin=padding)
         rows = emit.call(aten.where.self, padding, unchanged, rows, origin=after)
         rows.meta[RESIDUAL] = True
-    merged = emit.call(tokgraph.restore.default, before, rows, frame.index, origin=after)
+    merged = emit.call(tokgraph.restore.default, before, rows, space.index, origin=after)
     merged.meta[RESIDUAL] = True
     return merged
 

@@ -190,6 +190,21 @@ def test_policies_are_listed(run):
     assert "shared" in run("policies").output
 
 
+def test_help_says_what_the_policy_says(run):
+    """Descriptions, ranges and choices of the options of `shared` come from the policy."""
+    from tokgraph.planning import Shared
+    from tokgraph.planning.options import options_of
+
+    shown = " ".join(run("optimize", "--help").output.split())
+    for option in options_of(Shared).values():
+        if option.name != "mass":  # measured by --calibrate
+            assert f"--{option.name.replace('_', '-')}" in shown
+            assert option.description[1:] in shown
+    assert "[0<=x<=1]" in shown
+    assert "[0<x<=1]" in shown
+    assert "[hide|freeze]" in shown
+
+
 REFUSED = {
     "no such file": (["nowhere.py"], 2, "no such file: nowhere.py"),
     "no build": ([f"{TINY}:nothing"], 1, "defines no function 'nothing'"),
@@ -198,9 +213,17 @@ REFUSED = {
     "unknown argument of build": ([TINY, "--set", "colour=1"], 1, "unexpected keyword argument 'colour'"),
     "malformed --set": ([TINY, "--set", "colour"], 2, "is not NAME=VALUE"),
     "malformed span": ([TINY, "--span", "3"], 2, "is not START:END"),
-    "span out of range": ([TINY, "--span", "1:9"], 1, "span [1, 9) is out of range: the tasks have 3 blocks"),
-    "span with the last block": ([TINY, "--span", "1:3"], 1, "reaches the last block"),
-    "empty span": ([TINY, "--span", "2:2"], 1, "span [2, 2) is out of range"),
+    "span out of range": (
+        [TINY, "--span", "1:9"],
+        1,
+        "span=(1, 9) is out of range: task 'understanding' has 3 blocks help: give 0 <= start < end <= 2",
+    ),
+    "span with the last block": (
+        [TINY, "--span", "1:3"],
+        1,
+        "It ends before the last block, whose demanded rows differ from task to task",
+    ),
+    "empty span": ([TINY, "--span", "2:2"], 1, "span=(2, 2) is out of range"),
     "keep above 1": ([TINY, "--keep", "1.5"], 2, "not in the range 0<=x<=1"),
     "keep below 0": ([TINY, "--keep", "-0.1"], 2, "not in the range 0<=x<=1"),
     "unknown policy": ([TINY, "--policy", "magic"], 2, "'magic' is not one of"),

@@ -159,7 +159,10 @@ def test_compare_as_a_table_with_a_policy_that_refuses(run):
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     (exact,) = [line for line in lines if line.startswith("exact ")]
     assert exact.endswith("1.000 1.000 0 -"), "eighty columns hold every number"
-    assert "pyramiddrop: stages=4 is outside 2 .. 3, the blocks of task 'understanding'" in " ".join(lines)
+    assert (
+        "pyramiddrop: policy 'pyramiddrop': option stages=4 is out of range: task 'understanding' has 3 blocks"
+        in " ".join(lines)
+    )
 
 
 @pytest.mark.parametrize("names", ["exact,magic", " , "])
@@ -187,19 +190,18 @@ TOY = """
 from dataclasses import dataclass
 from typing import ClassVar
 import tokgraph as tg
-from tokgraph.planning import Policy, option
+from typing import Annotated
+from pydantic import Field
+from tokgraph.planning import Policy
 
 @dataclass(frozen=True)
 class Toy(Policy):
-    '''Half of the visual tokens in block 1.
-
-    Args:
-        keep: what stays.
-    '''
+    '''Half of the visual tokens in block 1.'''
     name: ClassVar[str] = "toy"
-    keep: float = option(0.5, "0 <= keep <= 1")
+    source: ClassVar[str] = "a toy"
+    keep: Annotated[float, Field(ge=0, le=1, description="what stays")] = 0.5
 
-    def plan(self, facts):
+    def decide(self, facts):
         return self.made([tg.DropSite(task, 1, 2, self.keep) for task in facts], True)
 
 class NoPolicy:
@@ -251,7 +253,17 @@ def test_a_policy_of_another_package(plugin):
     listed = json.loads(invoke("policies", "--json").stdout)["policies"]
     assert listed["toy"] == {
         "summary": "Half of the visual tokens in block 1.",
-        "options": {"keep": {"type": "float", "default": 0.5, "allowed": "0 <= keep <= 1", "meaning": "what stays."}},
+        "source": "a toy",
+        "options": {
+            "keep": {
+                "title": "Keep",
+                "description": "what stays",
+                "type": "number",
+                "minimum": 0,
+                "maximum": 1,
+                "default": 0.5,
+            }
+        },
     }
     assert "shared" in listed
     planned = invoke("plan", TINY, "--policy", "toy", "--option", "keep=0.25")
@@ -273,7 +285,7 @@ def test_a_policy_of_another_package(plugin):
             "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'",
             marks=pytest.mark.slow,
         ),
-        pytest.param("toy_policies:NoPolicy", "is no subclass of tokgraph.policies.Policy", marks=pytest.mark.slow),
+        pytest.param("toy_policies:NoPolicy", "is no subclass of tokgraph.planning.Policy", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_plugin_is_an_error_with_a_name(plugin, value, message):

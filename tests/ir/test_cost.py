@@ -110,6 +110,12 @@ def test_two_images_a_sample(dimension: str) -> None:
     one = Captured.of(tg.ModelSpec(model, {"understanding": task}))
     two = recaptured(one, "understanding", several_images(2, 3, 8, dimension)[1])
     cost = cost_of(one, "understanding")
+    assert cost.sizes is not None
+    assert cost.sizes.assumed == (
+        ()  # the shapes show how many images there are
+        if dimension == "images"
+        else ("the encoder grows with the number of visual tokens: an image for every 6 visual tokens of a sample",)
+    )
     assert_same(cost.at(batch=3, visual=12, tokens=20), two)
     if dimension == "images":
         assert_same(cost.at(batch=3, images=6, tokens=20), two)

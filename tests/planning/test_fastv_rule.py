@@ -15,8 +15,10 @@ import tokgraph as tg
 from tests import tiny
 from tests.conftest import unrounded_softmax
 from tests.harness import Captured, captured_tiny
+from tests.planning.facts import G, U, facts
 from tokgraph.ir.evaluate import evaluate
 from tokgraph.ir.program import TaskGraph
+from tokgraph.planning.check import check_plan
 
 pytest.importorskip("transformers")
 from tests.reference import janus
@@ -24,7 +26,6 @@ from tests.reference import janus
 pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
 
 IMAGE, IMAGE_TOKENS = 255, 16
-U, G = "understanding", "generation"
 Inputs = dict[str, Tensor]
 
 
@@ -186,19 +187,15 @@ def test_eager_attention_chooses_the_same(captured_janus, eager) -> None:
 # What the selectors refuse.
 
 
-@pytest.fixture(scope="module")
-def three() -> Captured:
-    return captured_tiny(3)
-
-
 @pytest.mark.parametrize("selector", ["attention", "similarity", "norm"])
-def test_a_selector_that_looks_ahead_is_refused_on_generation(three: Captured, selector: str) -> None:
+def test_a_selector_that_looks_ahead_is_refused_on_generation(selector: str) -> None:
     plan = tg.Plan((tg.DropSite(G, 1, 2, 0.5, selector),))
     with pytest.raises(tg.PlanError, match=f"'{selector}' is not causal, and task 'generation' predicts visual tokens"):
-        three.apply(plan)
+        check_plan(plan, facts(3))
 
 
-def test_attention_needs_a_block_before_the_span(three: Captured) -> None:
+def test_attention_needs_a_block_before_the_span() -> None:
+    three = captured_tiny(3)
     with pytest.raises(tg.PlanError, match="block 0 has no block before it"):
         three.apply(tg.Plan((tg.DropSite(U, 0, 2, 0.5, "attention"),)))
 

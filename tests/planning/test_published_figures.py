@@ -7,7 +7,7 @@ import pytest
 import tokgraph as tg
 from tests.harness import Captured
 from tokgraph.passes.cost.pathways import pathways
-from tokgraph.report.published_flops import CONVENTIONS, Rows, Shape, himix_rows, staged, thinned, whole
+from tokgraph.report.published_flops import FORMULAS, Rows, Shape, himix_rows, staged, thinned, whole
 
 pytest.importorskip("transformers")
 from tests import zoo
@@ -59,7 +59,7 @@ def entering(model: Captured, policy: str, **options: object) -> list[float]:
 
 def ratio(convention: str, shape: Shape, rows: Rows) -> float:
     """FLOPs relative to the whole model's."""
-    count = CONVENTIONS[convention]
+    count = FORMULAS[convention]
     thin, full = (
         count(shape, rows_per_layer=r.rows, keys_per_layer=r.keys, visual_per_layer=r.visual)
         for r in (rows, whole(shape))

@@ -10,11 +10,10 @@ import torch
 import tokgraph as tg
 from tests import tiny
 from tests.harness import Captured, captured_tiny
+from tests.planning.facts import G, U, facts
 from tokgraph.ir.plan import DropSite
 from tokgraph.planning import selectors
 from tokgraph.planning.check import check_plan
-
-U, G = "understanding", "generation"
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +42,9 @@ def middle(positions: torch.Tensor) -> torch.Tensor:
     return -(positions - positions.float().mean()).abs()
 
 
-def plan(three: Captured, task: str, name: str, **more: object) -> tg.Plan:
+def plan(task: str, name: str, **more: object) -> tg.Plan:
     site = DropSite(task, 1, 2, 0.5, name, **more)  # type: ignore[arg-type]
-    return check_plan(tg.Plan((site,), exact=True), three.facts)
+    return check_plan(tg.Plan((site,), exact=True), facts(3))
 
 
 @pytest.mark.parametrize("more", [{}, {"mode": "freeze"}, {"restore": False}], ids=str)
@@ -55,14 +54,14 @@ def test_the_oracle_agrees(three: Captured, register, more: dict[str, object]) -
     for task, name in ((U, "spread"), (U, "middle"), (G, "middle")):
         if task == G and "restore" in more:
             continue  # generation demands every visual row
-        accelerated = three.apply(plan(three, task, name, **more))
+        accelerated = three.apply(plan(task, name, **more))
         tg.verify(three.program, accelerated).raise_if_failed()
         assert f"{name}_scores" in accelerated[task].graph_module.code
 
 
 def test_it_chooses_by_score(three: Captured, register) -> None:
     register("middle", middle, causal=True)
-    accelerated = three.apply(plan(three, G, "middle"))
+    accelerated = three.apply(plan(G, "middle"))
     module = accelerated[G].graph_module
     (index,) = [n for n in module.graph.nodes if n.target is torch.ops.tokgraph.keep_rows.default]
     seen = {}
@@ -82,7 +81,7 @@ def test_it_chooses_by_score(three: Captured, register) -> None:
 def test_a_wrong_choice_is_noticed(three: Captured, register) -> None:
     """The oracle scores one sample at a time: a function that mixes samples does not pass."""
     register("mixing", lambda rows: rows.var(-1) * torch.tensor([1.0, -1.0]).unsqueeze(1)[: len(rows)], causal=False)
-    accelerated = three.apply(plan(three, U, "mixing"))
+    accelerated = three.apply(plan(U, "mixing"))
     assert not tg.verify(three.program, accelerated).passed
 
 
@@ -94,26 +93,26 @@ def test_no_gradient_flows_through_a_choice(three: Captured, register) -> None:
         return rows.var(-1)
 
     register("spy", spy, causal=False)
-    three.apply(plan(three, U, "spy"))[U](**three.spec.tasks[U].inputs)
+    three.apply(plan(U, "spy"))[U](**three.spec.tasks[U].inputs)
     assert seen
     assert not any(seen)
 
 
-def test_one_that_sees_rows_is_refused_on_generation(three: Captured, register) -> None:
+def test_one_that_sees_rows_is_refused_on_generation(register) -> None:
     register("spread", spread, causal=False)
     with pytest.raises(tg.PlanError, match="'spread' is not causal, and task 'generation' predicts visual tokens"):
-        plan(three, G, "spread")
+        plan(G, "spread")
 
 
-def test_plan_files_name_it(three: Captured, register, tmp_path) -> None:
+def test_plan_files_name_it(register, tmp_path) -> None:
     register("middle", middle, causal=True)
-    plan(three, G, "middle").save(tmp_path / "plan.json")
+    plan(G, "middle").save(tmp_path / "plan.json")
     assert tg.Plan.load(tmp_path / "plan.json").sites[0].selector == "middle"
 
 
-def test_an_unknown_one_is_refused(three: Captured) -> None:
+def test_an_unknown_one_is_refused() -> None:
     with pytest.raises(tg.PlanError, match="selector 'middle' is unknown") as error:
-        plan(three, G, "middle")
+        plan(G, "middle")
     assert error.value.help is not None
     assert "tokgraph.register_selector" in error.value.help
 
@@ -147,4 +146,4 @@ def branching(rows: torch.Tensor) -> torch.Tensor:
 def test_functions_that_do_not_work(three: Captured, register, score, message: str) -> None:
     register("broken", score, causal=False)
     with pytest.raises(tg.PlanError, match=f"(?s)selector 'broken' {message}"):
-        three.apply(plan(three, U, "broken"))
+        three.apply(plan(U, "broken"))

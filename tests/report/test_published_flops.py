@@ -6,7 +6,7 @@ import pytest
 
 from tokgraph.errors import PlanError
 from tokgraph.report.published_flops import (
-    CONVENTIONS,
+    FORMULAS,
     NAMES,
     Rows,
     Shape,
@@ -29,9 +29,7 @@ def llava_7b(visual: int = 576) -> Shape:
 
 
 def count(convention: str, shape: Shape, rows: Rows) -> float:
-    return CONVENTIONS[convention](
-        shape, rows_per_layer=rows.rows, keys_per_layer=rows.keys, visual_per_layer=rows.visual
-    )
+    return FORMULAS[convention](shape, rows_per_layer=rows.rows, keys_per_layer=rows.keys, visual_per_layer=rows.visual)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +116,7 @@ def test_a_plans_tokens_per_block_are_counted() -> None:
 
 def test_names() -> None:
     assert NAMES == ("exact", "fastv", "pdrop", "himix")
-    assert set(CONVENTIONS) == set(NAMES) - {"exact"}
+    assert set(FORMULAS) == set(NAMES) - {"exact"}
 
 
 @pytest.mark.parametrize(

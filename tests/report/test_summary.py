@@ -66,10 +66,21 @@ def test_cost_is_that_of_the_example_and_of_the_sizes_asked(summary: dict[str, A
         for parts in ("by_region", "by_kind", "by_module"):
             assert sum(w["saved"] for w in example[parts].values()) == example["total"]["saved"]
         assert task["cost"]["uncounted"] == []
+        assert task["cost"]["assumed"] == list(cost.sizes.assumed)
         symbolic = task["cost"]["symbolic"]["forward_flops"]
         assert all(
             symbol in symbolic for symbol in (task["cost"]["symbols"]["batch"], task["cost"]["symbols"]["tokens"])
         )
+
+
+def test_what_is_assumed_is_said(summary: dict[str, Any]) -> None:
+    """A mask says which tokens are visual, so no shape says how many images there are; generation has no encoder."""
+    assert {name: task["cost"]["assumed"] for name, task in summary["tasks"].items()} == {
+        "understanding": [
+            "the encoder grows with the number of visual tokens: an image for every 16 visual tokens of a sample"
+        ],
+        "generation": [],
+    }
 
 
 def test_a_published_formula_reads_the_graph(summary: dict[str, Any]) -> None:
@@ -87,7 +98,7 @@ def test_a_published_formula_reads_the_graph(summary: dict[str, Any]) -> None:
         assert found["convention"]["forward_flops"] == fastv(shape, rows_per_layer=[tokens] * 4)
 
 
-def test_without_measures_and_conventions(digits_example: Captured) -> None:
+def test_without_measures_and_published_flops(digits_example: Captured) -> None:
     found = summarise(digits_example.facts)
     assert found["gradient_cosines"] is None
     for task in found["tasks"].values():

@@ -27,12 +27,14 @@ class Sizes:
             other dimensions under the user's names -> expressions.
         example: symbol -> its value in the example batch.
         planned: whether rows are dropped, for the number of visual tokens of the example batch and no other.
+        assumed: what shapes do not show and is assumed, in words; it matters at other sizes than those of the example.
     """
 
     task: str
     names: Mapping[str, sympy.Expr]
     example: Mapping[sympy.Symbol, int]
     planned: bool = False
+    assumed: tuple[str, ...] = ()
 
     def values(self, /, **asked: int) -> dict[sympy.Symbol, int]:
         """The value of every symbol for the sizes asked for; the others are as in the example batch.

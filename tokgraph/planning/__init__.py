@@ -1,17 +1,21 @@
 """Policies: each turns facts and options into a plan."""
 
-from .policy import Policy, option, policies, policy
+from .options import Blocks, Depth, L
+from .policy import Policy, policies, policy
 from .published import Dart, FastV, HiMix, HMGen, PyramidDrop, RandomLTD, ShareAll, SharePartial, TaskSpecific
 from .selectors import register_selector
 from .shared import Shared
 from .undropped import Exact, NoDrop
 
 __all__ = [
+    "Blocks",
     "Dart",
+    "Depth",
     "Exact",
     "FastV",
     "HMGen",
     "HiMix",
+    "L",
     "NoDrop",
     "Policy",
     "PyramidDrop",
@@ -20,7 +24,6 @@ __all__ = [
     "SharePartial",
     "Shared",
     "TaskSpecific",
-    "option",
     "policies",
     "policy",
     "register_selector",

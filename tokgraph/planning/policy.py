@@ -3,54 +3,72 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
+import inspect
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import DropSite, Plan
+
+from .options import options_of
 
 GROUP = "tokgraph.policies"
 """Entry point group in which other packages declare policies."""
 _POLICIES: dict[str, type[Policy]] = {}
 
 
-def option(default: Any, allowed: str) -> Any:
-    """A field of a policy that says which values it takes.
-
-    Args:
-        default: its default.
-        allowed: the values, as a Python expression of the option's name and of ``L``, the number of blocks:
-            ``"0 <= keep <= 1"``.
-    """
-    return dataclasses.field(default=default, metadata={"allowed": allowed})
+Exactly = Annotated[bool, Field(description="also remove work that no demanded output reads")]
+"""The option ``exact``, which most policies have."""
 
 
 class Policy(abc.ABC):
-    """Facts in, plan out. Subclasses are frozen dataclasses; their fields are their options (:func:`option` adds a range).
+    """Facts in, plan out. Subclasses are frozen dataclasses; their fields are their options (:mod:`.options`).
+
+    Options are checked when a policy is made, and against the depth of the model when it plans.
 
     Class attributes:
         name: the policy's name on the command line.
+        source: where it is published.
+
+    Raises:
+        PlanError: an option is of another type, or outside of its range.
     """
 
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
+
     name: ClassVar[str]
+    source: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         if cls.name in _POLICIES and _POLICIES[cls.name].__qualname__ != cls.__qualname__:
             raise ValueError(f"policy {cls.name!r} is defined twice")
         _POLICIES[cls.name] = cls
 
-    @abc.abstractmethod
+    def __post_init__(self) -> None:
+        for option in options_of(type(self)).values():
+            object.__setattr__(self, option.name, option.checked(self.name, getattr(self, option.name)))
+
     def plan(self, facts: Facts) -> Plan:
         """The plan for a model with these facts.
 
         Raises:
-            PlanError: an option does not fit the model.
+            PlanError: an option does not fit the model, or the policy cannot plan for it.
+        """
+        for option in options_of(type(self)).values():
+            option.check_depth(self.name, getattr(self, option.name), facts)
+        return self.decide(facts)
+
+    @abc.abstractmethod
+    def decide(self, facts: Facts) -> Plan:
+        """The plan, where every option is in its range.
+
+        Raises:
+            PlanError: the policy cannot plan for this model.
         """
 
     def made(self, sites: Iterable[DropSite], exact: bool) -> Plan:
@@ -59,7 +77,19 @@ class Policy(abc.ABC):
 
     def options(self) -> dict[str, Any]:
         """The policy's options, as plain data for the plan's record."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in options_of(type(self))}
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """What users are told of the policy, as plain data.
+
+        Returns:
+            ``{"summary", "source", "options": {name: JSON Schema}}``. Where a range depends on the number of blocks ``L``,
+            its bounds stand under ``"x-blocks"``.
+        """
+        summary = " ".join((inspect.getdoc(cls) or cls.name).partition("\n\n")[0].split())
+        options = {name: dict(option.schema) for name, option in options_of(cls).items()}
+        return {"summary": summary, "source": cls.source, "options": options}
 
 
 def policies() -> dict[str, type[Policy]]:
@@ -85,7 +115,7 @@ def _load_plugins() -> None:
             ) from error
         if not (isinstance(loaded, type) and issubclass(loaded, Policy)):
             raise PlanError(
-                f"policy plugin {point.name!r} ({point.value}) is no subclass of tokgraph.policies.Policy",
+                f"policy plugin {point.name!r} ({point.value}) is no subclass of tokgraph.planning.Policy",
                 help="let the entry point name the policy's class",
             )
 
@@ -94,23 +124,14 @@ def policy(name: str, **options: Any) -> Policy:
     """A policy by name.
 
     Raises:
-        PlanError: no such policy, it has no such option, or an option's value is of another type.
+        PlanError: no such policy, it has no such option, or an option's value is of another type or outside of its range.
     """
     cls = policies().get(name)
     if cls is None:
         raise PlanError(f"no policy is named {name!r}", help=f"the policies are {', '.join(policies())}")
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(options) - known)
+    known = options_of(cls)
+    unknown = sorted(set(options) - set(known))
     if unknown:
         takes = ", ".join(sorted(known)) or "none"
         raise PlanError(f"policy {name!r} has no option {unknown[0]!r}", help=f"its options are: {takes}")
-    hints = get_type_hints(cls)
-    return cls(**{option: _typed(name, option, value, hints[option]) for option, value in options.items()})
-
-
-def _typed(policy: str, option: str, value: Any, hint: Any) -> Any:
-    try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        message = error.errors()[0]["msg"]
-        raise PlanError(f"policy {policy!r}: option {option}={value!r}: {message}") from None
+    return cls(**options)

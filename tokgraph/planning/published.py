@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Facts, TaskFacts
 from tokgraph.ir.plan import DropSite, Plan, Projections
 
-from .policy import Policy, option
+from .options import Blocks, Kind, L, kind_of
+from .policy import Exactly, Policy
 
-Task = Literal["understanding", "generation"]
 
-
-def of_kind(facts: Facts, kind: Task) -> list[TaskFacts]:
+def of_kind(facts: Facts, kind: Kind) -> list[TaskFacts]:
     """The tasks that read text (understanding) or predict visual tokens (generation).
 
     Raises:
         PlanError: the model has none.
     """
-    found = [task for task in facts.values() if (task.demand.reads == "visual") == (kind == "generation")]
+    found = [task for task in facts.values() if kind_of(task) == kind]
     if not found:
         raise PlanError(
             f"the model has no {kind} task, and this policy thins {kind} only",
@@ -29,55 +30,39 @@ def of_kind(facts: Facts, kind: Task) -> list[TaskFacts]:
     return found
 
 
-def ratio(name: str, value: float) -> float:
-    """``value``, when it is a ratio.
-
-    Raises:
-        PlanError: it is outside ``[0, 1]``.
-    """
-    if not 0.0 <= value <= 1.0:
-        raise PlanError(f"{name}={value} is outside [0, 1]")
-    return value
-
-
-def block(name: str, value: int, task: TaskFacts, least: int = 0) -> int:
-    """``value``, when it is a block of the task.
-
-    Raises:
-        PlanError: it is not.
-    """
-    if not least <= value < len(task.blocks):
-        raise PlanError(
-            f"{name}={value} is out of range: task {task.name!r} has {len(task.blocks)} blocks",
-            help=f"give {least} <= {name} < {len(task.blocks)}",
-        )
-    return value
+Skipped = Annotated[
+    int | None,
+    Blocks(1, (L - 1) // 2, "generation"),
+    Field(
+        description="blocks that run without image rows, alternating with full ones; default: a third of the depth, L // 3"
+    ),
+]
 
 
 @dataclass(frozen=True)
 class FastV(Policy):
     """Understanding without a part of its visual tokens from block ``k`` on, by what the prompt attends to.
 
-    Source: Chen et al., arXiv 2403.06764. Departures: scores come from the last *prompt* token, in training as well (the
-    last token of a teacher-forced row is the answer); rows that the loss demands stay.
-
-    Args:
-        k: first block that runs without the dropped tokens, at least 1; the paper's K.
-        drop: ratio of visual tokens dropped; the paper's R.
-        exact: also remove work that no demanded output reads.
+    Departures: scores come from the last *prompt* token, in training as well (the last token of a teacher-forced row is
+    the answer); rows that the loss demands stay.
     """
 
     name: ClassVar[str] = "fastv"
+    source: ClassVar[str] = "Chen et al., arXiv 2403.06764"
 
-    k: int = option(2, "1 <= k < L")
-    drop: float = option(0.5, "0 <= drop <= 1")
-    exact: bool = True
+    k: Annotated[
+        int,
+        Blocks(1, L - 1, "understanding"),
+        Field(description="first block that runs without the dropped tokens; the paper's K"),
+    ] = 2
+    drop: Annotated[float, Field(ge=0, le=1, description="ratio of visual tokens dropped; the paper's R")] = 0.5
+    exact: Exactly = True
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """One site an understanding task."""
-        keep = 1.0 - ratio("drop", self.drop)
+        keep = 1.0 - self.drop
         sites = [
-            DropSite(task.name, block("k", self.k, task, 1), None, keep, "attention", restore=False)
+            DropSite(task.name, self.k, None, keep, "attention", restore=False)
             for task in of_kind(facts, "understanding")
         ]
         return self.made(sites, self.exact)
@@ -87,32 +72,25 @@ class FastV(Policy):
 class PyramidDrop(Policy):
     """Understanding with fewer visual tokens stage by stage.
 
-    Source: Xing et al., arXiv 2410.17247. Departure: scores as in ``fastv`` (attention weights of the last prompt token,
-    not its raw products with the keys).
-
-    Args:
-        stages: stages of equal depth; the first is full.
-        keep: ratio that each stage keeps of the one before.
-        exact: also remove work that no demanded output reads.
+    Departure: scores as in ``fastv`` (attention weights of the last prompt token, not its raw products with the keys).
     """
 
     name: ClassVar[str] = "pyramiddrop"
+    source: ClassVar[str] = "Xing et al., arXiv 2410.17247"
 
-    stages: int = option(4, "2 <= stages <= L")
-    keep: float = option(0.5, "0 <= keep <= 1")
-    exact: bool = True
+    stages: Annotated[
+        int, Blocks(2, L, "understanding"), Field(description="stages of equal depth; the first is full")
+    ] = 4
+    keep: Annotated[float, Field(ge=0, le=1, description="ratio that each stage keeps of the one before")] = 0.5
+    exact: Exactly = True
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """A nested site a stage but the first."""
         sites = []
         for task in of_kind(facts, "understanding"):
             depth = len(task.blocks)
-            if not 2 <= self.stages <= depth:
-                raise PlanError(f"stages={self.stages} is outside 2 .. {depth}, the blocks of task {task.name!r}")
             sites += [
-                DropSite(
-                    task.name, i * depth // self.stages, None, ratio("keep", self.keep) ** i, "attention", restore=False
-                )
+                DropSite(task.name, i * depth // self.stages, None, self.keep**i, "attention", restore=False)
                 for i in range(1, self.stages)
             ]
         return self.made(sites, self.exact)
@@ -122,32 +100,26 @@ class PyramidDrop(Policy):
 class RandomLTD(Policy):
     """Every middle block of every task skips its own random choice of visual tokens.
 
-    Source: Yao et al., arXiv 2211.11586. Departures: visual tokens only (the paper drops any), and a constant ratio
-    instead of a schedule. As in the paper, each training step draws anew.
-
-    Args:
-        keep: ratio of visual tokens that a middle block computes.
-        seed: seed of the choice; block ``b`` takes ``seed + b``.
-        exact: also remove work that no demanded output reads.
+    Departures: visual tokens only (the paper drops any), and a constant ratio instead of a schedule. As in the paper, each
+    training step draws anew.
     """
 
     name: ClassVar[str] = "random-ltd"
+    source: ClassVar[str] = "Yao et al., arXiv 2211.11586"
 
-    keep: float = option(0.5, "0 <= keep <= 1")
-    seed: int = option(0, "0 <= seed <= 2**63 + 1 - L")
-    exact: bool = True
+    keep: Annotated[float, Field(ge=0, le=1, description="ratio of visual tokens that a middle block computes")] = 0.5
+    seed: Annotated[int, Blocks(0, 2**63 + 1 - L), Field(description="seed of the choice; block b takes seed + b")] = 0
+    exact: Exactly = True
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """One site a middle block and task."""
         short = next((task for task in facts.values() if len(task.blocks) < 3), None)
         if short is not None:
             raise PlanError(
                 f"task {short.name!r} has {len(short.blocks)} blocks, and none between the first and the last"
             )
-        if self.seed < 0:
-            raise PlanError(f"seed={self.seed} is negative")
         sites = [
-            DropSite(task.name, b, b + 1, ratio("keep", self.keep), "random", seed=self.seed + b)
+            DropSite(task.name, b, b + 1, self.keep, "random", seed=self.seed + b)
             for task in facts.values()
             for b in range(1, len(task.blocks) - 1)
         ]
@@ -158,26 +130,26 @@ class RandomLTD(Policy):
 class Dart(Policy):
     """Understanding without the visual tokens that repeat others, from block ``k`` on.
 
-    Source: Wen et al., arXiv 2502.11494. Departures: eight pivots, the rows of largest residual norm (the paper: of
-    largest key norm, visual and text), and similarity is that of residual rows.
-
-    Args:
-        k: first block that runs without the dropped tokens.
-        drop: ratio of visual tokens dropped.
-        exact: also remove work that no demanded output reads.
+    Departures: eight pivots, the rows of largest residual norm (the paper: of largest key norm, visual and text), and
+    similarity is that of residual rows.
     """
 
     name: ClassVar[str] = "dart"
+    source: ClassVar[str] = "Wen et al., arXiv 2502.11494"
 
-    k: int = option(2, "0 <= k < L")
-    drop: float = option(0.5, "0 <= drop <= 1")
-    exact: bool = True
+    k: Annotated[
+        int,
+        Blocks(0, L - 1, "understanding"),
+        Field(description="first block that runs without the dropped tokens"),
+    ] = 2
+    drop: Annotated[float, Field(ge=0, le=1, description="ratio of visual tokens dropped")] = 0.5
+    exact: Exactly = True
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """One site an understanding task."""
-        keep = 1.0 - ratio("drop", self.drop)
+        keep = 1.0 - self.drop
         sites = [
-            DropSite(task.name, block("k", self.k, task), None, keep, "similarity", restore=False)
+            DropSite(task.name, self.k, None, keep, "similarity", restore=False)
             for task in of_kind(facts, "understanding")
         ]
         return self.made(sites, self.exact)
@@ -187,30 +159,22 @@ class Dart(Policy):
 class TaskSpecific(Policy):
     """Understanding without visual tokens in its late blocks; generation stays whole: cheap, and divergent.
 
-    Source: the asymmetry that arXiv 2606.01503 found, followed to the letter; a baseline that ``shared`` is to beat.
-
-    Args:
-        start: where the drop begins, as a share of the depth.
-        keep: ratio of visual tokens that stay.
-        exact: also remove work that no demanded output reads.
+    The asymmetry that its source found, followed to the letter; a baseline that ``shared`` is to beat.
     """
 
     name: ClassVar[str] = "task-specific"
+    source: ClassVar[str] = "the asymmetry that arXiv 2606.01503 found"
 
-    start: float = option(0.5, "0 <= start < 1")
-    keep: float = option(0.0, "0 <= keep <= 1")
-    exact: bool = True
+    start: Annotated[float, Field(ge=0, lt=1, description="where the drop begins, as a share of the depth")] = 0.5
+    keep: Annotated[float, Field(ge=0, le=1, description="ratio of visual tokens that stay")] = 0.0
+    exact: Exactly = True
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """One site an understanding task."""
         sites = []
         for task in of_kind(facts, "understanding"):
-            first = int(ratio("start", self.start) * len(task.blocks))
-            if first == len(task.blocks):
-                raise PlanError(
-                    f"start={self.start} leaves no block of task {task.name!r} to thin", help="give less than 1"
-                )
-            sites.append(DropSite(task.name, first, None, ratio("keep", self.keep), restore=False))
+            first = int(self.start * len(task.blocks))
+            sites.append(DropSite(task.name, first, None, self.keep, restore=False))
         return self.made(sites, self.exact)
 
 
@@ -239,15 +203,9 @@ def hmgen_sites(facts: Facts, skipped: int | None, projections: Projections) -> 
 
 def _skipped(task: TaskFacts, skipped: int | None) -> range:
     depth = len(task.blocks)
-    most = (depth - 1) // 2
     count = depth // 3 if skipped is None else skipped
-    if most < 1:
+    if depth < 3:
         raise PlanError(f"task {task.name!r} has {depth} blocks, and none between the first and the last")
-    if not 1 <= count <= most:
-        raise PlanError(
-            f"skipped={count} is outside 1 .. {most}: task {task.name!r} has {depth} blocks, and skipped ones alternate "
-            "with full ones"
-        )
     first = max(1, (depth - 2 * count + 1) // 2)
     return range(first, first + 2 * count, 2)
 
@@ -256,65 +214,58 @@ def _skipped(task: TaskFacts, skipped: int | None) -> range:
 class HiMix(Policy):
     """Understanding in which image rows serve as keys and values only, unchanged from the first block to the last.
 
-    Source: Zhang et al., arXiv 2501.10318; the understanding accelerator of arXiv 2606.01503.
-
-    Args:
-        projections: ``"own"``: image rows have their own key and value projections, as published; ``"shared"``: the
-            model's.
-        exact: also remove work that no demanded output reads.
+    The understanding accelerator of arXiv 2606.01503.
     """
 
     name: ClassVar[str] = "himix"
+    source: ClassVar[str] = "Zhang et al., arXiv 2501.10318"
 
-    projections: Projections = "own"
-    exact: bool = True
+    projections: Annotated[
+        Projections,
+        Field(
+            description="own: image rows have their own key and value projections, as published; shared: the model's"
+        ),
+    ] = "own"
+    exact: Exactly = True
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """One ``freeze`` site an understanding task."""
         return self.made(himix_sites(facts, self.projections), self.exact)
 
 
 @dataclass(frozen=True)
 class HMGen(Policy):
-    """Generation in which some blocks in the middle run without image rows.
-
-    Source: the generation accelerator of arXiv 2606.01503.
-
-    Args:
-        skipped: blocks that run without image rows; default: a third of the depth, ``L // 3``.
-        projections: ``"own"``: in the full blocks image rows have their own query, key and value projections, as
-            published; ``"shared"``: the model's.
-        exact: also remove work that no demanded output reads.
-    """
+    """Generation in which some blocks in the middle run without image rows."""
 
     name: ClassVar[str] = "hmgen"
+    source: ClassVar[str] = "arXiv 2606.01503"
 
-    skipped: int | None = option(None, "1 <= skipped <= (L - 1) // 2")
-    projections: Projections = "own"
-    exact: bool = True
+    skipped: Skipped = None
+    projections: Annotated[
+        Projections,
+        Field(
+            description="own: in the full blocks image rows have their own query, key and value projections, as published; "
+            "shared: the model's"
+        ),
+    ] = "own"
+    exact: Exactly = True
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """Single-block ``hide`` sites on every generation task, and sites with own projections between them."""
         return self.made(hmgen_sites(facts, self.skipped, self.projections), self.exact)
 
 
 @dataclass(frozen=True)
 class ShareAll(Policy):
-    """HiMix on understanding and HMGen on generation, over shared projections: one of the paper's failing baselines.
-
-    Source: arXiv 2606.01503, "HiMix-HMGen Share All".
-
-    Args:
-        skipped: as in ``hmgen``.
-        exact: also remove work that no demanded output reads.
-    """
+    """HiMix on understanding and HMGen on generation, over shared projections: one of the paper's failing baselines."""
 
     name: ClassVar[str] = "himix-hmgen-share-all"
+    source: ClassVar[str] = "arXiv 2606.01503, HiMix-HMGen Share All"
 
-    skipped: int | None = option(None, "1 <= skipped <= (L - 1) // 2")
-    exact: bool = True
+    skipped: Skipped = None
+    exact: Exactly = True
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """The sites of both."""
         return self.made([*himix_sites(facts, "shared"), *hmgen_sites(facts, self.skipped, "shared")], self.exact)
 
@@ -323,19 +274,15 @@ class ShareAll(Policy):
 class SharePartial(Policy):
     """HiMix on understanding and HMGen on generation, image rows of each with projections of their own.
 
-    Source: arXiv 2606.01503, "HiMix-HMGen Share Partial": the other failing baseline. The tasks share all but the image
-    projections, of which each has a set.
-
-    Args:
-        skipped: as in ``hmgen``.
-        exact: also remove work that no demanded output reads.
+    The paper's other failing baseline: the tasks share all but the image projections, of which each has a set.
     """
 
     name: ClassVar[str] = "himix-hmgen-share-partial"
+    source: ClassVar[str] = "arXiv 2606.01503, HiMix-HMGen Share Partial"
 
-    skipped: int | None = option(None, "1 <= skipped <= (L - 1) // 2")
-    exact: bool = True
+    skipped: Skipped = None
+    exact: Exactly = True
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """The sites of both."""
         return self.made([*himix_sites(facts, "own"), *hmgen_sites(facts, self.skipped, "own")], self.exact)

@@ -6,56 +6,86 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import DropSite, Mode, Plan, Ragged
 
-from .policy import Policy, option
+from .options import Blocks, L
+from .policy import Exactly, Policy
 from .search import Search, search
 
 
 @dataclass(frozen=True)
 class Shared(Policy):
-    """The same span, keep ratio and mode on every task, restored before the last block: sharing index 1.0.
-
-    Args:
-        span: ``(start, end)`` blocks; default: all blocks but the first and the last.
-        keep: ratio of visual tokens that stay. Tasks with different numbers of visual tokens are thinned alike only at
-            ratios that give all of them whole tokens; the nearest such ratio is taken.
-        selector: ``"uniform"`` or ``"random"``; ``"norm"`` looks ahead and is refused for tasks that predict visual
-            tokens.
-        mode: ``"hide"`` or ``"freeze"``.
-        seed: seed of the ``"random"`` selector.
-        ragged: what sites do where samples hold different numbers of visual tokens; tasks that differ in these numbers are
-            alike with ``"pad"`` only, which keeps the same share of every sample.
-        exact: also remove work that no demanded output reads.
-        target_flops: FLOPs of the training step relative to the captured program; the planner then chooses span,
-            alternation and keep ratio (:mod:`tokgraph.planning.search`), and ``span`` and ``keep`` must be left alone.
-        mix: task -> weight of its step in the target; default: all alike.
-        mass: task -> attention mass on image keys by block, measured; default: the planner's prior.
-    """
+    """The same span, keep ratio and mode on every task, restored before the last block: sharing index 1.0."""
 
     name: ClassVar[str] = "shared"
 
-    span: tuple[int, int] | None = option(None, "0 <= span[0] < span[1] < L")
-    keep: float = option(0.5, "0 <= keep <= 1")
-    selector: str = "uniform"
-    mode: Mode = "hide"
-    seed: int = option(0, "0 <= seed < 2**63")
-    ragged: Ragged = "min"
-    exact: bool = True
-    target_flops: float | None = option(None, "0 < target_flops <= 1")
-    mix: Mapping[str, float] | None = None
-    mass: Mapping[str, Sequence[float]] | None = None
+    span: Annotated[
+        tuple[int, int] | None,
+        Blocks(0, L - 1),
+        Field(
+            description="blocks start to end - 1; default: all but the first and the last. It ends before the last block, "
+            "whose demanded rows differ from task to task: restored there, all tasks keep running through the same parameters"
+        ),
+    ] = None
+    keep: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="ratio of visual tokens that stay; shared takes the nearest one that gives all tasks whole tokens",
+        ),
+    ] = 0.5
+    selector: Annotated[
+        str,
+        Field(
+            description="which visual tokens stay: uniform, random, norm, attention, similarity, or one of your own; tasks "
+            "that predict visual tokens refuse those that look ahead"
+        ),
+    ] = "uniform"
+    mode: Annotated[
+        Mode,
+        Field(
+            description="what dropped tokens are inside the span: hidden, or unchanged rows that still serve as keys and values"
+        ),
+    ] = "hide"
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="seed of the random selector")] = 0
+    ragged: Annotated[
+        Ragged,
+        Field(
+            description="samples with different numbers of visual tokens: all lose as many as the one with the fewest, or each "
+            "its own share, under a padding mask"
+        ),
+    ] = "min"
+    exact: Exactly = True
+    target_flops: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1,
+            description="FLOPs of the training step, relative to the captured program, to plan for: the planner then chooses "
+            "span, alternation and keep ratio",
+        ),
+    ] = None
+    mix: Annotated[
+        Mapping[str, float] | None,
+        Field(description="weights of the tasks' steps in the target; default: all alike"),
+    ] = None
+    mass: Annotated[
+        Mapping[str, Sequence[float]] | None,
+        Field(description="attention mass on image keys by task and block, measured; default: the planner's prior"),
+    ] = None
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """One site a task, or what the planner finds.
 
         Raises:
-            PlanError: the target cannot be met, the span reaches the last block, or no ratio near ``keep`` thins the
-                tasks alike.
+            PlanError: the target cannot be met, or no ratio near ``keep`` thins the tasks alike.
         """
         self._check_ragged(facts)
         if self.target_flops is not None:
@@ -66,20 +96,12 @@ class Shared(Policy):
                 f"{'mass' if self.mix is None else 'mix'} is for the planner, which works towards target_flops",
                 help="give target_flops, or leave it out",
             )
-        if not 0.0 <= self.keep <= 1.0:
-            raise PlanError(f"keep={self.keep} is outside [0, 1]", help="keep is the ratio of visual tokens that stay")
         blocks = min(len(task.blocks) for task in facts.values())
         start, end = self.span if self.span is not None else (1, blocks - 1)
-        if not 0 <= start < end <= blocks:
+        if start >= end:
             raise PlanError(
-                f"span [{start}, {end}) is out of range: the tasks have {blocks} blocks",
-                help=f"give 0 <= start < end <= {blocks - 1}",
-            )
-        if end == blocks:
-            raise PlanError(
-                f"span [{start}, {end}) reaches the last block, whose demanded rows differ from task to task",
-                help=f"end the span at {blocks - 1} or before: 'shared' restores before the last block, so that both "
-                "tasks keep running through the same parameters (sharing index 1.0)",
+                f"the tasks have {blocks} blocks, and none between the first and the last",
+                help="give a span, as (0, 1)",
             )
         keep = self._common_ratio(facts)
         sites = tuple(
@@ -95,8 +117,10 @@ class Shared(Policy):
         Raises:
             PlanError: there is no target, it cannot be met, or an option contradicts it.
         """
-        if self.target_flops is None or not 0.0 < self.target_flops <= 1.0:
-            raise PlanError(f"target_flops={self.target_flops} is outside (0, 1]")
+        if self.target_flops is None:
+            raise PlanError(
+                "the planner works towards target_flops, which is not given", help="give 0 < target_flops <= 1"
+            )
         fixed = {"span": None, "keep": 0.5, "selector": "uniform", "mode": "hide"}
         given = [name for name, default in fixed.items() if getattr(self, name) != default]
         if given:

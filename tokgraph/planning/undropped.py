@@ -17,7 +17,7 @@ class NoDrop(Policy):
 
     name: ClassVar[str] = "none"
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """The empty plan."""
         return Plan(policy=self.name)
 
@@ -31,6 +31,6 @@ class Exact(Policy):
 
     name: ClassVar[str] = "exact"
 
-    def plan(self, facts: Facts) -> Plan:
+    def decide(self, facts: Facts) -> Plan:
         """A plan without sites."""
         return Plan(exact=True, policy=self.name)

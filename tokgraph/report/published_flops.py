@@ -59,7 +59,7 @@ class Rows:
     visual: tuple[float, ...]
 
 
-class Convention(Protocol):
+class Formula(Protocol):
     """A way of counting one forward pass of the decoder layers, for one sequence."""
 
     def __call__(
@@ -146,7 +146,7 @@ def fastv(
     counted (the method has none), and the feed-forward part counts as two matrices, although LLaMA's has three.
 
     Args:
-        shape: as in :class:`Convention`, and so the others.
+        shape: as in :class:`Formula`, and so the others.
         rows_per_layer: rows that each layer computes.
         keys_per_layer: not read.
         visual_per_layer: not read.
@@ -169,7 +169,7 @@ def pdrop(
     Text is not counted at all, and neither is what rows that are keys only cost.
 
     Args:
-        shape: as in :class:`Convention`, and so the others.
+        shape: as in :class:`Formula`, and so the others.
         rows_per_layer: rows that each layer computes.
         keys_per_layer: not read.
         visual_per_layer: visual tokens among the rows.
@@ -198,7 +198,7 @@ def himix(
     term and leaves the projections of image rows out; here they count.
 
     Args:
-        shape: as in :class:`Convention`, and so the others.
+        shape: as in :class:`Formula`, and so the others.
         rows_per_layer: rows that each layer computes.
         keys_per_layer: rows that serve as keys and values in each layer.
         visual_per_layer: not read.
@@ -209,10 +209,10 @@ def himix(
     return sum(_layer(shape, r, k, matrices=2) for r, k in zip(rows.rows, rows.keys, strict=True))
 
 
-CONVENTIONS: Mapping[str, Convention] = MappingProxyType({"fastv": fastv, "pdrop": pdrop, "himix": himix})
+FORMULAS: Mapping[str, Formula] = MappingProxyType({"fastv": fastv, "pdrop": pdrop, "himix": himix})
 """The published formulas by name."""
 
-NAMES = ("exact", *CONVENTIONS)
+NAMES = ("exact", *FORMULAS)
 """What a user may ask for; ``"exact"`` has no formula: it is counted from the graph."""
 
 
