@@ -11,7 +11,7 @@ from torch import fx
 
 from tokgraph.ir.cost import NodeCost, Region, TaskCost
 from tokgraph.ir.facts import TaskFacts, Window
-from tokgraph.ir.node import argument, dims, module_path, rank, tensor, tensor_inputs, value
+from tokgraph.ir.node import argument, by_name, dims, module_path, rank, tensor, tensor_inputs, value
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.sizes import Sizes, expression
 
@@ -51,7 +51,7 @@ def task_cost(graph: TaskGraph, facts: TaskFacts) -> TaskCost:
 
 
 def _sizes(graph: TaskGraph, facts: TaskFacts) -> Sizes:
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     stream = next(n for name in (facts.entry, facts.visual.entry) if (n := nodes.get(name)) is not None)
     batch, tokens = (expression(d) for d in dims(stream)[:2])
     example = example_symbols(graph)

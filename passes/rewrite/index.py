@@ -9,7 +9,7 @@ from torch import fx
 
 from tokgraph.errors import IllegalRewriteError, PlanError
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import rank
+from tokgraph.ir.node import by_name, rank
 from tokgraph.ir.plan import DropSite
 
 from ..emitter import VISUAL_ROWS, Emitter
@@ -31,7 +31,7 @@ class IndexBuilder:
     def __init__(self, emit: Emitter, facts: TaskFacts) -> None:
         self._emit = emit
         self._facts = facts
-        self._nodes = {node.name: node for node in emit.graph.nodes}
+        self._nodes = by_name(emit.graph)
         self.entry = self._nodes[facts.entry]
         self._visual: fx.Node | None = None
         self._scores = Scores(emit, facts, self.entry)

@@ -17,7 +17,7 @@ from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Attention, Block, TaskFacts
-from tokgraph.ir.node import argument, rank, refresh_value
+from tokgraph.ir.node import argument, by_name, rank, refresh_value
 from tokgraph.ir.plan import DropSite
 
 from ..emitter import RESIDUAL, Emitter, remove_dead_code
@@ -51,7 +51,7 @@ class ExplicitCausalMask(GraphPass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Replace ``is_causal=True`` by a lower-triangular boolean mask."""
-        nodes = {node.name: node for node in graph_module.graph.nodes}
+        nodes = by_name(graph_module.graph)
         emit = Emitter(graph_module.graph, self.name)
         changed = 0
         for block in self.blocks:
@@ -124,7 +124,7 @@ class SeedSites(GraphPass):
         before = str(graph)
         emit = Emitter(graph, self.name)
         build = IndexBuilder(emit, self.facts)
-        nodes = {node.name: node for node in graph.nodes}
+        nodes = by_name(graph)
         for name in self.facts.stream:
             nodes[name].meta[RESIDUAL] = True
         frames: tuple[Frame, ...] = ()
