@@ -124,6 +124,7 @@ def rule(*operators: object, **traits: Any) -> Callable[[Rule], Rule]:
         traits: fields of :class:`Traits`. Operators of one rule that differ in them are named in decorators of their own.
 
     Raises:
+        TypeError: there is no such trait.
         ValueError: an operator has a rule already.
     """
     said = Traits(**traits)
@@ -142,8 +143,8 @@ def rule(*operators: object, **traits: Any) -> Callable[[Rule], Rule]:
 def is_tagged_pointwise(operator: object) -> bool:
     """Whether torch, or who wrote the operator, says that it is element by element, and the rule can describe it.
 
-    An operator that writes to an argument, returns something else than tensors (``equal``), or draws random numbers
-    (which two runs must not disagree about) needs a rule of its own.
+    An operator that writes to an argument, returns something else than tensors (``equal``), or draws random numbers (no
+    two runs agree, so nothing can be verified) needs a rule of its own.
     """
     if not isinstance(operator, torch._ops.OpOverload) or torch.Tag.pointwise not in operator.tags:
         return False
@@ -177,10 +178,10 @@ def traits(operator: object) -> Traits:
 
 def ruled_operators() -> dict[object, Rule]:
     """Operator -> rule, of every operator that torch knows now: those registered, and those that carry the tag."""
-    known = map(_overload, torch._C._dispatch_get_all_op_names())
-    tagged = dict.fromkeys(filter(is_tagged_pointwise, known), _ENTRIES[torch.Tag.pointwise])
+    loaded = map(_overload, torch._C._dispatch_get_all_op_names())
+    tagged = dict.fromkeys(filter(is_tagged_pointwise, loaded), _ENTRIES[torch.Tag.pointwise])
     found = {**tagged, **_ENTRIES}
-    return {operator: entry.rule for operator, entry in found.items() if operator is not torch.Tag.pointwise}
+    return {operator: known.rule for operator, known in found.items() if operator is not torch.Tag.pointwise}
 
 
 def _overload(name: str) -> object:
@@ -207,13 +208,14 @@ def is_one(node: fx.Node, axis: int) -> bool:
 
 def broadcast_rows(node: fx.Node, inputs: list[fx.Node] | None = None) -> list[Rows]:
     """Rows of an operator that broadcasts its inputs: axes align from the back, axes of size 1 are not followed."""
-    ndim = rank(node)
+    sizes = dims(node)
+    operands = [(x, dims(x)) for x in (tensor_inputs(node) if inputs is None else inputs)]
     rows: list[Rows] = []
-    for axis in range(ndim):
+    for axis, size in enumerate(sizes):
         follows = []
-        for x in tensor_inputs(node) if inputs is None else inputs:
-            j = axis - (ndim - rank(x))
-            if j >= 0 and (not is_one(x, j) or is_one(node, axis)):
+        for x, own in operands:
+            j = axis - (len(sizes) - len(own))
+            if j >= 0 and (own[j] != 1 or size == 1):
                 follows.append((x, j))
         rows.append(tuple(follows))
     return rows
