@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.passes.rules.calls import Call, assert_same, every, numbers, shape
-from tests.passes.rules.test_rules import CASES, ELEMENTWISE, RANDOM, H, S, call_of, elementwise_call, stream
+from tests.passes.rules.test_rules import CASES, ELEMENTWISE, RANDOM, RULED, H, S, call_of, elementwise_call, stream
 from tokgraph.passes.capture.batch_axis import shifted
 from tokgraph.passes.cost.operators import MORE, multiplies_nothing
 from tokgraph.passes.rules import AxisMap, registry, rule, ruled_operators, traits
@@ -21,7 +21,7 @@ aten, tokgraph = torch.ops.aten, torch.ops.tokgraph
 
 
 def operators_with(trait: str) -> list[Any]:
-    return sorted((op for op in ruled_operators() if getattr(traits(op), trait) not in (None, False)), key=str)
+    return sorted((op for op in RULED if getattr(traits(op), trait) not in (None, False)), key=str)
 
 
 def calls(op: Any) -> list[Call]:
