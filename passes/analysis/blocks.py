@@ -14,9 +14,8 @@ from tokgraph.ir.facts import Attention, Block, KeyOperand
 from tokgraph.ir.node import argument, rank, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph
 
-from ..rules import axis_map
+from ..rules import axis_map, traits
 from ..rules.registry import Axis, Mix
-from ..rules.shape import SIZED
 from .axes import AxisClasses
 from .projections import find_projections
 from .stream import Segment
@@ -147,7 +146,7 @@ def _weighted_sum(softmax: fx.Node, axis: int) -> fx.Node | None:
         described = axis_map(user)
         if (
             described is None
-            or user.target in SIZED
+            or traits(user.target).sized
             or len(tensor_inputs(user)) != 1
             or described.rows[axis] != ((node, axis),)
         ):

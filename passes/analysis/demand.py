@@ -7,10 +7,10 @@ from torch import fx
 from torch.nn import functional as F
 
 from tokgraph.ir.facts import Demand, Window
-from tokgraph.ir.node import argument, descendants, value
+from tokgraph.ir.node import argument, axis_argument, descendants, value
 from tokgraph.ir.program import TaskGraph
 
-from ..rules.registry import first_input, norm_dim
+from ..rules.registry import first_input
 from .axes import AxisClasses
 
 
@@ -49,7 +49,7 @@ def find_windows(
     for node in graph.graph.nodes:
         if node in later and node.target is torch.ops.aten.slice.Tensor:
             x = first_input(node)
-            axis = norm_dim(argument(node, "dim", 0), x.meta["val"].dim())
+            axis = axis_argument(node, x)
             if classes.same((x, axis), (after, 1)) and argument(node, "step", 1) == 1:
                 taken = slice(_hint(argument(node, "start")), _hint(argument(node, "end")))
                 rows, seen = read[:, taken], visual[:, taken]

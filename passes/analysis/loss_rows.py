@@ -9,11 +9,10 @@ from torch import fx
 
 from tokgraph.ir.node import argument, rank, tensor
 
+from ..rules import traits
 from ..rules.registry import first_input
-from ..rules.shape import VIEWS
 
 aten = torch.ops.aten
-_COPIES = (aten._to_copy.default, aten.clone.default)
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,6 @@ def loss_rows(node: fx.Node) -> LossRows | None:
 
 
 def _view_behind(node: fx.Node) -> fx.Node | None:
-    while node.target in _COPIES:
+    while traits(node.target).copies:
         node = first_input(node)
-    return node if node.target in VIEWS else None
+    return node if traits(node.target).reshape else None

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from tokgraph.ir.facts import Prompt, Window
-from tokgraph.ir.node import argument, descendants
+from tokgraph.ir.node import argument, axis_argument, by_name, descendants
 from tokgraph.ir.program import TaskGraph
 
-from ..rules.registry import norm_dim
 from .axes import AxisClasses
 from .loss_rows import LossRows, loss_rows
 
@@ -37,10 +36,10 @@ def _first_row(
     mine = (rows.logits, rows.axis)
     if classes.same(mine, (after, 1)):
         return 0
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     for window in windows:
         node = nodes[window.node]
-        axis, start = norm_dim(argument(node, "dim", 0), node.meta["val"].dim()), argument(node, "start") or 0
+        axis, start = axis_argument(node, node), argument(node, "start") or 0
         if classes.same(mine, (node, axis)) and isinstance(start, int) and start >= 0:
             return start
     return None

@@ -19,13 +19,9 @@ from tokgraph.errors import AnalysisError
 from tokgraph.ir.node import argument, descendants, module_path, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph, loss_node
 
+from ..rules import traits
+
 aten = torch.ops.aten
-_ADDS = (aten.add.Tensor,)
-_TRANSPARENT = (aten.clone.default, aten.dropout.default, aten._to_copy.default, aten.contiguous.default)
-_SHAPE_ONLY = (
-    aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.zeros_like.default,
-    aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
-)  # fmt: skip
 _ROOT = "root"
 
 
@@ -91,7 +87,7 @@ def _cut_points(graph: TaskGraph) -> list[fx.Node]:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if _is_float(user) and user.target not in _SHAPE_ONLY:
+            if _is_float(user) and not traits(user.target).shape_only:
                 flow.add_edge(node, user)
                 if user not in seen:
                     seen.add(user)
@@ -111,15 +107,15 @@ def _cut_points(graph: TaskGraph) -> list[fx.Node]:
 
 
 def _adds_to(node: fx.Node, previous: fx.Node) -> bool:
-    """Whether ``node`` is ``previous`` plus something: reached through additions (and copies) alone."""
-    if node.target not in _ADDS:
+    """Whether ``node`` is ``previous`` plus something: reached through additions (copies and dropout) alone."""
+    if node.target is not aten.add.Tensor:
         return False
     stack = tensor_inputs(node)
     while stack:
         operand = stack.pop()
         if operand is previous:
             return True
-        if operand.target in (*_ADDS, *_TRANSPARENT):
+        if operand.target in (aten.add.Tensor, aten.dropout.default) or traits(operand.target).copies:
             stack.extend(tensor_inputs(operand))
     return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import tensor
+from tokgraph.ir.node import by_name, tensor
 from tokgraph.ir.program import TaskGraph
 
 from ..rules import has_rule
@@ -23,7 +23,7 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
     """
     classes = AxisClasses(graph.graph)
     segments = residual_segments(graph)
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     tokens = token_axis(graph, segments, classes)
     blocks = find_blocks(segments, classes, tokens)
     entry, last = nodes[blocks[0].start], nodes[blocks[-1].end]

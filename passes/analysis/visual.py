@@ -11,15 +11,25 @@ from torch import fx
 from tokgraph.errors import AnalysisError
 from tokgraph.ir.evaluate import actual_size, evaluate, size_hint
 from tokgraph.ir.facts import VisualFlow
-from tokgraph.ir.node import ancestors, argument, descendants, rank, tensor, tensor_inputs, where
+from tokgraph.ir.node import (
+    ancestors,
+    argument,
+    axis_argument,
+    by_name,
+    descendants,
+    rank,
+    tensor,
+    tensor_inputs,
+    where,
+)
 from tokgraph.ir.program import TaskGraph
 
+from ..rules import traits
 from ..rules.registry import Axis
 from .axes import AxisClasses
 
 aten = torch.ops.aten
 MEETS = (aten.cat.default, aten.masked_scatter.default, aten.where.self, aten.index_put.default)
-_THROUGH = (aten.unsqueeze.default, aten.expand.default, aten._to_copy.default, aten.clone.default)
 
 
 def find_visual(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlow:
@@ -55,7 +65,7 @@ def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node, tokens: int
         stream: a value with the batch axis first.
         tokens: length of the token axis; ``None``: that of ``stream``.
     """
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     if flow.kind == "range":
         tokens = actual_size(graph, stream, 1) if tokens is None else tokens
         offset = sum(actual_size(graph, nodes[name], axis) for name, axis in flow.before)
@@ -126,7 +136,7 @@ def _meeting(node: fx.Node, axis: int, visual: set[fx.Node]) -> VisualFlow | Non
         operands: list[fx.Node] = argument(node, "tensors")
         mine = [x for x in operands if x in visual]
         first = operands.index(mine[0])
-        if axis == argument(node, "dim", 0) % rank(node) and operands[first : first + len(mine)] == mine:
+        if axis == axis_argument(node, node) and operands[first : first + len(mine)] == mine:
             before = tuple((x.name, axis) for x in operands[:first])
             last = first + len(mine) == len(operands)
             stop = None if last else sum(size_hint(x, axis) for x in mine)
@@ -165,12 +175,17 @@ def _back(
 def _flat_mask(mask: fx.Node) -> fx.Node | None:
     """The ``[batch, tokens]`` mask (or one with trailing axes of size 1) behind a broadcast one."""
     while True:
-        if rank(mask) == 2 or (rank(mask) == 3 and size_hint(mask, 2) == 1 and mask.target not in _THROUGH):
+        if rank(mask) == 2 or (rank(mask) == 3 and size_hint(mask, 2) == 1 and not _broadcasts(mask)):
             return mask
         inputs = tensor_inputs(mask)
-        if mask.target not in _THROUGH or len(inputs) != 1 or rank(mask) < 2:
+        if not _broadcasts(mask) or len(inputs) != 1 or rank(mask) < 2:
             return None
         mask = inputs[0]
+
+
+def _broadcasts(node: fx.Node) -> bool:
+    """Whether a node repeats its input's values along more axes, or copies them."""
+    return node.target in (aten.unsqueeze.default, aten.expand.default) or traits(node.target).copies
 
 
 def _meeting_point(stream: fx.Node) -> fx.Node:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -15,23 +15,11 @@ from tokgraph.ir.node import Dim, argument, dims, rank, same_size, value
 
 from ..contract import GraphPass
 from ..emitter import Emitter
-from ..rules import axis_map
-from ..rules.pointwise import BROADCASTING
+from ..rules import axis_map, traits
 from ..rules.registry import Axis, first_input
-from ..rules.shape import VIEWS
 
 aten = torch.ops.aten
 
-_NAMES_NO_AXIS = frozenset((
-    *BROADCASTING, aten.linear.default, aten.layer_norm.default, aten.rms_norm.default, aten.matmul.default,
-    aten.embedding.default, aten.scaled_dot_product_attention.default,
-))  # fmt: skip
-_NAMES_AXES = frozenset((
-    aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, aten.mean.dim,
-    aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction, aten.linalg_vector_norm.default,
-    aten.slice.Tensor, aten.select.int, aten.cat.default, aten.unsqueeze.default, aten.transpose.int,
-))  # fmt: skip
-_AXIS_ARGUMENTS = ("dim", "dim0", "dim1")
 _ANY_RANK = {aten.mm.default: aten.matmul.default, aten.bmm.default: aten.matmul.default}
 
 
@@ -68,7 +56,7 @@ class KeepBatchAxis(GraphPass):
         for node in list(graph.nodes):
             if node.op != "call_function" or not isinstance(value(node), torch.Tensor):
                 continue
-            if node.target in VIEWS and (same := _separated(emit, node, apart)) is not None:
+            if traits(node.target).reshape and (same := _separated(emit, node, apart)) is not None:
                 node.replace_all_uses_with(same)
             elif (moved := _apart(emit, node, apart)) is not None:
                 apart[node] = moved
@@ -89,10 +77,10 @@ def _separated(emit: Emitter, node: fx.Node, apart: dict[fx.Node, Apart]) -> fx.
 
 def _apart(emit: Emitter, node: fx.Node, apart: dict[fx.Node, Apart]) -> Apart | None:
     """The node's value with its leading axes apart, where it merges them or reads a value that has them merged."""
-    if node.target not in VIEWS:
+    if not traits(node.target).reshape:
         return _call_apart(emit, node, apart)
     x = first_input(node)
-    source = apart.get(x) or Apart(x, _merged_axes(dims(x), dims(node)))
+    source = apart.get(x) or Apart(x, _merged_axes(node))
     if source.leading == 0 or (x in apart and not _same_sizes(dims(x)[:1], dims(node)[:1])):
         return None
     if _same_sizes(dims(source.value)[source.leading :], dims(node)[1:]):
@@ -104,16 +92,16 @@ def _apart(emit: Emitter, node: fx.Node, apart: dict[fx.Node, Apart]) -> Apart |
     return Apart(emit.call(node.target, source.value, [*sizes, *rest], origin=node), source.leading)
 
 
-def _merged_axes(old: tuple[Dim, ...], new: tuple[Dim, ...]) -> int:
-    """How many leading axes of ``old`` the first axis of ``new`` stands for, 0 where it is no merge of them, or where the
-    sizes depend on data (they rule out most reshapes).
+def _merged_axes(node: fx.Node) -> int:
+    """How many leading axes of its input the first axis of a reshape stands for, 0 where it is no merge of them, or where
+    the sizes depend on data (they rule out most reshapes).
     """
-    if any(free_unbacked_symbols(size) for size in old if not isinstance(size, int)):
+    if any(free_unbacked_symbols(size) for size in dims(first_input(node)) if not isinstance(size, int)):
         return 0
-    for count in range(1, len(old) + 1 if new else 0):
-        if same_size(sympy.prod([sympy.sympify(size) for size in old[:count]]), new[0]):
-            return count if count > 1 else 0
-    return 0
+    described = axis_map(node)
+    assert described is not None
+    merged = [len(g.inputs) for g in described.groups if g.inputs.start == 0 and g.outputs == range(1)]
+    return 0 if 1 in merged else min(merged, default=0)
 
 
 def _same_sizes(a: tuple[Dim, ...], b: tuple[Dim, ...]) -> bool:
@@ -146,9 +134,10 @@ def _call_apart(emit: Emitter, node: fx.Node, apart: dict[fx.Node, Apart]) -> Ap
         return None
     target: Any = node.target
     target = _ANY_RANK.get(target, target)
-    if (target not in _NAMES_NO_AXIS and target not in _NAMES_AXES) or _of_rank(node, len(leading) - 1):
+    names = traits(target).axes
+    if names is None or _of_rank(node, len(leading) - 1):
         return None
-    args, kwargs = _shifted(node, len(leading) - 1) if target in _NAMES_AXES else (node.args, node.kwargs)
+    args, kwargs = shifted(node, names, len(leading) - 1)
     args, kwargs = fx.node.map_arg((args, kwargs), lambda x: sources[x].value if x in sources else x)
     made = emit.call(target, *args, origin=node, **kwargs)
     return Apart(made, len(leading)) if _computes_same(made, node, sources) else None
@@ -163,8 +152,8 @@ def _of_rank(node: fx.Node, more: int) -> bool:
     return argument(node, "memory_format") in (torch.channels_last, torch.channels_last_3d)
 
 
-def _shifted(node: fx.Node, by: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments, with axes counted from the front ``by`` further back."""
+def shifted(node: fx.Node, axes: Collection[str], by: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments, with those that name axes, counted from the front, ``by`` further back."""
 
     def shift(dim: Any) -> Any:
         if isinstance(dim, (list, tuple)):
@@ -172,8 +161,8 @@ def _shifted(node: fx.Node, by: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return dim + by if isinstance(dim, int) and dim >= 0 else dim
 
     names = [schema.name for schema in node.target._schema.arguments]  # type: ignore[union-attr]
-    args = (shift(a) if name in _AXIS_ARGUMENTS else a for name, a in zip(names, node.args, strict=False))
-    return tuple(args), {name: shift(a) if name in _AXIS_ARGUMENTS else a for name, a in node.kwargs.items()}
+    args = (shift(a) if name in axes else a for name, a in zip(names, node.args, strict=False))
+    return tuple(args), {name: shift(a) if name in axes else a for name, a in node.kwargs.items()}
 
 
 def _computes_same(made: fx.Node, node: fx.Node, sources: dict[fx.Node, Apart]) -> bool:
@@ -202,5 +191,5 @@ def _merge_again(emit: Emitter, apart: dict[fx.Node, Apart]) -> None:
     alive = set(emit.graph.nodes)
     for node, same in apart.items():
         sizes = [_size(node, axis) for axis in range(1, rank(node))] if {node, same.value} <= alive else [None]
-        if node.target not in VIEWS and None not in sizes:
+        if not traits(node.target).reshape and None not in sizes:
             node.replace_all_uses_with(emit.call(aten.reshape.default, same.value, [-1, *sizes], origin=node))

@@ -12,11 +12,11 @@ import torch
 from torch import fx
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, call, rank, tensor
+from tokgraph.ir.node import argument, axis_argument, call, tensor
 
 from ..contract import GraphPass
 from ..rules.indexing import is_whole_slice_scatter
-from ..rules.registry import first_input, norm_dim
+from ..rules.registry import first_input
 from ..rules.shape import is_whole_slice
 
 aten = torch.ops.aten
@@ -127,7 +127,7 @@ class SplitToSlices(GraphPass):
 def _replace_split(graph: fx.Graph, node: fx.Node, made_by: str) -> None:
     """Replace a split, unless a size is symbolic or a reader takes the results as they come."""
     x = first_input(node)
-    dim = norm_dim(argument(node, "dim", 0), rank(x))
+    dim = axis_argument(node, x)
     sizes = [part.shape[dim] for part in node.meta["val"]]
     if not all(isinstance(size, int) for size in sizes) or any(u.target is not operator.getitem for u in node.users):
         return

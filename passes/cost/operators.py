@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..rules.registry import ruled_operators
+from ..rules.registry import entry
 
 aten = torch.ops.aten
 Formula = Callable[..., Any]
@@ -46,61 +46,58 @@ MORE: Mapping[Any, Formula] = MappingProxyType(
 _NO_PRODUCTS = frozenset(
     {
         # normalisation and losses
-        "_softmax", "_log_softmax", "_safe_softmax", "native_layer_norm", "native_group_norm", "native_batch_norm",
-        "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "cudnn_batch_norm",
-        "_fused_rms_norm", "_weight_norm_interface", "nll_loss_forward", "nll_loss2d_forward", "mse_loss",
-        "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "native_dropout", "linalg_vector_norm", "norm",
+        "_safe_softmax", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+        "_batch_norm_with_update", "cudnn_batch_norm", "_weight_norm_interface", "nll_loss2d_forward",
+        "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "norm",
         # reductions, running sums and order
-        "sum", "mean", "prod", "amax", "amin", "aminmax", "max", "min", "argmax", "argmin", "all", "any", "var", "std",
-        "var_mean", "std_mean", "logsumexp", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "median", "mode",
-        "nansum", "count_nonzero", "topk", "kthvalue", "sort", "searchsorted", "bucketize", "unique_consecutive",
-        "_unique2", "bincount", "histc", "nonzero", "nonzero_static", "_is_all_true", "_is_any_true",
-        "equal", "_local_scalar_dense",
+        "aminmax", "max", "min", "all", "any", "var", "std", "var_mean", "std_mean", "cummax", "cummin", "median",
+        "mode", "nansum", "count_nonzero", "kthvalue", "searchsorted", "bucketize", "unique_consecutive", "_unique2",
+        "bincount", "histc", "nonzero", "nonzero_static", "_is_all_true", "_is_any_true", "equal",
+        "_local_scalar_dense",
         # making, moving and joining
-        "cat", "stack", "clone", "copy", "_to_copy", "contiguous", "constant_pad_nd", "reflection_pad1d",
-        "reflection_pad2d", "replication_pad2d", "repeat", "repeat_interleave", "flip", "roll", "tril", "triu", "diag_embed",
-        "tril_indices", "triu_indices", "_unsafe_view", "_reshape_copy", "_assert_async", "_assert_scalar",
-        "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size", "lift_fresh_copy",
-        "lift_fresh", "resize", "set_", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+        "copy", "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "repeat_interleave", "tril", "triu",
+        "diag_embed", "tril_indices", "triu_indices", "_reshape_copy", "_assert_async", "_assert_scalar",
+        "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size", "resize", "set_",
+        "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
         # looking up and writing
-        "embedding", "_embedding_bag", "_embedding_bag_forward_only", "gather", "index", "_unsafe_index", "index_select",
-        "take", "masked_select", "masked_scatter", "masked_scatter_", "masked_fill", "masked_fill_", "scatter",
-        "scatter_add", "scatter_reduce", "index_put", "_unsafe_index_put", "_index_put_impl_", "index_add", "index_copy",
-        "index_fill", "index_reduce", "select_scatter", "slice_scatter", "diagonal_scatter", "one_hot",
+        "_embedding_bag", "_embedding_bag_forward_only", "_unsafe_index", "take", "masked_select", "masked_scatter_",
+        "masked_fill_", "scatter", "scatter_reduce", "_unsafe_index_put", "_index_put_impl_", "index_fill",
+        "index_reduce", "diagonal_scatter",
         # pooling and resampling: sums with fixed weights
         "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
         "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "upsample_nearest1d",
         "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d", "upsample_bilinear2d",
         "upsample_linear1d", "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa",
-        "_upsample_bicubic2d_aa", "grid_sampler_2d", "grid_sampler_3d", "im2col", "col2im", "unfold", "glu",
+        "_upsample_bicubic2d_aa", "grid_sampler_2d", "grid_sampler_3d", "im2col", "col2im", "glu",
     }
 )  # fmt: skip
-"""Operators of ATen whose work is of the order of what they read and write."""
+"""Operators of ATen without a rule whose work is of the order of what they read and write."""
 
 _PLAIN_NAMESPACES = frozenset({"prim", "tokgraph"})
 """Namespaces without products; those of tokgraph's operators that make some (scores) register their formulas."""
 
-_PRODUCT_RULES = frozenset({"contraction", "attention"})
-"""Files of rules whose operators multiply matrices."""
 
-
-@cache
 def multiplies_nothing(operator: Any) -> bool:
     """Whether an operator is known to multiply no matrices.
 
-    Known are element-wise operators, views, operators that make tensors from none, those of a list, tokgraph's own, and
-    those that have a token-axis rule which says so. What nobody has said anything about is not known.
+    Known are operators with a token-axis rule (which says so where they do multiply some), element-wise operators, views,
+    operators that make tensors from none, those of a list, and tokgraph's own. What nobody has said anything about is
+    not known.
     """
+    found = entry(operator)
+    return _plain(operator) if found is None else not found.traits.products
+
+
+@cache
+def _plain(operator: Any) -> bool:
+    """Whether an operator without a rule is known to multiply no matrices."""
     if not isinstance(operator, torch._ops.OpOverload):
         return False
     if torch.Tag.pointwise in operator.tags or operator.is_view or operator.namespace in _PLAIN_NAMESPACES:
         return True
     if not any("Tensor" in str(argument.type) for argument in operator._schema.arguments):
         return True
-    if operator.namespace == "aten" and operator._schema.name.removeprefix("aten::") in _NO_PRODUCTS:
-        return True
-    described = ruled_operators().get(operator)
-    return described is not None and described.__module__.rpartition(".")[2] not in _PRODUCT_RULES
+    return operator.namespace == "aten" and operator._schema.name.removeprefix("aten::") in _NO_PRODUCTS
 
 
 class Parts(TorchDispatchMode):

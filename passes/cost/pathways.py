@@ -14,7 +14,7 @@ from torch import fx
 
 from tokgraph.errors import AnalysisError
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import rank, tensor, tensor_inputs
+from tokgraph.ir.node import by_name, rank, tensor, tensor_inputs
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.tensors import tensor_name
 
@@ -60,7 +60,7 @@ def pathways(graph: TaskGraph, facts: TaskFacts) -> Pathways:
             meets = node.name == facts.visual.entry and node.target in MEETS and operand.name not in branch
             for name in names:
                 profile[name] = max(profile.get(name, 0.0), 0.0 if meets else rows / count)
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     ends = [nodes.get(block.end) for block in facts.blocks]
     per_block = tuple(visual[spaces[end, 1]] if end is not None and (end, 1) in spaces else 0.0 for end in ends)
     return Pathways(profile, per_block)

@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
-import sympy
 import torch
 from torch import fx
 
 from tokgraph.ir.evaluate import evaluate
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import Dim, ancestors, dims, rank, same_size, tensor
+from tokgraph.ir.node import ancestors, by_name, dims, rank, same_size, tensor
 from tokgraph.ir.program import TaskGraph
 
 from ..emitter import is_selection, selection
 from ..rewrite.pushdown import NARROWED
 from ..rules import axis_map
 from ..rules.registry import Axis, AxisMap, first_input
-from ..rules.shape import VIEWS
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -128,7 +126,7 @@ class _Follow:
     """
 
     def __init__(self, graph: fx.Graph, facts: TaskFacts) -> None:
-        nodes = {node.name: node for node in graph.nodes}
+        nodes = by_name(graph)
         entry = nodes.get(facts.visual.entry, nodes.get(facts.entry))
         self.found: dict[Axis, Held] = {}
         self._calls = [node for node in graph.nodes if node.op == "call_function" and tensor(node) is not None]
@@ -176,9 +174,11 @@ class _Follow:
                 chain = _only_rows(self.found.get((others, 1), (SAMPLES,)))
                 self._note((node, 1), (chain[:-1],) if chain else None)
             else:
-                if node.target in VIEWS:
-                    self._merge(first_input(node), node)
-                    self._part(first_input(node), node)
+                merged, parted = self._regrouped(node)
+                for one, two in merged:
+                    self._merge(two, one)
+                for one, two in parted:
+                    self._part(one, two)
                 for axis, source in (*self._row_by_row(node), *self._in_place(node)):
                     self._note((node, axis), self.found.get(source))
 
@@ -190,9 +190,11 @@ class _Follow:
                 for axis in range(rank(x)):
                     self._note((x, axis), self._widened((node, axis), index if axis == dim else None))
             elif node.target is not tokgraph.restore.default and node not in self._meets:
-                if node.target in VIEWS:
-                    self._merge(node, first_input(node))
-                    self._part(node, first_input(node))
+                merged, parted = self._regrouped(node)
+                for one, two in parted:
+                    self._merge(two, one)
+                for one, two in merged:
+                    self._part(one, two)
                 for axis, source in self._row_by_row(node):
                     self._note(source, self.found.get((node, axis)))
 
@@ -235,39 +237,35 @@ class _Follow:
         ]
         return [*described.aligned, *same]
 
-    def _merge(self, x: fx.Node, y: fx.Node) -> None:
-        """Samples and rows that a reshape of ``x`` to ``y`` makes one axis of."""
-        for first, axis in _merges(x, y):
-            parts = (*self.found.get((x, first), ()), *self.found.get((x, first + 1), ()))
-            if len(parts) == 2 and parts.count(SAMPLES) == 1:
-                self._note((y, axis), parts)
+    def _regrouped(self, node: fx.Node) -> tuple[list[tuple[Axis, Axis]], list[tuple[Axis, Axis]]]:
+        """``(one axis, the first of two)`` where a reshape makes one axis of two, and where it makes two of one."""
+        described = self._rule(node)
+        groups = described.groups if described is not None else ()
+        merged = [g for g in groups if len(g.inputs) == 2]
+        parted = sorted((g for g in groups if len(g.outputs) == 2), key=lambda g: g.outputs.start)
+        x = first_input(node) if groups else node
+        return (
+            [((node, g.outputs.start), (x, g.inputs.start)) for g in merged],
+            [((x, g.inputs.start), (node, g.outputs.start)) for g in parted],
+        )
 
-    def _part(self, x: fx.Node, y: fx.Node) -> None:
-        """Samples and rows that a reshape of ``x`` to ``y`` makes two axes of."""
-        for first, axis in _merges(y, x):
-            parts = self.found.get((x, axis), ())
-            if len(parts) == 2 and same_size(dims(y)[first + parts.index(SAMPLES)], self._samples):
-                for offset, part in enumerate(parts):
-                    self._note((y, first + offset), (part,))
+    def _merge(self, two: Axis, one: Axis) -> None:
+        """Samples and rows that a reshape makes one axis of."""
+        x, first = two
+        parts = (*self.found.get((x, first), ()), *self.found.get((x, first + 1), ()))
+        if len(parts) == 2 and parts.count(SAMPLES) == 1:
+            self._note(one, parts)
+
+    def _part(self, one: Axis, two: Axis) -> None:
+        """Samples and rows that a reshape makes two axes of."""
+        y, first = two
+        parts = self.found.get(one, ())
+        if len(parts) == 2 and same_size(dims(y)[first + parts.index(SAMPLES)], self._samples):
+            for offset, part in enumerate(parts):
+                self._note((y, first + offset), (part,))
 
 
 def _only_rows(parts: Held) -> Chain | None:
     """The chain of an axis that holds nothing else."""
     (part,) = parts if len(parts) == 1 else (SAMPLES,)
     return None if part == SAMPLES else part
-
-
-def _merges(apart: fx.Node, merged: fx.Node) -> list[tuple[int, int]]:
-    """``(i, j)`` where a reshape between two values makes axes ``i`` and ``i + 1`` of the one axis ``j`` of the other."""
-    wide, narrow = dims(apart), dims(merged)
-    return [
-        (i, j)
-        for i in range(len(wide) - 1)
-        for j in range(len(narrow))
-        if same_size(_product(wide[:i]), _product(narrow[:j])) and same_size(_product(wide[i : i + 2]), narrow[j])
-    ]
-
-
-def _product(sizes: tuple[Dim, ...]) -> Dim:
-    product: Dim = sympy.expand(sympy.prod([sympy.sympify(size) for size in sizes]))
-    return product

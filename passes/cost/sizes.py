@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from tokgraph.ir.facts import TaskFacts, Window
-from tokgraph.ir.node import argument, dims, rank, tensor, tensor_inputs, value
+from tokgraph.ir.node import argument, by_name, dims, rank, tensor, tensor_inputs, value
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.sizes import Sizes, expression
 
@@ -32,7 +32,7 @@ def task_sizes(graph: TaskGraph, facts: TaskFacts) -> Sizes:
     Raises:
         AnalysisError: a size depends on values that have no storage.
     """
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     stream = next(n for name in (facts.entry, facts.visual.entry) if (n := nodes.get(name)) is not None)
     batch, tokens = (expression(d) for d in dims(stream)[:2])
     example = example_symbols(graph)

@@ -29,16 +29,12 @@ from tokgraph.ir.node import ancestors, argument, entered, fake_mode, tensor, va
 from tokgraph.ir.program import TaskGraph, loss_node
 from tokgraph.ir.tensors import read
 
+from ..rules import traits
 from .operators import MORE, Parts
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
 _SDPA = aten.scaled_dot_product_attention.default
-_LOOKUPS = (
-    aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default,
-    tokgraph.select.default, tokgraph.drop.default,
-)  # fmt: skip
-"""Operators that read only the rows they return."""
 _PROBES: WeakKeyDictionary[FakeTensorMode, dict[Any, Probe]] = WeakKeyDictionary()
 """Capture, by its mode -> what its calls do."""
 
@@ -308,7 +304,7 @@ class _Counter:
         return self._roots.get(node, node)
 
     def _read(self, node: fx.Node, inputs: list[fx.Node], written: Any) -> Any:
-        if node.target in _LOOKUPS:
+        if traits(node.target).lookup:
             return written + sum(map(self._size, inputs[1:]))
         return sum(map(self._size, inputs))
 

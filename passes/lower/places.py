@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from tokgraph.ir.facts import Block, TaskFacts
-from tokgraph.ir.node import ancestors, descendants, module_path, tensor, tensor_inputs
+from tokgraph.ir.node import ancestors, by_name, descendants, module_path, tensor, tensor_inputs
 from tokgraph.ir.program import TaskGraph
 
 from ..cost.attribution import Locator
-from ..rules import axis_map
+from ..rules import axis_map, traits
 
 aten = torch.ops.aten
 
@@ -22,7 +22,6 @@ Kind = Literal["attention", "ffn", "norm", "head", "encoder", "input", "drop", "
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PLACE = "tokgraph"
 """Key of ``node.meta["custom"]``, which torch.export keeps and writes to files: the node's place, as a dict."""
-_NORMS = (aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default, aten.native_layer_norm.default)
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class _Kinds:
 
     def __init__(self, graph: fx.Graph, blocks: Iterable[Block], locate: Locator) -> None:
         self._known: dict[fx.Node, Kind] = {}
-        nodes = {node.name: node for node in graph.nodes}
+        nodes = by_name(graph)
         members: dict[int, list[fx.Node]] = {}
         for node in graph.nodes:
             region, index = locate.of(node) if node.op == "call_function" else ("input", None)
@@ -129,7 +128,7 @@ class _Kinds:
                 if node in part:
                     if _contracts(node) or any(x in mixed for x in node.all_input_nodes):
                         mixed.add(node)
-                    norm = node.target in _NORMS or (node not in mixed and node is not join and _is_real(node))
+                    norm = traits(node.target).normalises or (node not in mixed and node is not join and _is_real(node))
                     self._known[node] = "norm" if norm else kind  # type: ignore[assignment]
 
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from tokgraph.errors import IllegalRewriteError
 from tokgraph.ir.facts import Block, TaskFacts
-from tokgraph.ir.node import tensor_inputs, where
+from tokgraph.ir.node import by_name, tensor_inputs, where
 
 from ..analysis.axes import AxisClasses
 from ..analysis.blocks import token_mixes
@@ -32,7 +32,7 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block]) -> 
     Raises:
         IllegalRewriteError: an operator there has no rule, or mixes tokens other than by attention.
     """
-    nodes = {node.name: node for node in graph.nodes}
+    nodes = by_name(graph)
     classes = AxisClasses(graph)
     tokens = (nodes[facts.entry], 1)
     for block in blocks:

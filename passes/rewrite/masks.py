@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import rank
+from tokgraph.ir.node import by_name, rank
 
 from ..emitter import Emitter
 
@@ -25,7 +25,7 @@ class Masks:
     def __init__(self, emit: Emitter, facts: TaskFacts) -> None:
         self._emit = emit
         self._facts = facts
-        self._nodes = {node.name: node for node in emit.graph.nodes}
+        self._nodes = by_name(emit.graph)
         self.entry = self._nodes[facts.entry]
         self._visual: fx.Node | None = None
 

@@ -9,14 +9,14 @@ from torch import fx
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, descendants, rank, tensor
+from tokgraph.ir.node import argument, axis_argument, by_name, descendants, rank, tensor
 from tokgraph.ir.program import COMPACT_OUTPUTS
 
 from ..analysis.axes import AxisClasses
 from ..analysis.loss_rows import LossRows, loss_rows
 from ..emitter import VISUAL_ROWS, Emitter, refresh_after
+from ..rules import traits
 from ..rules.registry import Axis, first_input
-from ..rules.shape import VIEWS
 from .index import IndexBuilder
 from .row_space import RowSpace
 
@@ -69,7 +69,7 @@ def seed_outputs(
         )
     graph = module.graph
     classes = AxisClasses(graph)
-    nodes = {node.name: node for node in graph.nodes}
+    nodes = by_name(graph)
     reads = [_whole(build, stream, spaces, exact)]
     if exact:
         reads += [
@@ -100,7 +100,7 @@ def _window(
     index = build.window(argument(node, "start") or 0, argument(node, "end"))
     index.meta[VISUAL_ROWS] = visual
     demanded = build.demand((), (index, length, wanted))
-    axis = argument(node, "dim", 0) % rank(node)
+    axis = axis_argument(node, node)
     return ReadRows((node, axis), (index,), () if demanded is None else (demanded,))
 
 
@@ -119,7 +119,7 @@ def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> 
         targets = emit.call(tokgraph.select_targets.default, targets, index, ignored, origin=rows.loss)
     for user, old, new in ((rows.logits_user, rows.logits, logits), (rows.targets_user, rows.targets, targets)):
         user.replace_input_with(old, new)
-        if user.target in VIEWS:
+        if traits(user.target).reshape:
             user.update_arg(1, [-1, *list(user.args[1])[1:]])  # type: ignore[arg-type]
     return [logits, targets]
 

@@ -16,7 +16,7 @@ from tokgraph.ir.node import refresh_value
 
 from ..contract import GraphPass
 from ..emitter import Emitter, is_selection, remove_dead_code, selection
-from ..rules.shape import SIZED
+from ..rules import traits
 from .wants import Along, Chain, Selections, Want, selections, through_restore, through_selection
 
 aten = torch.ops.aten
@@ -124,7 +124,7 @@ class _Rebuild:
     def _fix_sizes(self, node: fx.Node) -> None:
         """Give views and expands of narrowed axes the new size."""
         own = self._found.own.get(node, {})
-        if node.target not in SIZED or not own:
+        if not traits(node.target).sized or not own:
             return
         sizes = list(node.args[1])  # type: ignore[arg-type]
         for along, chain in own.items():

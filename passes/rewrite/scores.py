@@ -11,7 +11,7 @@ from torch import fx
 from tokgraph.errors import InternalError, PlanError
 from tokgraph.ir.facts import Attention, TaskFacts
 from tokgraph.ir.names import STEP
-from tokgraph.ir.node import argument, rank
+from tokgraph.ir.node import argument, by_name, rank
 from tokgraph.ir.plan import DropSite
 from tokgraph.planning.selectors import scorer, selectors
 
@@ -57,7 +57,7 @@ class Scores:
     def __init__(self, emit: Emitter, facts: TaskFacts, entry: fx.Node) -> None:
         self._emit = emit
         self._facts = facts
-        self._nodes = {node.name: node for node in emit.graph.nodes}
+        self._nodes = by_name(emit.graph)
         self._entry = entry
 
     def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:

@@ -16,7 +16,7 @@ from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Attention, Block, TaskFacts
-from tokgraph.ir.node import argument, rank, refresh_value
+from tokgraph.ir.node import argument, by_name, rank, refresh_value
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass, Numerics
@@ -49,7 +49,7 @@ class ExplicitCausalMask(GraphPass):
     def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Replace ``is_causal=True`` by a lower-triangular boolean mask."""
         blocks = self.needed(facts).blocks
-        nodes = {node.name: node for node in graph_module.graph.nodes}
+        nodes = by_name(graph_module.graph)
         emit = Emitter(graph_module.graph, self.name)
         for block in self.blocks:
             for attention in blocks[block].attention:
@@ -117,7 +117,7 @@ class SeedSites(GraphPass):
         graph = graph_module.graph
         emit = Emitter(graph, self.name)
         build = IndexBuilder(emit, facts)
-        nodes = {node.name: node for node in graph.nodes}
+        nodes = by_name(graph)
         for name in facts.stream:
             nodes[name].meta[RESIDUAL] = True
         spaces: tuple[RowSpace, ...] = ()

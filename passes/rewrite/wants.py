@@ -19,10 +19,8 @@ from torch import fx
 from tokgraph.ir.node import argument, dims, rank, tensor
 
 from ..emitter import is_selection, selection
-from ..rules import axis_map
-from ..rules.pointwise import BROADCASTING
+from ..rules import axis_map, traits
 from ..rules.registry import is_one
-from ..rules.shape import SIZED
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -191,7 +189,7 @@ def commute(node: fx.Node, along: Along) -> list[tuple[fx.Node, Along]] | Declin
     rows, samples = described.rows[along.dim], described.rows[along.batch]
     if rows is None or samples is None:
         return Declined(node.name, f"{node.target} mixes rows")
-    if not rows and node.target not in SIZED:
+    if not rows and not traits(node.target).sized:
         return Declined(node.name, f"{node.target} makes the axis", end=True)
     batch_of = dict(samples)
     passed = []
@@ -226,7 +224,7 @@ def _static_batch_of_one(node: fx.Node) -> bool:
 def _may_lift(node: fx.Node, x: fx.Node) -> bool:
     if node.target is aten.scaled_dot_product_attention.default:
         return x is argument(node, "attn_mask")
-    return node.target in BROADCASTING
+    return traits(node.target).broadcasts
 
 
 def _occurrences(node: fx.Node, x: fx.Node) -> int:

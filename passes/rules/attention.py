@@ -12,7 +12,7 @@ from .registry import AxisMap, Mix, Rows, is_one, rule
 aten = torch.ops.aten
 
 
-@rule(aten.scaled_dot_product_attention.default)
+@rule(aten.scaled_dot_product_attention.default, products=True, axes=())
 def scaled_dot_product_attention(node: fx.Node) -> AxisMap:
     """Query rows follow the query and the mask, never key or value; key, value and mask columns are mixed.
 

@@ -12,7 +12,7 @@ from .registry import AxisMap, Mix, Rows, is_one, rule
 aten = torch.ops.aten
 
 
-@rule(aten.linear.default)
+@rule(aten.linear.default, products=True, axes=())
 def linear(node: fx.Node) -> AxisMap:
     """``[..., in] x [out, in]``: every leading axis is row by row, the last one is contracted."""
     x = argument(node, "input")
@@ -39,13 +39,14 @@ def _product(node: fx.Node, left: fx.Node, right: fx.Node) -> AxisMap:
     return AxisMap(tuple(rows), (Mix("contraction", ((left, nl - 1), (right, max(nr - 2, 0)))),))
 
 
-@rule(aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
+@rule(aten.matmul.default, products=True, axes=())
+@rule(aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default, products=True)
 def matmul(node: fx.Node) -> AxisMap:
     """``[..., n, k] @ [..., k, m]``."""
     return _product(node, *node.args[:2])  # type: ignore[arg-type]
 
 
-@rule(aten.addmm.default, aten.baddbmm.default)
+@rule(aten.addmm.default, aten.baddbmm.default, products=True)
 def addmm(node: fx.Node) -> AxisMap:
     """``bias + left @ right``; the bias broadcasts."""
     bias, left, right = node.args[:3]
@@ -62,6 +63,7 @@ def addmm(node: fx.Node) -> AxisMap:
 @rule(
     aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    products=True,
 )  # fmt: skip
 def convolution(node: fx.Node) -> AxisMap:
     """Only a batch axis is row by row: spatial axes are windows, channels are contracted (depthwise or not)."""

@@ -8,15 +8,15 @@ import torch
 from torch import fx
 
 from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
-from tokgraph.ir.node import argument, dims, rank, same_size, tensor
+from tokgraph.ir.node import argument, axis_argument, dims, rank, same_size, tensor
 
-from .registry import Axis, AxisMap, Mix, Rows, first_input, identity_rows, is_one, norm_dim, rule
+from .registry import Axis, AxisMap, Mix, Rows, first_input, identity_rows, is_one, rule
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
 
 
-@rule(aten.embedding.default)
+@rule(aten.embedding.default, axes=(), lookup=True)
 def embedding(node: fx.Node) -> AxisMap:
     """One table row per index: the axes of the indices are row by row."""
     indices = argument(node, "indices")
@@ -31,11 +31,11 @@ def one_hot(node: fx.Node) -> AxisMap:
     return AxisMap((*(((x, axis),) for axis in range(rank(x))), ()))
 
 
-@rule(aten.gather.default)
+@rule(aten.gather.default, lookup=True)
 def gather(node: fx.Node) -> AxisMap:
     """Along ``dim`` rows follow the index, elsewhere the index and ``x`` (but not where the index is the narrower)."""
     x, index = first_input(node), argument(node, "index")
-    along = norm_dim(argument(node, "dim"), rank(x))
+    along = axis_argument(node, x)
     return _by_index(x, along, [x, index], {along: ((index, along),)})
 
 
@@ -43,7 +43,7 @@ def gather(node: fx.Node) -> AxisMap:
 def scatter(node: fx.Node) -> AxisMap:
     """Row by row in every axis but ``dim`` (but not where index or source are of another size than ``x``)."""
     x, index, src = first_input(node), argument(node, "index"), argument(node, "src")
-    along = norm_dim(argument(node, "dim"), rank(x))
+    along = axis_argument(node, x)
     operands = [x, index, src] if isinstance(src, fx.Node) else [x, index]
     return _by_index(x, along, operands, {along: None})
 
@@ -72,7 +72,7 @@ def _axes_of(*values: object) -> list[Axis]:
     return [(x, axis) for x in values if isinstance(x, fx.Node) and tensor(x) is not None for axis in range(rank(x))]
 
 
-@rule(aten.index.Tensor)
+@rule(aten.index.Tensor, lookup=True)
 def index(node: fx.Node) -> AxisMap:
     """Advanced indexing with integer tensors on the leading axes: the axes of the (broadcast) indices are row by row
     in every index; axes of ``x`` that are not indexed follow ``x``; a boolean index is data dependent.
@@ -95,10 +95,10 @@ def index(node: fx.Node) -> AxisMap:
     return AxisMap(tuple(rows), (Mix("order", tuple((x, a) for a in range(len(tensors)))),))
 
 
-@rule(aten.index_select.default)
+@rule(aten.index_select.default, lookup=True)
 def index_select(node: fx.Node) -> AxisMap:
     """The indexed axis follows the index, unless that is a scalar; the others follow ``x``."""
-    x, along = first_input(node), norm_dim(argument(node, "dim"), rank(node))
+    x, along = first_input(node), axis_argument(node, node)
     index: fx.Node = argument(node, "index")
     chosen: Rows = ((index, 0),) if rank(index) else None
     rows = tuple(chosen if a == along else ((x, a),) for a in range(rank(node)))
@@ -156,7 +156,7 @@ def index_add(node: fx.Node) -> AxisMap:
 def slice_scatter(node: fx.Node) -> AxisMap:
     """Writes ``src`` over a range (or one element) of one axis; the other axes are row by row in both."""
     x, src = first_input(node), argument(node, "src")
-    along = norm_dim(argument(node, "dim", 0), rank(x))
+    along = axis_argument(node, x)
     lost = node.target is aten.select_scatter.default
     rows: tuple[Rows, ...] = tuple(
         None if axis == along else ((x, axis), (src, axis - (lost and axis > along))) for axis in range(rank(x))
@@ -168,7 +168,7 @@ def slice_scatter(node: fx.Node) -> AxisMap:
 def is_whole_slice_scatter(node: fx.Node) -> bool:
     """Whether a ``slice_scatter`` writes over every element, so that nothing of its first operand is left."""
     x, src = first_input(node), argument(node, "src")
-    along = norm_dim(argument(node, "dim", 0), rank(x))
+    along = axis_argument(node, x)
     start, step = argument(node, "start"), argument(node, "step", 1)
     return start in (None, 0) and step == 1 and same_size(dims(src)[along], dims(x)[along])
 
@@ -177,18 +177,18 @@ def is_whole_slice_scatter(node: fx.Node) -> bool:
 def sort(node: fx.Node) -> AxisMap:
     """Orders along one axis; the others are row by row."""
     x = first_input(node)
-    along = norm_dim(argument(node, "dim", -1), rank(x))
+    along = axis_argument(node, x)
     rows: tuple[Rows, ...] = tuple(None if axis == along else ((x, axis),) for axis in range(rank(x)))
     return AxisMap(rows, (Mix("order", ((x, along),)),))
 
 
-@rule(tokgraph.select.default)
+@rule(tokgraph.select.default, lookup=True)
 def select(node: fx.Node) -> AxisMap:
     """Ours: narrows ``dim``; the others are row by row."""
     return _narrowed(node, argument(node, "dim"), argument(node, "batch_dim"))
 
 
-@rule(tokgraph.drop.default)
+@rule(tokgraph.drop.default, lookup=True)
 def drop(node: fx.Node) -> AxisMap:
     """Ours: narrows the token axis of the stream."""
     return _narrowed(node, 1, 0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tokgraph.ir.node import argument, rank
+from tokgraph.ir.node import argument, axis_argument, axis_arguments, rank
 
-from .registry import AxisMap, Mix, MixKind, Rows, first_input, norm_dim, rule
+from .registry import AxisMap, Mix, MixKind, Rows, first_input, rule
 
 aten = torch.ops.aten
 
@@ -19,27 +19,25 @@ def _kept(x: fx.Node, over: set[int], kind: MixKind) -> AxisMap:
     return AxisMap(tuple(rows), mixes, tuple((axis, (x, axis)) for axis in sorted(over)))
 
 
-@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, axes=("dim",))
 def softmax(node: fx.Node) -> AxisMap:
     """Normalises over ``dim``."""
     x = first_input(node)
-    return _kept(x, {norm_dim(argument(node, "dim"), rank(x))}, "softmax")
+    return _kept(x, {axis_argument(node, x)}, "softmax")
 
 
 @rule(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default)
 def scan(node: fx.Node) -> AxisMap:
     """Runs along its axis (or axes)."""
     x = first_input(node)
-    over = argument(node, "dim") if argument(node, "dim") is not None else argument(node, "dims")
-    over = over if isinstance(over, (list, tuple)) else [over]
-    return _kept(x, {norm_dim(d, rank(x)) for d in over} or set(range(rank(x))), "scan")
+    return _kept(x, set(axis_arguments(node, x, "dim", "dims")) or set(range(rank(x))), "scan")
 
 
 @rule(aten.diff.default)
 def diff(node: fx.Node) -> AxisMap:
     """Differences of neighbours along one axis, with what is put before and after it; the others are row by row."""
     x = first_input(node)
-    along = norm_dim(argument(node, "dim", -1), rank(x))
+    along = axis_argument(node, x)
     joined = [y for y in (x, argument(node, "prepend"), argument(node, "append")) if y is not None]
     rows: tuple[Rows, ...] = tuple(
         None if axis == along else tuple((y, axis) for y in joined) for axis in range(rank(x))
@@ -47,7 +45,10 @@ def diff(node: fx.Node) -> AxisMap:
     return AxisMap(rows, tuple(Mix("window", ((y, along),)) for y in joined))
 
 
-@rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default, aten.native_layer_norm.default)
+@rule(
+    aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default, aten.native_layer_norm.default,
+    axes=(), normalises=True,
+)  # fmt: skip
 def layer_norm(node: fx.Node) -> AxisMap:
     """Normalises over the trailing axes."""
     x = first_input(node)
@@ -55,7 +56,10 @@ def layer_norm(node: fx.Node) -> AxisMap:
     return _kept(x, set(range(rank(x) - over, rank(x))), "reduction")
 
 
-@rule(aten.group_norm.default, aten.native_group_norm.default, aten.batch_norm.default, aten.instance_norm.default)
+@rule(
+    aten.group_norm.default, aten.native_group_norm.default, aten.batch_norm.default, aten.instance_norm.default,
+    normalises=True,
+)  # fmt: skip
 def channel_norm(node: fx.Node) -> AxisMap:
     """Normalises over everything but the batch (``group_norm``); batch statistics mix the batch as well, and
     ``native_group_norm`` is told its size.
@@ -71,14 +75,13 @@ def channel_norm(node: fx.Node) -> AxisMap:
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction, aten.all.dim,
     aten.any.dim, aten.argmax.default, aten.argmin.default, aten.linalg_vector_norm.default, aten.logsumexp.default,
     aten.sum.default, aten.mean.default, aten.all.default, aten.any.default, aten.prod.default, aten.prod.dim_int,
+    axes=("dim",),
 )  # fmt: skip
 def reduction(node: fx.Node) -> AxisMap:
     """Reduces over some or all axes."""
     x = first_input(node)
     n = rank(x)
-    over = argument(node, "dim")
-    over = list(range(n)) if over is None else over if isinstance(over, (list, tuple)) else [over]
-    dims = {norm_dim(d, n) for d in over} or set(range(n))
+    dims = set(axis_arguments(node, x)) or set(range(n))
     left = range(n) if argument(node, "keepdim", False) else [a for a in range(n) if a not in dims]
     rows: list[Rows] = [() if axis in dims else ((x, axis),) for axis in left]
     return AxisMap(tuple(rows), tuple(Mix("reduction", ((x, axis),)) for axis in sorted(dims)))

@@ -13,41 +13,38 @@ from .registry import AxisMap, broadcast_rows, first_input, identity_rows, rule
 
 aten = torch.ops.aten
 
-UNARY = (
-    "abs alias bitwise_not ceil celu clone contiguous cos dropout elu erf exp expm1 floor gelu hardsigmoid hardswish "
-    "hardtanh isinf isnan leaky_relu log log1p log_sigmoid logical_not lift_fresh_copy mish neg reciprocal relu relu6 "
-    "round rsqrt selu sigmoid sign silu sin softplus sqrt square tanh detach detach_ zeros_like ones_like full_like "
-    "empty_like nan_to_num rsub _to_copy to clamp clamp_min clamp_max threshold bernoulli native_dropout positive"
-).split()
-BINARY = (
-    "add sub mul div pow maximum minimum fmod remainder floor_divide true_divide eq ne lt le gt ge __and__ __or__ "
-    "__xor__ bitwise_and bitwise_or bitwise_xor logical_and logical_or logical_xor where masked_fill lerp addcmul "
-    "addcdiv type_as expand_as atan2 copysign hypot xlogy"
-).split()
 
-
-def _overloads(names: list[str]) -> list[object]:
-    packets = [getattr(aten, name) for name in names if hasattr(aten, name)]
-    chosen = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
-    return [
-        op
-        for op in chosen
-        if not op._schema.is_mutable
-        and "out" not in op._overloadname.split("_")
-        and all(isinstance(result.type, torch.TensorType) for result in op._schema.returns)  # not where(condition)
-    ]
-
-
-BROADCASTING = frozenset((*_overloads(UNARY), *_overloads(BINARY)))
-"""Operators whose inputs align from the back: a missing batch axis can be put before an input without changing them."""
-_OF_TYPE = (aten.type_as.default, aten.to.other)
-"""Operators that read the type of their second tensor, and neither its shape nor its values."""
-
-
-@rule(*sorted(BROADCASTING, key=str))
+@rule(
+    torch.Tag.pointwise,
+    # what torch does not tag, nor take apart before a graph is captured
+    aten.__and__.Scalar, aten.__and__.Tensor, aten.__or__.Scalar, aten.__or__.Tensor, aten._conj.default,
+    aten._neg_view.default, aten._prelu_kernel.default, aten.complex.default, aten.detach.default,
+    aten.expand_as.default, aten.floor_divide.Scalar, aten.floor_divide.default, aten.hardswish.default,
+    aten.log_sigmoid.default, aten.log_sigmoid_forward.default, aten.masked_fill.Tensor, aten.polar.default,
+    aten.rsub.Tensor, aten.true_divide.Scalar, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf,
+    # random numbers, drawn for every element on its own: with other rows beside it a row gets others, as likely
+    aten.bernoulli.default, aten.bernoulli.Tensor, aten.bernoulli.p, aten.dropout.default, aten.native_dropout.default,
+    broadcasts=True, axes=(),
+)  # fmt: skip
+@rule(
+    aten._to_copy.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
+    aten.lift_fresh_copy.default, aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.prim_Device,
+    aten.to.prim_dtype, aten.to.prim_other,
+    broadcasts=True, axes=(), copies=True,
+)  # fmt: skip
+@rule(
+    aten.empty_like.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default,
+    broadcasts=True, axes=(), shape_only=True,
+)  # fmt: skip
 def pointwise(node: fx.Node) -> AxisMap:
     """Elementwise; size-1 axes broadcast."""
-    return AxisMap(tuple(broadcast_rows(node, [first_input(node)] if node.target in _OF_TYPE else None)))
+    return AxisMap(tuple(broadcast_rows(node)))
+
+
+@rule(aten.type_as.default, aten.to.other, broadcasts=True, axes=())
+def of_type(node: fx.Node) -> AxisMap:
+    """A cast to the type of another tensor, of which neither the shape nor the values are read."""
+    return AxisMap(tuple(broadcast_rows(node, [first_input(node)])))
 
 
 @rule(operator.getitem)

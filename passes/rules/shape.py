@@ -2,53 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from operator import mul
+
 import sympy
 import torch
 from torch import fx
 
-from tokgraph.ir.node import Dim, argument, dims, rank, same_size
+from tokgraph.ir.node import Dim, argument, axis_argument, axis_arguments, dims, rank, same_size
 
-from .registry import AxisMap, Mix, Rows, broadcast_rows, first_input, is_one, norm_dim, rule
+from .registry import AxisMap, Group, Mix, Rows, broadcast_rows, first_input, is_one, rule
 
 aten = torch.ops.aten
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-SIZED = frozenset((*VIEWS, aten.expand.default))
-"""Operators whose size argument lists the output's sizes in order."""
 
 
-def _size_before(sizes: tuple[Dim, ...], axis: int) -> Dim:
-    product: Dim = sympy.expand(sympy.prod([sympy.sympify(s) for s in sizes[:axis]]))
-    return product
-
-
-@rule(*VIEWS)
+@rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, sized=True, reshape=True)
+@rule(aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)
 def view(node: fx.Node) -> AxisMap:
     """An axis survives when its size and the product of the sizes before it survive: then the element at index ``i``
     of the one is at index ``i`` of the other, whatever the sizes are, so equal integers cannot confuse it.
     """
     x = first_input(node)
     old, new = dims(x), dims(node)
-    survivors: list[Rows] = []
-    for axis, size in enumerate(new):
-        before = _size_before(new, axis)
-        match = [j for j, s in enumerate(old) if same_size(s, size) and same_size(_size_before(old, j), before)]
-        survivors.append(((x, match[0]),) if match else () if size == 1 else None)
-    used = {r[0][1] for r in survivors if r}
-    lost = [j for j in range(len(old)) if j not in used and not is_one(x, j)]
-    return AxisMap(tuple(survivors), (Mix("layout", tuple((x, j) for j in lost)),) if lost else ())
+    groups = reshape_groups(old, new)
+    same: dict[int, int] = {}
+    for group in groups:
+        if len(group.inputs) == len(group.outputs) == 1:
+            same.setdefault(group.outputs[0], group.inputs[0])
+    survivors: list[Rows] = [
+        ((x, same[axis]),) if axis in same else () if size == 1 else None for axis, size in enumerate(new)
+    ]
+    lost = [j for j in range(len(old)) if j not in same.values() and not is_one(x, j)]
+    return AxisMap(tuple(survivors), (Mix("layout", tuple((x, j) for j in lost)),) if lost else (), groups=groups)
 
 
-@rule(aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)
-def reshape_like(node: fx.Node) -> AxisMap:
-    """Views under other names."""
-    return view(node)
+def reshape_groups(old: Sequence[Dim], new: Sequence[Dim]) -> tuple[Group, ...]:
+    """The axes that a reshape of sizes ``old`` to sizes ``new`` keeps, merges and splits, in the order of its input axes.
+
+    Axes correspond where as many elements lie before them in both shapes, and as many in them. That is compared as
+    polynomials in the graph's symbols: sizes that only happen to be equal, before other axes, are not confused. Axes of
+    size 1 belong to the groups beside them or do not, so groups may overlap. Axes that only correspond several to several,
+    as ``[2, 6] -> [4, 3]``, are in no group.
+    """
+    old, new = [_expanded(size) for size in old], [_expanded(size) for size in new]
+    before = [_expanded(count) for count in accumulate(old[:-1], mul, initial=1)]
+    starts = [_expanded(count) for count in accumulate(new[:-1], mul, initial=1)]
+    return tuple(
+        group
+        for i in range(len(old))
+        for j in range(len(new))
+        if before[i] == starts[j]
+        for group in _groups_from(old, new, i, j)
+    )
 
 
-@rule(aten.transpose.int)
+def _groups_from(old: Sequence[Dim], new: Sequence[Dim], i: int, j: int) -> Iterator[Group]:
+    """The groups that begin with input axis ``i`` and output axis ``j``, which lie behind as many elements."""
+    for stop, merged in _runs(old, i):
+        if merged == new[j]:
+            yield Group(range(i, stop), range(j, j + 1))
+    for stop, split in _runs(new, j):
+        if split == old[i] and stop > j + 1:  # that of one axis is above
+            yield Group(range(i, i + 1), range(j, stop))
+
+
+def _runs(sizes: Sequence[Dim], start: int) -> Iterator[tuple[int, Dim]]:
+    """End and number of elements of the runs of neighbouring axes that begin with an axis."""
+    elements: Dim = 1
+    for axis in range(start, len(sizes)):
+        elements = _expanded(elements * sizes[axis])
+        yield axis + 1, elements
+
+
+def _expanded(size: Dim) -> Dim:
+    """One form for all ways to write a polynomial."""
+    return size if isinstance(size, int) or size.is_Symbol else sympy.expand(size)
+
+
+@rule(aten.transpose.int, axes=("dim0", "dim1"))
 def transpose(node: fx.Node) -> AxisMap:
     """Swaps two axes."""
     x, n = first_input(node), rank(node)
-    i, j = (norm_dim(d, n) for d in node.args[1:3])  # type: ignore[arg-type]
+    i, j = axis_arguments(node, x, "dim0", "dim1")
     swap = {i: j, j: i}
     return AxisMap(tuple(((x, swap.get(axis, axis)),) for axis in range(n)))
 
@@ -64,17 +100,17 @@ def t(node: fx.Node) -> AxisMap:
 def permute(node: fx.Node) -> AxisMap:
     """Reorders the axes."""
     x = first_input(node)
-    return AxisMap(tuple(((x, norm_dim(d, rank(x))),) for d in argument(node, "dims")))
+    return AxisMap(tuple(((x, axis),) for axis in axis_arguments(node, x, "dims")))
 
 
-@rule(aten.unsqueeze.default)
+@rule(aten.unsqueeze.default, axes=("dim",))
 def unsqueeze(node: fx.Node) -> AxisMap:
     """Makes an axis of size 1."""
-    x, new = first_input(node), norm_dim(argument(node, "dim"), rank(node))
+    x, new = first_input(node), axis_argument(node, node)
     return AxisMap(tuple(() if axis == new else ((x, axis - (axis > new)),) for axis in range(rank(node))))
 
 
-@rule(aten.expand.default)
+@rule(aten.expand.default, sized=True)
 def expand(node: fx.Node) -> AxisMap:
     """Broadcasts axes of size 1."""
     return AxisMap(tuple(broadcast_rows(node, [first_input(node)])))
@@ -93,11 +129,11 @@ def repeat(node: fx.Node) -> AxisMap:
     return AxisMap(tuple(rows), tuple(Mix("layout", ((x, j),)) for j in repeated))
 
 
-@rule(aten.slice.Tensor)
+@rule(aten.slice.Tensor, axes=("dim",))
 def slice_(node: fx.Node) -> AxisMap:
     """Cuts one axis; a slice of the whole axis is the identity."""
     x = first_input(node)
-    cut = norm_dim(argument(node, "dim", 0), rank(x))
+    cut = axis_argument(node, x)
     whole = is_whole_slice(node)
     mixes = () if whole else (Mix("layout", ((x, cut),)),)
     return AxisMap(tuple(((x, axis),) if whole or axis != cut else None for axis in range(rank(x))), mixes)
@@ -106,25 +142,25 @@ def slice_(node: fx.Node) -> AxisMap:
 def is_whole_slice(node: fx.Node) -> bool:
     """Whether a slice takes every element of its axis."""
     x = first_input(node)
-    cut = norm_dim(argument(node, "dim", 0), rank(x))
+    cut = axis_argument(node, x)
     start, step = argument(node, "start"), argument(node, "step", 1)
     return start in (None, 0) and step == 1 and same_size(dims(node)[cut], dims(x)[cut])
 
 
-@rule(aten.select.int)
+@rule(aten.select.int, axes=("dim",))
 def select(node: fx.Node) -> AxisMap:
     """Takes one element of an axis, which disappears."""
     x = first_input(node)
-    cut = norm_dim(argument(node, "dim"), rank(x))
+    cut = axis_argument(node, x)
     left = [axis for axis in range(rank(x)) if axis != cut]
     return AxisMap(tuple(((x, axis),) for axis in left), (Mix("layout", ((x, cut),)),))
 
 
-@rule(aten.cat.default, aten.stack.default)
+@rule(aten.cat.default, aten.stack.default, axes=("dim",))
 def cat(node: fx.Node) -> AxisMap:
     """Joins along one axis; the others are row by row in every operand."""
     operands = [a for a in argument(node, "tensors") if isinstance(a, fx.Node)]
-    joined = norm_dim(argument(node, "dim", 0), rank(node))
+    joined = axis_argument(node, node)
     stacked = node.target is aten.stack.default
     rows: list[Rows] = []
     for axis in range(rank(node)):
@@ -140,7 +176,7 @@ def cat(node: fx.Node) -> AxisMap:
 def split(node: fx.Node) -> AxisMap:
     """Cuts one axis into several results."""
     x = first_input(node)
-    cut = norm_dim(argument(node, "dim", 0), rank(x))
+    cut = axis_argument(node, x)
     if node.target is aten.unbind.int:
         left = [axis for axis in range(rank(x)) if axis != cut]
         return AxisMap(tuple(((x, axis),) for axis in left), (Mix("layout", ((x, cut),)),))
@@ -158,9 +194,11 @@ def pad(node: fx.Node) -> AxisMap:
     return AxisMap(rows, tuple(Mix("layout", ((x, axis),)) for axis in sorted(padded)))
 
 
-@rule(aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.new_empty.default,
-      aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default, aten.ones.default,
-      aten.zeros.default, aten.empty.memory_format, aten.scalar_tensor.default)  # fmt: skip
+@rule(
+    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default, aten.ones.default,
+    aten.zeros.default, aten.empty.memory_format, aten.scalar_tensor.default,
+)  # fmt: skip
+@rule(aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.new_empty.default, shape_only=True)
 def creation(node: fx.Node) -> AxisMap:
     """Makes a tensor out of sizes and numbers: no axis follows an input."""
     return AxisMap(tuple(() for _ in range(rank(node))))

@@ -240,7 +240,7 @@ REFUSED = {
     "operator without a rule": (
         [TINY, "--set", "token_mixer='unruled'"],
         1,
-        "special_i0e.default has no token-axis rule",
+        "renorm.default has no token-axis rule",
     ),
     "data-dependent branch": ([TINY, "--set", "branch=True"], 1, "branches on the value of a tensor"),
     "plan and policy": ([TINY, "--plan", "p.json", "--policy", "exact"], 2, "exclude each other"),

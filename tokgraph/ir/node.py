@@ -53,6 +53,8 @@ def rank(node: fx.Node) -> int:
 
 def same_size(a: Dim, b: Dim) -> bool:
     """Whether two dimensions are known to be equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
     return bool(a == b) or bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
 
 
@@ -72,6 +74,26 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
                     return node.args[position]
                 return schema.default_value if schema.has_default_value() else default
     return default
+
+
+def axis_argument(node: fx.Node, of: fx.Node, name: str = "dim") -> int:
+    """The axis of ``of`` that an argument of a call names, counted from the front; of a scalar 0."""
+    (axis,) = axis_arguments(node, of, name)
+    return axis
+
+
+def axis_arguments(node: fx.Node, of: fx.Node, *names: str) -> list[int]:
+    """The axes of ``of`` that arguments of a call name, one or several each, counted from the front."""
+    found: list[int] = []
+    for given in (argument(node, name) for name in names or ("dim",)):
+        if given is not None:
+            found += given if isinstance(given, (list, tuple)) else [given]
+    return [axis % (rank(of) or 1) for axis in found]
+
+
+def by_name(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Name -> node of a graph."""
+    return {node.name: node for node in graph.nodes}
 
 
 def module_path(node: fx.Node) -> str:

@@ -12,10 +12,9 @@ from torch import fx
 
 from tokgraph.errors import SpecError
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import rank, tensor, tensor_inputs
+from tokgraph.ir.node import by_name, rank, tensor, tensor_inputs
 from tokgraph.ir.program import TaskGraph
-from tokgraph.passes.rules import axis_map
-from tokgraph.passes.rules.shape import SIZED
+from tokgraph.passes.rules import axis_map, traits
 
 Edge = tuple[fx.Node, fx.Node]
 Run = Callable[[fx.Node, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -108,7 +107,7 @@ def regions(graph: TaskGraph, facts: TaskFacts) -> dict[fx.Node, Region]:
 
     Where a score passes something that does not keep rows apart, or is read from elsewhere, an attention runs whole.
     """
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     found: dict[fx.Node, Region] = {}
     for block in facts.blocks:
         inside = {nodes[name] for name in block.nodes}
@@ -132,7 +131,7 @@ def _region(graph: fx.Graph, softmax: fx.Node, output: fx.Node, block: set[fx.No
         if (
             described is None
             or rows is None
-            or node.target in SIZED
+            or traits(node.target).sized
             or len(tensor_inputs(node)) != len(node.all_input_nodes)
         ):
             return None

@@ -14,12 +14,12 @@ from torch import fx
 from tokgraph.errors import SpecError
 from tokgraph.ir.evaluate import actual_size, evaluate
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, rank
+from tokgraph.ir.node import argument, axis_argument, by_name
 from tokgraph.ir.program import TaskGraph
 from tokgraph.passes.analysis.axes import AxisClasses
 from tokgraph.passes.analysis.loss_rows import LossRows, loss_rows
 from tokgraph.passes.analysis.visual import visual_mask
-from tokgraph.passes.rules.registry import first_input, norm_dim
+from tokgraph.passes.rules.registry import first_input
 
 from .batch import on_batch
 
@@ -105,13 +105,13 @@ def labelled(graph: TaskGraph, facts: TaskFacts, shape: torch.Size) -> torch.Ten
 
 def _first_row(graph: TaskGraph, facts: TaskFacts, classes: AxisClasses, rows: LossRows) -> int | None:
     """The position in the stream of the first row of a loss, ``None`` when its rows are not followed to the stream."""
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     mine = (rows.logits, rows.axis)
     if classes.same(mine, (nodes[facts.stream[-1]], 1)):
         return 0
     for window in facts.windows:
         node = nodes[window.node]
-        axis = norm_dim(argument(node, "dim", 0), rank(node))
+        axis = axis_argument(node, node)
         if classes.same(mine, (node, axis)):
             return _start(graph, node, axis)
     return None

@@ -7,7 +7,7 @@ from torch import fx
 
 from tokgraph.errors import AnalysisError
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, dims
+from tokgraph.ir.node import argument, by_name, dims
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.sizes import expression
 from tokgraph.passes.cost.pathways import pathways
@@ -23,7 +23,7 @@ def published_shape(task: TaskFacts, graph: TaskGraph, tokens: int, visual: int)
     Raises:
         AnalysisError: a block has no linear layer.
     """
-    nodes: dict[str, fx.Node] = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     linear = [n for name in task.blocks[0].nodes if str((n := nodes[name]).target) == LINEAR]
     if not linear:
         raise AnalysisError(
@@ -37,7 +37,7 @@ def published_shape(task: TaskFacts, graph: TaskGraph, tokens: int, visual: int)
 def planned_rows(task: TaskFacts, rewritten: TaskGraph, shape: Shape) -> Rows:
     """Rows that the blocks of a rewritten graph work on: text counts whole, as in the papers."""
     visual = pathways(rewritten, task).tokens_per_block
-    nodes = {node.name: node for node in rewritten.graph.nodes}
+    nodes = by_name(rewritten.graph)
     lengths = [_keys(nodes[block.attention[0].node], task, shape) for block in task.blocks if block.attention]
     rows = tuple(shape.text + found for found in visual)
     keys = lengths if len(lengths) == len(rows) else [float(shape.tokens)] * len(rows)

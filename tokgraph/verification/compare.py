@@ -11,7 +11,7 @@ import torch
 from tokgraph.ir.evaluate import evaluate, example_leaves
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.interpreter import GraphInterpreter, in_dtype
-from tokgraph.ir.node import output_args
+from tokgraph.ir.node import by_name, output_args
 from tokgraph.ir.plan import DropSite
 from tokgraph.ir.program import TaskGraph, loss_node, model_device
 from tokgraph.passes.analysis.visual import visual_mask
@@ -73,7 +73,7 @@ def run_oracle(
         own: name -> parameter that the rewritten graph adds to the model's.
     """
     device = model_device(graph.graph_module)
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     visual = visual_mask(graph, facts.visual, nodes[facts.entry]).to(device)
     prompt = _prompt_ends(graph, facts) if any(s.selector == "attention" for s in sites) else None
     maps = in_dtype(dtype, device)
@@ -83,7 +83,7 @@ def run_oracle(
 def _prompt_ends(graph: TaskGraph, facts: TaskFacts) -> list[int]:
     """Position of each sample's last prompt token: the row whose label is the first of the sample."""
     assert facts.prompt is not None
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = by_name(graph.graph)
     ends = []
     for row in evaluate(graph, [nodes[facts.prompt.targets]])[0].tolist():
         labelled = [i for i, label in enumerate(row) if label != facts.prompt.ignore_index]

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from tokgraph.passes.rules import AxisMap, axis_map
-from tokgraph.passes.rules.shape import SIZED
+from tokgraph.passes.rules import AxisMap, axis_map, traits
 
 READINGS = ("sizes", "commutes", "local", "complete")
 
@@ -61,7 +60,7 @@ class Call:
         """The results, with other inputs, and other sizes for some output axes of an operator that is told sizes."""
         values = {**self.values, **(changed or {})}
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), values.__getitem__)
-        if sizes and self.node.target in SIZED:
+        if sizes and traits(self.node.target).sized:
             args = (args[0], [sizes.get(axis, size) if size != -1 else -1 for axis, size in enumerate(args[1])])
         result = self.node.target(*args, **kwargs)
         return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
@@ -148,7 +147,8 @@ def with_other_row(x: Tensor, axis: int, row: int) -> Tensor:
     """``x`` with one row changed, to values that are legal where they stand (indices stay in range)."""
     if not x.numel():
         return x
-    other = ~x if x.dtype is torch.bool else x.max() + x.min() - x if not x.is_floating_point() else 1.5 - x / 2
+    real = x.is_floating_point() or x.is_complex()
+    other = 1.5 - x / 2 if real else ~x if x.dtype is torch.bool else x.max() + x.min() - x
     at = torch.arange(x.shape[axis]) == row
     return torch.where(at.view([-1 if a == axis else 1 for a in range(x.dim())]), other, x)
 
