@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from tokgraph.ir.node import tensor
+from tokgraph.ir.node import rank, tensor
 from tokgraph.ir.printer import operator_name
 
 from ..emitter import is_selection, selection
 from ..rules import axis_map
-from .wants import Chain, Selections, common, selections, through_restore
+from .wants import Along, Chain, Selections, common, selections, through_restore
 
 tokgraph = torch.ops.tokgraph
 
@@ -67,15 +67,23 @@ def _disagreements(node: fx.Node, found: Selections) -> Iterator[Stop]:
     """Where some readers of a value want fewer rows than all its readers want."""
     uses = found.uses[node][::-1]  # in graph order
     shared = common(want for _, want in uses)
-    for along in sorted({along for _, want in uses for along in want}):
+    for along in sorted({along for _, want in uses for along in want}, key=lambda a: (a.dim, a.batch, a.ndim or 0)):
         longest = max((want.get(along, ()) for _, want in uses), key=len)
         if len(longest) == len(shared.get(along, ())):
             continue
         others = [(reader, want) for reader, want in uses if _agreed(want.get(along, ()), longest) < len(longest)]
         others.sort(key=lambda use: -_agreed(use[1].get(along, ()), longest))
-        causes = [_cause(node, reader, along.dim, found) if not want.get(along) else reader for reader, want in others]
+        causes = [
+            _cause(node, reader, _axis(along, node), found) if not want.get(along) else reader
+            for reader, want in others
+        ]
         (reader, want), cause = others[0], _name(causes[0])
         yield Stop(node, tuple(dict.fromkeys(causes)), _reads(node, reader, want.get(along, ()), longest, cause, found))
+
+
+def _axis(along: Along, node: fx.Node) -> int:
+    """The axis of a value itself: that of one to be given more axes first is counted with them."""
+    return along.dim if along.ndim is None else along.dim - (along.ndim - rank(node))
 
 
 def _agreed(chain: Chain, other: Chain) -> int:
@@ -117,7 +125,7 @@ def _cause(node: fx.Node, reader: fx.Node, dim: int, found: Selections) -> fx.No
         found: what the reverse pass found.
     """
     while (axis := _followed(node, reader, dim, found)) is not None:
-        needs = [r for r, want in found.uses[reader] if not any(along.dim == axis for along in want)]
+        needs = [r for r, want in found.uses[reader] if not any(_axis(along, reader) == axis for along in want)]
         if not needs:
             return _keeper(reader, found) if reader in found.kept_restores else reader
         node, reader, dim = reader, needs[-1], axis

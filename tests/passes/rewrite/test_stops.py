@@ -87,6 +87,16 @@ def test_what_needs_the_rows_is_followed_to_where_they_are_mixed(p: Inputs) -> N
     assert told(p.graph) == [("relu", "cumsum needs all its rows"), ("cumsum", "aten.cumsum.default mixes rows")]
 
 
+def test_what_needs_a_value_without_a_batch(p: Inputs) -> None:
+    """Its axes are counted as in the values that it is added to."""
+    bias = p(aten.neg.default, p.bias)
+    first = p.select(p(aten.add.Tensor, p.x, bias), p.i)
+    second = p(aten.cumsum.default, p(aten.mul.Tensor, p.y, bias), 1)
+    p.graph.output((first, second))
+    (stop,) = [s for s in stops(p.graph) if s.value is bias]
+    assert stop.reason == "cumsum needs all its rows"
+
+
 def test_a_restore_that_is_read_whole(p: Inputs) -> None:
     """What lies around it is needed whole, and so are the rows that it puts back."""
     h = p(aten.relu.default, p.x)
