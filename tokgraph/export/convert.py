@@ -18,7 +18,7 @@ from tokgraph.errors import ExportError
 from tokgraph.passes.lower import Lowered, exported_program
 from tokgraph.passes.lower.graph import lowered_place
 
-from .files import PREFIX, NodePlace
+from .files import OTHERS, PREFIX, NodePlace
 from .packages import missing
 
 if TYPE_CHECKING:
@@ -113,6 +113,12 @@ def to_onnx(
 def _refuse_equal_names(lowered: Lowered) -> None:
     """Inputs, weights and outputs of an ONNX graph have their names in one table; those of a task need not."""
     seen: dict[str, str] = {}
+    for name in lowered.inputs:
+        if name.startswith(OTHERS) and name not in lowered.initial:
+            raise ExportError(
+                f"task {lowered.task!r}: an input called {name!r} cannot be told from inputs that tokgraph adds",
+                help=f"call it otherwise: names that begin with {', '.join(OTHERS)} are taken in ONNX graphs",
+            )
     for what, names in (("an input", lowered.inputs), ("a weight", lowered.state), ("an output", lowered.outputs)):
         for name in names:
             if name in seen:

@@ -22,7 +22,7 @@ ACCELERATED = "accelerated"
 VARIANTS = (BASELINE, ACCELERATED)
 PREFIX = "tokgraph."
 """Prefix of the metadata keys that we write into ONNX models and nodes."""
-_OTHERS = ("param/", "state/", STEP)
+OTHERS = ("param/", "state/", STEP)
 """How inputs that are none of the task's begin."""
 _TORCH = {
     "FLOAT": torch.float32, "DOUBLE": torch.float64, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16,
@@ -88,7 +88,7 @@ class ExportedFile:
 
     def initial(self) -> dict[str, torch.Tensor]:
         """Inputs that are none of the task's: parameters as in the weights file, counters and optimizer state at zero."""
-        wanted = {name: kind for name, kind in self.inputs.items() if name.startswith(_OTHERS)}
+        wanted = {name: kind for name, kind in self.inputs.items() if name.startswith(OTHERS)}
         held = [name for name in wanted if name.startswith("param/")]
         weights = read_weights(self.path.parent / WEIGHTS) if held else {}
         made = {
