@@ -1,4 +1,4 @@
-"""Passes over task graphs: the only place that changes graphs."""
+"""What reads FX graphs and what changes them: rules, analysis, capture, rewriting, accounting, lowering."""
 
 from .contract import GraphPass, pass_of, registered_passes
 from .pipeline import PassDelta, Pipeline

@@ -4,6 +4,7 @@ from .decompositions import runtime_decompositions
 from .exported import exported_program
 from .graph import Lowered, lower_forward, lower_program
 from .places import Kind, Place, mark_places, places_of
+from .restored import captured_form
 from .step import OPTIMIZERS, Optimizer, lower_train_step, lower_update_step
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Lowered",
     "Optimizer",
     "Place",
+    "captured_form",
     "exported_program",
     "lower_forward",
     "lower_program",

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.export import ExportedProgram
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from tokgraph.ir.names import OWN, input_name
@@ -18,7 +17,8 @@ from tokgraph.ir.node import value
 from tokgraph.ir.plan import Plan
 from tokgraph.ir.program import COMPACT_OUTPUTS, TIED, Dimension, Program, TaskGraph, tied_names
 from tokgraph.ir.spec import ModelSpec, VisualTokens, no_forward
-from tokgraph.ir.tensors import CONSTANTS, constants_prefix, named_tensors, target_of
+from tokgraph.ir.tensors import CONSTANTS, constants_prefix, named_tensors
+from tokgraph.passes.lower import captured_form
 from tokgraph.runtime import Accelerated
 
 from .batches import EXAMPLE, read_batches
@@ -124,7 +124,8 @@ def _program(
         exported = torch.export.load(folder / graph_file(name, variant))
         inputs = spec.tasks[name].inputs
         about = described["variants"][variant]
-        module = _module(exported, tensors, pytree.tree_leaves(dict(inputs)), about)
+        fixed = {int(position): value for position, value in about["fixed"].items()}
+        module = captured_form(exported, about["state"], tensors, pytree.tree_leaves(dict(inputs)), fixed)
         module.train(manifest["training"])
         module.meta[TIED] = tied_names(spec.model)
         module.meta[CONSTANTS] = constants_prefix(named_tensors(spec.model))
@@ -133,41 +134,6 @@ def _program(
         graph = TaskGraph(name, spec.tasks[name], module, in_spec, out_spec)
         graphs[name] = replace(graph, dimensions=_dimensions(described, graph))
     return Program(spec, graphs)
-
-
-def _module(
-    exported: ExportedProgram, tensors: Mapping[str, torch.Tensor], leaves: list[Any], about: Mapping[str, Any]
-) -> fx.GraphModule:
-    """The graph with tensors of the program as attributes, and flat inputs and outputs as a captured one has."""
-    graph, fixed = exported.graph, about["fixed"]
-    attributes: dict[str, Any] = {}
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    own = exported.graph_signature.inputs_to_buffers | exported.graph_signature.inputs_to_parameters
-    for node, name in zip(placeholders, about["state"], strict=False):
-        target = target_of(name)
-        attributes[target] = exported.state_dict[own[node.name]] if node.name in own else tensors[name]
-        with graph.inserting_before(node):
-            read = graph.create_node("get_attr", target)  # its module does not hold the tensor yet
-        read.meta.update(node.meta)
-        node.replace_all_uses_with(read)
-        graph.erase_node(node)
-    given = iter(placeholders[len(about["state"]) :])
-    last: fx.Node | None = None
-    for number, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
-            last = next(given)
-            continue
-        with graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes))):
-            last = graph.placeholder(f"constant_{number}")
-        last.meta["val"] = leaf
-    output = graph.output_node()
-    rest = iter(output.args[0])
-    count = len(output.args[0]) + len(fixed)
-    output.args = (tuple(fixed[str(i)] if str(i) in fixed else next(rest) for i in range(count)),)
-    first = next(iter(graph.nodes))
-    for node in list(graph.find_nodes(op="placeholder")):
-        first.prepend(node)
-    return fx.GraphModule(attributes, graph)
 
 
 def _dimensions(described: Mapping[str, Any], graph: TaskGraph) -> tuple[Dimension, ...]:
