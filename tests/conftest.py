@@ -19,7 +19,7 @@ from hypothesis import settings
 from torch import nn
 
 import tokgraph as tg
-from tests.harness import Captured
+from tests.harness import Captured, static
 from tokgraph.cli import main
 
 torch.set_num_threads(1)  # tensors this small gain nothing from more
@@ -55,7 +55,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def captured_janus() -> Callable[..., Captured]:
-    """``(attn, dtype, batch) -> Captured``: the tiny Janus of the hand-written reference, with the forwards of the example."""
+    """``(attn, dtype, batch, dynamic) -> Captured``: the tiny Janus of the hand-written reference, with the forwards of the
+    example.
+    """
     transformers = pytest.importorskip("transformers")
     assert transformers
     from tests.reference import janus
@@ -63,7 +65,9 @@ def captured_janus() -> Callable[..., Captured]:
     example = tg.load(EXAMPLES / "janus.py").tasks
 
     @cache
-    def capture(attn: str = "sdpa", dtype: torch.dtype = torch.float64, batch: int = 3) -> Captured:
+    def capture(
+        attn: str = "sdpa", dtype: torch.dtype = torch.float64, batch: int = 3, dynamic: bool = False
+    ) -> Captured:
         model = janus.tiny_janus(dtype=dtype)
         model.set_attn_implementation({"text_config": attn})  # not the vision tower, which the reference runs as well
         inputs = {
@@ -74,7 +78,7 @@ def captured_janus() -> Callable[..., Captured]:
             name: tg.Task(
                 forward=task.forward,
                 inputs=inputs[name],
-                dynamic=task.dynamic,
+                dynamic=task.dynamic if dynamic else None,
                 visual=task.visual,
                 visual_inputs=task.visual_inputs,
                 reads=task.reads,
@@ -88,19 +92,41 @@ def captured_janus() -> Callable[..., Captured]:
     return capture
 
 
-@pytest.fixture(scope="session")
-def janus_example() -> Captured:
-    """``examples/janus.py`` as it is, in float64, its norms unrounded."""
+def janus_spec() -> tg.ModelSpec:
+    """``examples/janus.py`` in float64, its norms unrounded."""
     pytest.importorskip("transformers")
     spec = tg.load(EXAMPLES / "janus.py", dtype="float64")
     unround_norms(spec.model)
-    return Captured.of(spec)
+    return spec
+
+
+def digits_spec() -> tg.ModelSpec:
+    """``examples/digits.py`` in float64, with four blocks."""
+    return tg.load(EXAMPLES / "digits.py", dtype="float64", layers=4, batch=4)
+
+
+@pytest.fixture(scope="session")
+def janus_example() -> Captured:
+    """The Janus example; its sizes are numbers, which takes a third of the time of symbols."""
+    return Captured.of(static(janus_spec()))
 
 
 @pytest.fixture(scope="session")
 def digits_example() -> Captured:
-    """``examples/digits.py`` in float64, with four blocks."""
-    return Captured.of(tg.load(EXAMPLES / "digits.py", dtype="float64", layers=4, batch=4))
+    """The digits example; its sizes are numbers."""
+    return Captured.of(static(digits_spec()))
+
+
+@pytest.fixture(scope="session")
+def dynamic_janus() -> Captured:
+    """The Janus example as it is: its sizes are symbols."""
+    return Captured.of(janus_spec())
+
+
+@pytest.fixture(scope="session")
+def dynamic_digits() -> Captured:
+    """The digits example as it is: its sizes are symbols."""
+    return Captured.of(digits_spec())
 
 
 CLI_MODULES = ("tokgraph.cli.inspect", "tokgraph.cli.plan", "tokgraph.stages", "tokgraph.comparison")

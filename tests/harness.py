@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -38,10 +38,18 @@ class Captured:
         return tg.apply(tg.Program(self.spec, graphs), plan, facts=self.facts)
 
 
+def static(spec: tg.ModelSpec) -> tg.ModelSpec:
+    """The same model and tasks, with no dynamic dimension."""
+    return tg.ModelSpec(spec.model, {name: replace(task, dynamic=None) for name, task in spec.tasks.items()})
+
+
 @cache
-def captured_tiny(layers: int) -> Captured:
-    """The pure-torch model of ``tests/tiny.py``, captured once a session: leave its weights as they are."""
-    return Captured.of(tiny.build(layers=layers))
+def captured_tiny(layers: int, dynamic: bool = False) -> Captured:
+    """The pure-torch model of ``tests/tiny.py``, captured once a session: leave its weights as they are.
+
+    Its sizes are numbers, unless a test is about symbols: these take three times as long.
+    """
+    return Captured.of(tiny.build(layers=layers, dynamic=dynamic))
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def build(
     uneven: bool = False,
     branch: bool = False,
     batch: int = 2,
-    dynamic: bool = True,
+    dynamic: bool = False,
     dtype: str = "float32",
     outputs: str = "loss",
 ) -> tg.ModelSpec:

@@ -24,7 +24,7 @@ onnx = pytest.importorskip("onnx")
 TASKS = ("understanding", "generation")
 
 
-def loss_and_gradients(module: nn.Module, run, inputs) -> dict[str, torch.Tensor]:
+def loss_and_gradients(module: nn.Module | tg.TaskGraph, run, inputs) -> dict[str, torch.Tensor]:
     """What autograd gives: the loss, and ``grad/<name>`` of the parameters that it depends on."""
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     loss = run(**inputs)[0]
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_autograd(exported, policy: str, task: str) -> No
     made: Exported = exported(policy)
     inputs = wider(dict(made.accelerated.program[task].task.inputs))
     module = made.accelerated[task]
-    expected = loss_and_gradients(module.graph_module, module, inputs)
+    expected = loss_and_gradients(module.task_graph, module, inputs)
     assert_alike(run_file(made.folder / f"{task}.train-step.onnx", inputs), expected, 1e-4)
 
 

@@ -22,6 +22,7 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.interpreter import GraphInterpreter, in_dtype
 from tokgraph.ir.node import output_args, rank, tensor
 from tokgraph.ir.program import TaskGraph, loss_node, model_device
+from tokgraph.ir.tensors import tensor_name
 from tokgraph.passes.cost.pathways import lean_graph, parameter_values
 from tokgraph.passes.cost.rows import SAMPLES, held_rows, place_rows, visual_rows
 
@@ -258,7 +259,7 @@ class _SplitRun(GraphInterpreter):
         found = fx.Interpreter.fetch_attr(self, target)
         if not (isinstance(found, torch.Tensor) and found.requires_grad):
             return super().fetch_attr(target)
-        name = self._named.setdefault(id(found), target)
+        name = self._named.setdefault(id(found), tensor_name(target))
         if name not in self.leaves:
             self.leaves[name] = _Pair(*(found.detach().to(self._dtype).requires_grad_() for _ in range(2)))
         return self.leaves[name]
