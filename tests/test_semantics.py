@@ -169,13 +169,13 @@ def other_batch(task: str, batch: int, more_text: int) -> Inputs:
 @pytest.mark.parametrize("task", TASKS)
 def test_batches_of_other_shapes_go_through_the_same_program(captured_janus, task, batch, more_text, exact):
     sites = (On(0, 3, 0.5, "random", mode="hide", seed=2),)
-    check(captured_janus("sdpa"), task, sites, exact, other_batch(task, batch, more_text))
+    check(captured_janus("sdpa", dynamic=True), task, sites, exact, other_batch(task, batch, more_text))
 
 
 @pytest.mark.parametrize("case", ["nested three deep, for good", "freeze inside hide"])
 @pytest.mark.parametrize("task", TASKS)
 def test_batches_of_other_shapes_in_nested_spans(captured_janus, task, case):
-    check(captured_janus("sdpa"), task, SITES[case], True, other_batch(task, 2, 4))
+    check(captured_janus("sdpa", dynamic=True), task, SITES[case], True, other_batch(task, 2, 4))
 
 
 @pytest.mark.slow

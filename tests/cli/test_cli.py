@@ -12,6 +12,7 @@ from tests import tiny
 
 TINY = str(Path(tiny.__file__))
 FOUR = ("--set", "layers=4")
+DYNAMIC = ("--set", "dynamic=True")
 
 
 def test_optimize_writes_plan_report_and_ir(run, tmp_path):
@@ -67,7 +68,7 @@ def test_no_verify_says_so(run, tmp_path):
 def test_inspect_shows_the_flow(run, tmp_path):
     """As JSON, and in ``facts.json`` with the cost of every node."""
     sizes = ("--at", "batch=8", "--at", "batch=1")
-    result = run("inspect", TINY, "--json", *sizes, "--flops-convention", "pdrop", "-o", "results/facts")
+    result = run("inspect", TINY, *DYNAMIC, "--json", *sizes, "--flops-convention", "pdrop", "-o", "results/facts")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["schema"] == 2
@@ -92,9 +93,9 @@ def test_inspect_shows_the_flow(run, tmp_path):
 
 def test_inspect_shows_one_sample_beside_the_example(run):
     """Where nothing else is asked for, and the batch is open."""
-    facts = json.loads(run("inspect", TINY, "--json").stdout)
+    facts = json.loads(run("inspect", TINY, *DYNAMIC, "--json").stdout)
     assert [at["sizes"]["batch"] for at in facts["tasks"]["generation"]["cost"]["at"]] == [2, 1]
-    facts = json.loads(run("inspect", TINY, "--json", "--at", "batch=3").stdout)
+    facts = json.loads(run("inspect", TINY, *DYNAMIC, "--json", "--at", "batch=3").stdout)
     assert [at["sizes"]["batch"] for at in facts["tasks"]["generation"]["cost"]["at"]] == [2, 3]
 
 
@@ -120,7 +121,7 @@ def test_inspect_measures_batches_of_a_file(run, tmp_path, monkeypatch):
     """In tables that fit a terminal of 80 columns."""
     tg.save_batches(tmp_path / "batches.safetensors", {t: [dict(x.inputs)] for t, x in five().tasks.items()})
     monkeypatch.setenv("COLUMNS", "80")
-    result = run("inspect", TINY, "--at", "batch=4,tokens=12", "--calibrate", "batches.safetensors")
+    result = run("inspect", TINY, *DYNAMIC, "--at", "batch=4,tokens=12", "--calibrate", "batches.safetensors")
     assert result.exit_code == 0, result.output
     text = result.stdout
     assert "6 of 11" in text

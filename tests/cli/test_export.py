@@ -22,7 +22,7 @@ PLAN = tg.Plan((tg.DropSite("understanding", 0, 1, 0.5), tg.DropSite("generation
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved program with one exported graph of each task."""
     folder = tmp_path_factory.mktemp("saved") / "out"
-    accelerated = tg.optimize(tg.load(TINY, layers=1), PLAN, verify=False)
+    accelerated = tg.optimize(tg.load(TINY, layers=1, dynamic=True), PLAN, verify=False)
     accelerated.save(folder)
     accelerated.export_onnx(folder, "forward", with_baseline=True)
     return folder

@@ -32,7 +32,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
 
     @cache
     def export(policy: str) -> Exported:
-        captured = captured_tiny(3)
+        captured = captured_tiny(3, dynamic=True)
         plan = tg.make_plan(captured.program, policy, facts=captured.facts)
         accelerated = tg.apply(captured.program, plan, facts=captured.facts)
         folder = tmp_path_factory.mktemp("onnx") / policy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ onnx = pytest.importorskip("onnx")
 TASKS = ("understanding", "generation")
 
 
-def loss_and_gradients(module: nn.Module | tg.TaskGraph, run, inputs) -> dict[str, torch.Tensor]:
+def loss_and_gradients(parameters: Mapping[str, nn.Parameter], run, inputs) -> dict[str, torch.Tensor]:
     """What autograd gives: the loss, and ``grad/<name>`` of the parameters that it depends on."""
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    named = {name: p for name, p in parameters.items() if p.requires_grad}
     loss = run(**inputs)[0]
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     gradients = {f"grad/{name}": g for name, g in zip(named, found, strict=True) if g is not None}
@@ -52,7 +53,7 @@ def test_gradients_are_those_of_autograd(exported, policy: str, task: str) -> No
     made: Exported = exported(policy)
     inputs = wider(dict(made.accelerated.program[task].task.inputs))
     module = made.accelerated[task]
-    expected = loss_and_gradients(module.task_graph, module, inputs)
+    expected = loss_and_gradients(module.task_graph.named_parameters(), module, inputs)
     assert_alike(run_file(made.folder / f"{task}.train-step.onnx", inputs), expected, 1e-4)
 
 
@@ -63,7 +64,9 @@ def test_the_baseline_gives_the_gradients_of_the_users_model(tmp_path: Path) -> 
     files = accelerated.export_onnx(tmp_path, "train-step", with_baseline=True)["files"]
     assert set(files) == {"baseline.generation.train-step.onnx", "generation.train-step.onnx"}
     task = captured.spec.tasks["generation"]
-    expected = loss_and_gradients(captured.model, lambda **x: task.forward(captured.model, **x), dict(task.inputs))
+    expected = loss_and_gradients(
+        dict(captured.model.named_parameters()), lambda **x: task.forward(captured.model, **x), dict(task.inputs)
+    )
     assert_alike(run_file(tmp_path / "baseline.generation.train-step.onnx", dict(task.inputs)), expected, 1e-4)
     thinned = run_file(tmp_path / "generation.train-step.onnx", dict(task.inputs))
     assert not torch.allclose(thinned["loss"], expected["loss"], rtol=1e-4)
@@ -210,7 +213,7 @@ def test_tied_and_frozen_parameters(tmp_path: Path) -> None:
     accelerated.export_onnx(tmp_path, "train-step")
     module = accelerated["understanding"]
     found = run_file(tmp_path / "understanding.train-step.onnx", dict(task.inputs))
-    assert_alike(found, loss_and_gradients(model, module, dict(task.inputs)), 1e-4)
+    assert_alike(found, loss_and_gradients(dict(model.named_parameters()), module, dict(task.inputs)), 1e-4)
     assert "grad/inner.embed.weight" in found
     assert "grad/inner.head.weight" not in found  # one parameter, one gradient
     assert "grad/inner.layers.0.mlp.0.weight" not in found
@@ -235,7 +238,7 @@ def test_gradients_of_repeated_indices_are_added_in_turn(tmp_path: Path) -> None
     for task in TASKS:
         path = tmp_path / f"{task}.train-step.onnx"
         inputs = dict(spec.tasks[task].inputs)
-        expected = loss_and_gradients(spec.model, accelerated[task], inputs)
+        expected = loss_and_gradients(dict(spec.model.named_parameters()), accelerated[task], inputs)
         assert_alike(run_file(path, inputs), expected, 1e-4)
         nodes = onnx.load(path, load_external_data=False).graph.node
         scatters = [(n.op_type, a.s) for n in nodes for a in n.attribute if n.op_type.startswith("Scatter")]

@@ -22,7 +22,7 @@ AMOUNTS = [f.name for f in fields(Work)]
 
 @pytest.fixture(scope="module")
 def tiny_example() -> Captured:
-    return Captured.of(tiny.build())
+    return Captured.of(tiny.build(dynamic=True))
 
 
 def recaptured(example: Captured, task: str, inputs: dict[str, Any]) -> TaskCost:
@@ -62,31 +62,31 @@ def digits_generation(batch: int) -> dict[str, Any]:
     return dict(digits.generation_batch(digits.quantise(images), numbers))
 
 
-def test_digits_at_another_batch_and_length(digits_example: Captured) -> None:
-    found = cost_of(digits_example, "understanding").at(batch=7, tokens=25 + 4)
-    assert_same(found, recaptured(digits_example, "understanding", digits_understanding(7, 4)))
-    assert found.total() != cost_of(digits_example, "understanding").at().total()
+def test_digits_at_another_batch_and_length(dynamic_digits: Captured) -> None:
+    found = cost_of(dynamic_digits, "understanding").at(batch=7, tokens=25 + 4)
+    assert_same(found, recaptured(dynamic_digits, "understanding", digits_understanding(7, 4)))
+    assert found.total() != cost_of(dynamic_digits, "understanding").at().total()
 
 
-def test_digits_generation_at_another_batch(digits_example: Captured) -> None:
-    found = cost_of(digits_example, "generation").at(batch=3)
-    assert_same(found, recaptured(digits_example, "generation", digits_generation(3)))
+def test_digits_generation_at_another_batch(dynamic_digits: Captured) -> None:
+    found = cost_of(dynamic_digits, "generation").at(batch=3)
+    assert_same(found, recaptured(dynamic_digits, "generation", digits_generation(3)))
 
 
 @pytest.mark.slow
-def test_janus_understanding_at_another_batch_and_length(janus_example: Captured) -> None:
+def test_janus_understanding_at_another_batch_and_length(dynamic_janus: Captured) -> None:
     longer = replace(janus.SIZES["tiny"], text_tokens=17)
     inputs = janus.understanding_batch(longer, 5, torch.float64, seed=1)
-    found = cost_of(janus_example, "understanding").at(batch=5, tokens=17 + 16)
-    assert_same(found, recaptured(janus_example, "understanding", inputs))
+    found = cost_of(dynamic_janus, "understanding").at(batch=5, tokens=17 + 16)
+    assert_same(found, recaptured(dynamic_janus, "understanding", inputs))
 
 
 @pytest.mark.slow
-def test_janus_generation_with_twice_the_image_codes(janus_example: Captured) -> None:
+def test_janus_generation_with_twice_the_image_codes(dynamic_janus: Captured) -> None:
     """32 codes: the head computes 32 rows, the first of them the last text row."""
     inputs = {"input_ids": torch.randint(1, 255, (3, 9)), "image_codes": torch.randint(0, 64, (3, 32))}
-    found = cost_of(janus_example, "generation").at(batch=3, visual=32, tokens=9 + 32)
-    assert_same(found, recaptured(janus_example, "generation", inputs))
+    found = cost_of(dynamic_janus, "generation").at(batch=3, visual=32, tokens=9 + 32)
+    assert_same(found, recaptured(dynamic_janus, "generation", inputs))
 
 
 def several_images(images: int, batch: int, text: int, dimension: str) -> tuple[tg.Task, dict[str, Any]]:
@@ -123,15 +123,15 @@ def test_two_images_a_sample(dimension: str) -> None:
     assert cost.at(visual=12).by_region()["encoder"].flops == 2 * cost.at().by_region()["encoder"].flops
 
 
-def test_text_keeps_its_length_when_visual_tokens_change(janus_example: Captured) -> None:
-    for task in janus_example.facts:
-        cost = cost_of(janus_example, task)
+def test_text_keeps_its_length_when_visual_tokens_change(dynamic_janus: Captured) -> None:
+    for task in dynamic_janus.facts:
+        cost = cost_of(dynamic_janus, task)
         assert cost.at(visual=32).total() == cost.at(visual=32, tokens=12 + 32).total() != cost.at(visual=32, tokens=50)
         assert cost.at(tokens=40).total() == cost.at(tokens=40, visual=16).total()
 
 
-def test_no_sizes_are_those_of_the_example(janus_example: Captured) -> None:
-    cost = cost_of(janus_example, "generation")
+def test_no_sizes_are_those_of_the_example(dynamic_janus: Captured) -> None:
+    cost = cost_of(dynamic_janus, "generation")
     assert cost.at().total() == cost.at(batch=2, tokens=28, visual=16).total()
 
 
@@ -139,8 +139,8 @@ def test_no_sizes_are_those_of_the_example(janus_example: Captured) -> None:
 
 
 EXAMPLES = [
-    pytest.param(model, task, marks=pytest.mark.slow if model == "janus_example" else ())
-    for model in ("digits_example", "janus_example")
+    pytest.param(model, task, marks=pytest.mark.slow if model == "dynamic_janus" else ())
+    for model in ("dynamic_digits", "dynamic_janus")
     for task in ("understanding", "generation")
 ]
 
@@ -159,8 +159,8 @@ def test_parts_sum_to_the_whole(model: str, task: str, request: pytest.FixtureRe
         assert all(n.visual + n.text in (0, pytest.approx(1)) for n in cost.nodes)
 
 
-def test_the_whole_is_symbolic_before_sizes_are_given(digits_example: Captured) -> None:
-    cost = cost_of(digits_example, "understanding")
+def test_the_whole_is_symbolic_before_sizes_are_given(dynamic_digits: Captured) -> None:
+    cost = cost_of(dynamic_digits, "understanding")
     assert cost.sizes is not None
     values = cost.sizes.values(batch=7)
     symbolic = cost.total()
@@ -168,8 +168,8 @@ def test_the_whole_is_symbolic_before_sizes_are_given(digits_example: Captured) 
 
 
 @pytest.mark.parametrize(("model", "task", "visual", "tokens"), [
-    ("digits_example", "understanding", 16, 25), ("digits_example", "generation", 16, 20),
-    ("janus_example", "understanding", 16, 28), ("janus_example", "generation", 16, 28),
+    ("dynamic_digits", "understanding", 16, 25), ("dynamic_digits", "generation", 16, 20),
+    ("dynamic_janus", "understanding", 16, 28), ("dynamic_janus", "generation", 16, 28),
 ])  # fmt: skip
 def test_visual_share_of_a_block(model: str, task: str, visual: int, tokens: int, request) -> None:
     """All FLOPs of a block are rows of the stream: their visual share is that of its tokens."""
@@ -182,32 +182,32 @@ def test_visual_share_of_a_block(model: str, task: str, visual: int, tokens: int
 
 
 @pytest.mark.parametrize(("visual", "share"), [(16, 15 / 16), (32, 31 / 32)])
-def test_visual_share_of_a_head_that_reads_a_slice(janus_example: Captured, visual: int, share: float) -> None:
+def test_visual_share_of_a_head_that_reads_a_slice(dynamic_janus: Captured, visual: int, share: float) -> None:
     """The head reads the rows before the image tokens: the last text row, and all image rows but the last."""
-    cost = cost_of(janus_example, "generation").at(visual=visual)
+    cost = cost_of(dynamic_janus, "generation").at(visual=visual)
     head = [n for n in cost.nodes if n.region == "head" and n.work.flops]
     assert head
     assert [n.visual for n in head] == pytest.approx([share] * len(head))
 
 
 @pytest.mark.parametrize(("task", "share"), [("understanding", 16 / 25), ("generation", 16 / 20)])
-def test_visual_share_of_samples_and_rows_in_one_axis(digits_example: Captured, task: str, share: float) -> None:
+def test_visual_share_of_samples_and_rows_in_one_axis(dynamic_digits: Captured, task: str, share: float) -> None:
     """The loss sees ``[batch * tokens, classes]``."""
     for sizes in ({}, {"batch": 9}):
-        found = [n for n in cost_of(digits_example, task).at(**sizes).nodes if "cross_entropy" in n.op]
+        found = [n for n in cost_of(dynamic_digits, task).at(**sizes).nodes if "cross_entropy" in n.op]
         assert [n.visual for n in found] == pytest.approx([share])
 
 
-def test_everything_in_the_encoder_is_visual(janus_example: Captured) -> None:
-    cost = cost_of(janus_example, "understanding").at()
+def test_everything_in_the_encoder_is_visual(dynamic_janus: Captured) -> None:
+    cost = cost_of(dynamic_janus, "understanding").at()
     encoder = [n for n in cost.nodes if n.region == "encoder"]
     assert cost.by_region()["encoder"].flops > 0
     assert all((n.visual, n.text) == (1, 0) for n in encoder)
     assert {n.module.split(".")[1] for n in encoder if n.work.flops} == {"vision_model", "aligner"}
 
 
-def test_modules_hold_what_lies_below_them(janus_example: Captured) -> None:
-    cost = cost_of(janus_example, "generation").at()
+def test_modules_hold_what_lies_below_them(dynamic_janus: Captured) -> None:
+    cost = cost_of(dynamic_janus, "generation").at()
     one = cost.by_module(depth=2)
     language = [work for path, work in cost.by_module().items() if path.startswith("model.language_model")]
     assert one["model.language_model"] == Work.sum(language)

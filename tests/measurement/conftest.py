@@ -19,7 +19,7 @@ def measured(janus_example: Captured, digits_example: Captured) -> Measure:
     made = {
         "janus": lambda: janus_example,
         "digits": lambda: digits_example,
-        "tiny": lambda: Captured.of(tiny.build(dtype="float64")),
+        "tiny": lambda: Captured.of(tiny.build(dtype="float64", dynamic=True)),
         "conv": lambda: Captured.of(tiny.build(dtype="float64", token_mixer="conv")),
         "cumsum": lambda: Captured.of(tiny.build(dtype="float64", token_mixer="cumsum")),
     }

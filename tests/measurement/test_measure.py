@@ -33,12 +33,12 @@ SPLIT = ((10, 12), (20, 25))  # two samples, and five
 
 
 @pytest.fixture(scope="module")
-def measured(digits_example: Captured) -> dict[str, tg.Measurements]:
+def measured(dynamic_digits: Captured) -> dict[str, tg.Measurements]:
     """Measures of two batches of different sizes, of each alone, and of understanding alone."""
 
     def on(*given: dict[str, Any], tasks: tuple[str, ...] = ("understanding", "generation")) -> tg.Measurements:
         batches = {task: [b[task] for b in given] for task in tasks}
-        return measure(digits_example.facts, batches)
+        return measure(dynamic_digits.facts, batches)
 
     one, two = (batch(*rows) for rows in SPLIT)
     return {"both": on(one, two), "one": on(one), "two": on(two), "understanding": on(one, tasks=("understanding",))}
@@ -59,10 +59,10 @@ def test_batches_of_other_sizes_are_averaged_by_row(measured: dict[str, tg.Measu
     assert one.redundancy.cosine != two.redundancy.cosine
 
 
-def test_every_task_and_block_is_measured(digits_example: Captured, measured: dict[str, tg.Measurements]) -> None:
+def test_every_task_and_block_is_measured(dynamic_digits: Captured, measured: dict[str, tg.Measurements]) -> None:
     found = measured["both"]
     for name, task in found.tasks.items():
-        assert len(task.redundancy.cosine) == len(digits_example.facts[name].blocks) == 4
+        assert len(task.redundancy.cosine) == len(dynamic_digits.facts[name].blocks) == 4
         assert task.allocation.mass.shape[:2] == (4, 4)
         torch.testing.assert_close(task.allocation.mass.sum(-1), torch.ones(task.allocation.mass.shape[:3]).double())
         assert task.gradients["blocks.0.attention.qkv.weight"].visual > 0
@@ -71,9 +71,9 @@ def test_every_task_and_block_is_measured(digits_example: Captured, measured: di
 
 
 def test_a_task_without_batches_is_measured_on_its_example(
-    digits_example: Captured, measured: dict[str, tg.Measurements]
+    dynamic_digits: Captured, measured: dict[str, tg.Measurements]
 ) -> None:
-    example = measure(digits_example.facts)
+    example = measure(dynamic_digits.facts)
     found = measured["understanding"]
 
     def numbers(task: TaskMeasures) -> tuple[float, ...]:
@@ -85,9 +85,9 @@ def test_a_task_without_batches_is_measured_on_its_example(
 
 
 def test_attention_to_the_image_is_that_of_the_queries_that_matter(
-    digits_example: Captured, measured: dict[str, tg.Measurements]
+    dynamic_digits: Captured, measured: dict[str, tg.Measurements]
 ) -> None:
-    found = {a.task: a for a in tg.image_attention(measured["both"], digits_example.facts)}
+    found = {a.task: a for a in tg.image_attention(measured["both"], dynamic_digits.facts)}
     assert {name: a.query for name, a in found.items()} == {"understanding": "output", "generation": "image"}
     for name, attention in found.items():
         allocation = measured["both"].tasks[name].allocation
@@ -96,41 +96,41 @@ def test_attention_to_the_image_is_that_of_the_queries_that_matter(
         assert attention.mass == pytest.approx(by_block.tolist())
         assert attention.early == pytest.approx(float(by_block[:2].mean()))
         assert attention.late == pytest.approx(float(by_block[2:].mean()))
-    assert image_mass(measured["both"], digits_example.facts) == {name: a.mass for name, a in found.items()}
+    assert image_mass(measured["both"], dynamic_digits.facts) == {name: a.mass for name, a in found.items()}
 
 
 def test_attention_to_an_image_that_is_no_segment(
-    digits_example: Captured, measured: dict[str, tg.Measurements]
+    dynamic_digits: Captured, measured: dict[str, tg.Measurements]
 ) -> None:
     both = measured["both"]
     task = both.tasks["understanding"]
     other = replace(task.allocation, keys=tuple(k.replace("image", "picture") for k in task.allocation.keys))
     tasks = {**both.tasks, "understanding": replace(task, allocation=other)}
     found = replace(both, tasks=tasks)
-    assert [a.task for a in tg.image_attention(found, digits_example.facts)] == ["generation"]
+    assert [a.task for a in tg.image_attention(found, dynamic_digits.facts)] == ["generation"]
     with pytest.raises(tg.AnalysisError, match="task 'understanding': no segment is named 'image'"):
-        image_mass(found, digits_example.facts)
+        image_mass(found, dynamic_digits.facts)
 
 
-def test_measuring_leaves_the_model_as_it_was(digits_example: Captured) -> None:
-    before = {name: x.clone() for name, x in digits_example.model.state_dict().items()}
+def test_measuring_leaves_the_model_as_it_was(dynamic_digits: Captured) -> None:
+    before = {name: x.clone() for name, x in dynamic_digits.model.state_dict().items()}
     state = torch.get_rng_state()
-    measure(digits_example.facts)
-    assert all(torch.equal(x, before[name]) for name, x in digits_example.model.state_dict().items())
-    assert all(p.grad is None for p in digits_example.model.parameters())
+    measure(dynamic_digits.facts)
+    assert all(torch.equal(x, before[name]) for name, x in dynamic_digits.model.state_dict().items())
+    assert all(p.grad is None for p in dynamic_digits.model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_batch_of_a_size_that_is_fixed_is_refused(digits_example: Captured) -> None:
+def test_a_batch_of_a_size_that_is_fixed_is_refused(dynamic_digits: Captured) -> None:
     wrong = batch(0, 3)["understanding"]
     wrong["pixel_values"] = wrong["pixel_values"][:, :6]
     with pytest.raises(tg.BatchError, match="pixel_values"):
-        measure(digits_example.facts, {"understanding": [wrong]})
+        measure(dynamic_digits.facts, {"understanding": [wrong]})
 
 
-def test_batches_of_an_unknown_task_are_refused(digits_example: Captured) -> None:
+def test_batches_of_an_unknown_task_are_refused(dynamic_digits: Captured) -> None:
     with pytest.raises(tg.BatchError, match="batches are for a task 'video'"):
-        measure(digits_example.facts, {"video": []})
+        measure(dynamic_digits.facts, {"video": []})
 
 
 def test_a_model_without_storage_is_refused() -> None:

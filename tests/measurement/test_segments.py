@@ -50,13 +50,13 @@ def test_janus(janus_example: Captured) -> None:
     assert of(janus_example, "generation") == [12 * "n" + 16 * "i"] * 2
 
 
-def test_another_batch_than_the_example(janus_example: Captured) -> None:
+def test_another_batch_than_the_example(dynamic_janus: Captured) -> None:
     """Visual tokens that are a range of positions move with the sizes of the batch."""
     ids, codes = torch.randint(1, 200, (5, 7)), torch.randint(0, 64, (5, 16))
-    assert of(janus_example, "generation", {"image_codes": codes, "input_ids": ids}) == [7 * "n" + 16 * "i"] * 5
-    given = janus_example.spec.tasks["understanding"].inputs
+    assert of(dynamic_janus, "generation", {"image_codes": codes, "input_ids": ids}) == [7 * "n" + 16 * "i"] * 5
+    given = dynamic_janus.spec.tasks["understanding"].inputs
     one = {key: value[1:] for key, value in given.items()}
-    assert of(janus_example, "understanding", one) == of(janus_example, "understanding")[1:]
+    assert of(dynamic_janus, "understanding", one) == of(dynamic_janus, "understanding")[1:]
 
 
 def test_labelled_text_before_the_image_is_output() -> None:

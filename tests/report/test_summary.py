@@ -21,21 +21,21 @@ AMOUNTS = (
 
 
 @pytest.fixture(scope="module")
-def measured(digits_example: Captured) -> tg.Measurements:
-    found = measure(digits_example.facts)
+def measured(dynamic_digits: Captured) -> tg.Measurements:
+    found = measure(dynamic_digits.facts)
     cosines = (replace(found.cosines[0], visual=nan), *found.cosines[1:])
     return replace(found, cosines=cosines)
 
 
 @pytest.fixture(scope="module")
-def summary(digits_example: Captured, measured: tg.Measurements) -> dict[str, Any]:
+def summary(dynamic_digits: Captured, measured: tg.Measurements) -> dict[str, Any]:
     sizes = [{"batch": 8, "tokens": 40}]
-    return summarise(digits_example.facts, measured, sizes=sizes, convention="fastv")
+    return summarise(dynamic_digits.facts, measured, sizes=sizes, convention="fastv")
 
 
-def test_it_is_json_without_nan(summary: dict[str, Any], digits_example: Captured) -> None:
+def test_it_is_json_without_nan(summary: dict[str, Any], dynamic_digits: Captured) -> None:
     """What was not there to measure is ``null``."""
-    for data in (summary, with_nodes(summary, digits_example.facts)):
+    for data in (summary, with_nodes(summary, dynamic_digits.facts)):
         assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert summary["gradient_cosines"][0]["visual"] is None
     assert isinstance(summary["gradient_cosines"][1]["visual"], float)
@@ -49,9 +49,9 @@ def test_it_names_its_schema_and_tasks(summary: dict[str, Any]) -> None:
     assert shared["elements"] > 0
 
 
-def test_cost_is_that_of_the_example_and_of_the_sizes_asked(summary: dict[str, Any], digits_example: Captured) -> None:
+def test_cost_is_that_of_the_example_and_of_the_sizes_asked(summary: dict[str, Any], dynamic_digits: Captured) -> None:
     for name, task in summary["tasks"].items():
-        cost = digits_example.facts[name].cost
+        cost = dynamic_digits.facts[name].cost
         example, asked = task["cost"]["at"]
         assert example["total"] == dict(zip(AMOUNTS, cost.at().total().amounts(), strict=True))
         assert asked["total"] == dict(zip(AMOUNTS, cost.at(batch=8, tokens=40).total().amounts(), strict=True))
@@ -98,8 +98,8 @@ def test_a_published_formula_reads_the_graph(summary: dict[str, Any]) -> None:
         assert found["convention"]["forward_flops"] == fastv(shape, rows_per_layer=[tokens] * 4)
 
 
-def test_without_measures_and_published_flops(digits_example: Captured) -> None:
-    found = summarise(digits_example.facts)
+def test_without_measures_and_published_flops(dynamic_digits: Captured) -> None:
+    found = summarise(dynamic_digits.facts)
     assert found["gradient_cosines"] is None
     for task in found["tasks"].values():
         assert task["measured"] is None
@@ -117,15 +117,15 @@ def test_measures(summary: dict[str, Any]) -> None:
         assert set(task["measured"]["gradients"]["head.weight"]) == {"visual", "text"}
 
 
-def test_pathways_by_group(summary: dict[str, Any], digits_example: Captured) -> None:
+def test_pathways_by_group(summary: dict[str, Any], dynamic_digits: Captured) -> None:
     """Every parameter that a task uses is in one group; means are weighted by size, norms are those of the whole group."""
     groups = {entry["group"]: entry for entry in summary["pathways"]}
     assert [name for name in groups if name.startswith("block")] == [f"block {i}" for i in range(4)]
-    elements = {name: p.numel() for name, p in digits_example.model.named_parameters()}
-    used = {name for task in digits_example.facts.values() for name in task.profile}
+    elements = {name: p.numel() for name, p in dynamic_digits.model.named_parameters()}
+    used = {name for task in dynamic_digits.facts.values() for name in task.profile}
     assert sum(entry["elements"] for entry in groups.values()) == sum(elements[name] for name in used)
     mine = [name for name in used if name.startswith("blocks.3.")]
-    for task, facts in digits_example.facts.items():
+    for task, facts in dynamic_digits.facts.items():
         mean = sum(elements[name] * facts.profile.get(name, 0) for name in mine) / groups["block 3"]["elements"]
         assert groups["block 3"]["profile"][task] == pytest.approx(mean)
         norms = summary["tasks"][task]["measured"]["gradients"]
@@ -148,7 +148,7 @@ def test_attention_to_the_image_side_by_side(summary: dict[str, Any]) -> None:
 
 def test_cost_after_a_plan() -> None:
     """Beside the cost before it, for all sizes; the published formula counts the rows that are left."""
-    tiny = captured_tiny(4)
+    tiny = captured_tiny(4, dynamic=True)
     sites = tuple(tg.DropSite(task, 1, 3, 0.5) for task in tiny.facts)
     accelerated = tiny.apply(tg.Plan(sites, exact=False))
     sizes = [{"batch": 8}, {"batch": 3, "tokens": 40}]
@@ -170,7 +170,7 @@ def test_cost_after_a_plan() -> None:
 
 def test_keys_of_frozen_rows_count_in_a_published_formula() -> None:
     """``himix``: all rows are keys, text rows alone are computed."""
-    tiny = captured_tiny(4)
+    tiny = captured_tiny(4, dynamic=True)
     sites = tuple(tg.DropSite(task, 0, None, 0.0, mode="freeze") for task in tiny.facts)
     accelerated = tiny.apply(tg.Plan(sites, exact=False))
     facts = tiny.facts
@@ -182,19 +182,19 @@ def test_keys_of_frozen_rows_count_in_a_published_formula() -> None:
         assert at["after"]["convention"]["forward_flops"] == expected < at["convention"]["forward_flops"]
 
 
-def test_the_file_holds_every_node_and_profile(summary: dict[str, Any], digits_example: Captured) -> None:
-    full = with_nodes(summary, digits_example.facts)
+def test_the_file_holds_every_node_and_profile(summary: dict[str, Any], dynamic_digits: Captured) -> None:
+    full = with_nodes(summary, dynamic_digits.facts)
     for name, task in full["tasks"].items():
         nodes = task["nodes"]
         for amount in AMOUNTS:
             assert sum(n[amount] for n in nodes) == task["cost"]["at"][0]["total"][amount]
-        calls = {n.name for n in digits_example.program[name].graph.nodes if n.op == "call_function"}
+        calls = {n.name for n in dynamic_digits.program[name].graph.nodes if n.op == "call_function"}
         assert {n["node"] for n in nodes} <= calls
         assert {"node", "op", "module", "region", "block", "visual", "text"} <= set(nodes[0])
-        assert task["profile"] == dict(digits_example.facts[name].profile)
+        assert task["profile"] == dict(dynamic_digits.facts[name].profile)
         assert isinstance(summary["tasks"][name]["nodes"], int)
 
 
-def test_a_size_that_is_fixed_is_refused(digits_example: Captured) -> None:
+def test_a_size_that_is_fixed_is_refused(dynamic_digits: Captured) -> None:
     with pytest.raises(tg.AnalysisError, match="has no size 'pixels'"):
-        summarise(digits_example.facts, sizes=[{"pixels": 3}])
+        summarise(dynamic_digits.facts, sizes=[{"pixels": 3}])

@@ -12,7 +12,7 @@ from tests.store.programs import THINNED, G, Saved, rich_spec
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Two blocks, both tasks thinned in the second: leave its weights as they are."""
-    return Saved(captured_tiny(2).apply(THINNED), tmp_path_factory.mktemp("saved") / "program")
+    return Saved(captured_tiny(2, dynamic=True).apply(THINNED), tmp_path_factory.mktemp("saved") / "program")
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def draw(model: Rich, ids: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rich_spec(dtype: str = "float64") -> tg.ModelSpec:
-    base = tiny.build(layers=1, dtype=dtype).tasks
+    base = tiny.build(layers=1, dtype=dtype, dynamic=True).tasks
     torch.manual_seed(1)
     model = Rich().to(getattr(torch, dtype))
     given = base[U].inputs

@@ -190,7 +190,7 @@ def test_an_input_that_json_cannot_hold(tmp_path: Path) -> None:
 
 def test_a_result_that_is_a_size(tmp_path: Path) -> None:
     """A number that follows the batch: it comes back as it was, or saving is refused by a message."""
-    spec = tiny.build(layers=1)
+    spec = tiny.build(layers=1, dynamic=True)
     old = spec.tasks[G]
 
     def sized(model: nn.Module, ids: Tensor, codes: Tensor) -> tuple[Tensor, int]:

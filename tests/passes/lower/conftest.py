@@ -16,7 +16,7 @@ from tokgraph.passes.lower import Lowered, lower_train_step
 
 @pytest.fixture(scope="session")
 def two() -> Captured:
-    return captured_tiny(2)
+    return captured_tiny(2, dynamic=True)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def train_step(two: Captured, accelerated: Callable[[str], tg.Accelerated]) -> C
 
 @pytest.fixture(scope="session")
 def rich() -> Captured:
-    spec = tiny.build(layers=1, dtype="float64")
+    spec = tiny.build(layers=1, dtype="float64", dynamic=True)
     model = spec.model
     model.head.weight = model.embed.weight
     model.code_head.weight = model.codes.weight
