@@ -17,6 +17,7 @@ from tests.export.conftest import Exported, run_file
 from tests.harness import Captured, captured_tiny
 from tokgraph.export import export_onnx
 from tokgraph.export.convert import DEFAULT_OPSET, is_decomposed, onnx_decompositions
+from tokgraph.ir.tensors import tensor_name
 from tokgraph.passes.lower import lower_forward, lower_train_step
 
 onnx = pytest.importorskip("onnx")
@@ -26,7 +27,7 @@ TASKS = ("understanding", "generation")
 
 def loss_and_gradients(module: nn.Module, run, inputs) -> dict[str, torch.Tensor]:
     """What autograd gives: the loss, and ``grad/<name>`` of the parameters that it depends on."""
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    named = {tensor_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     loss = run(**inputs)[0]
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     gradients = {f"grad/{name}": g for name, g in zip(named, found, strict=True) if g is not None}
