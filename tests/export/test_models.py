@@ -42,7 +42,9 @@ def test_training_steps_of_the_examples(example: str, task: str, policy: str, tm
     inputs = wider(dict(held.spec.tasks[task].inputs))
     module = accelerated[task]
     leaves = accelerated.program[task].flatten(inputs)
-    expected = loss_and_gradients(module.task_graph.named_parameters(), lambda **_: module.graph_module(*leaves), inputs)
+    expected = loss_and_gradients(
+        module.task_graph.named_parameters(), lambda **_: module.graph_module(*leaves), inputs
+    )
     assert_alike(run_file(tmp_path / f"{task}.train-step.onnx", inputs), expected, 1e-4)
     for name, ours in (("loss", expected["loss"]),):
         found = run_file(tmp_path / f"{task}.forward.onnx", inputs)[name]

@@ -18,7 +18,6 @@ from tests.export.conftest import Exported, run_file
 from tests.harness import Captured, captured_tiny
 from tokgraph.export import export_onnx
 from tokgraph.export.convert import DEFAULT_OPSET, is_decomposed, onnx_decompositions
-from tokgraph.ir.tensors import tensor_name
 from tokgraph.passes.lower import lower_forward, lower_train_step
 
 onnx = pytest.importorskip("onnx")
