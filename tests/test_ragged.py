@@ -23,7 +23,11 @@ PAD = 0
 
 
 def spec(
-    images: list[list[int]], padding: str = "right", tokens: int = 20, attend: Attend = F.scaled_dot_product_attention
+    images: list[list[int]],
+    padding: str = "right",
+    tokens: int = 20,
+    attend: Attend = F.scaled_dot_product_attention,
+    dynamic: bool = False,
 ) -> tg.ModelSpec:
     """The tiny model on samples with images of the given lengths, text before, between and behind, padded to ``tokens``.
 
@@ -48,7 +52,7 @@ def spec(
             "patches": torch.rand(len(rows), max(map(sum, images)), 4),
             "labels": ids.masked_fill(~text, -100),
         },
-        dynamic={"ids": sequence, "labels": sequence, "patches": {0: "batch"}},
+        dynamic={"ids": sequence, "labels": sequence, "patches": {0: "batch"}} if dynamic else None,
         visual=tg.VisualTokens.ids(input="ids", equal=tiny.IMAGE_ID),
         reads="text",
     )
@@ -94,6 +98,12 @@ IMAGES = [[9], [4, 3], [5, 6], [10]]  # 9, 7, 11 and 10 visual tokens
 @pytest.fixture(scope="module", params=["right", pytest.param("left", marks=pytest.mark.slow)])
 def ragged(request) -> Captured:
     return Captured.of(spec(IMAGES, request.param))
+
+
+@pytest.fixture(scope="module")
+def open_ragged() -> Captured:
+    """The same with symbols for sizes, which other batches may have other values of."""
+    return Captured.of(spec(IMAGES, dynamic=True))
 
 
 def site(start: int, end: int | None, keep: float, selector: str = "uniform", **more: object) -> DropSite:
@@ -231,10 +241,10 @@ def test_what_padding_holds_changes_nothing(ragged: Captured) -> None:
     assert not torch.equal(*losses), "the model itself does see them"
 
 
-def test_padded_shapes_are_static(ragged: Captured) -> None:
+def test_padded_shapes_are_static(open_ragged: Captured) -> None:
     """A batch of other counts runs through the same shapes; one with a smaller image than any in the example does not."""
-    accelerated = ragged.apply(planned(ragged, [site(1, 3, 0.4, ragged="pad")]))
-    inputs = dict(ragged.spec.tasks[U].inputs)
+    accelerated = open_ragged.apply(planned(open_ragged, [site(1, 3, 0.4, ragged="pad")]))
+    inputs = dict(open_ragged.spec.tasks[U].inputs)
     other = spec([[8], [5, 2], [11], [4, 4]]).tasks[U].inputs
     loss, _ = accelerated[U](**{**inputs, **{k: other[k] for k in ("ids", "labels")}})
     assert loss.isfinite()
@@ -295,10 +305,10 @@ def test_uniform_is_uniform_in_each_sample() -> None:
         assert [r for r, s in enumerate(row) if s] == [j * n // keep for j in range(keep)]
 
 
-def test_other_batches_between_fewest_and_most(ragged: Captured) -> None:
+def test_other_batches_between_fewest_and_most(open_ragged: Captured) -> None:
     """A batch of other counts goes through the same program; one outside is refused."""
-    accelerated = ragged.apply(planned(ragged, [site(1, 3, 0.4)]))
-    inputs = dict(ragged.spec.tasks[U].inputs)
+    accelerated = open_ragged.apply(planned(open_ragged, [site(1, 3, 0.4)]))
+    inputs = dict(open_ragged.spec.tasks[U].inputs)
     other = spec([[8], [5, 2], [11], [4, 4]]).tasks[U].inputs
     loss, _ = accelerated[U](**{**inputs, **{k: other[k] for k in ("ids", "labels")}})
     assert loss.isfinite()
