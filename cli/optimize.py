@@ -71,7 +71,7 @@ def optimize(
         clash = "--policy" if policy is not None else "--" + next(iter(given)).replace("_", "-")
         raise click.UsageError(f"--plan and {clash} exclude each other")
     chosen: str | Plan = Plan.load(plan_file) if plan_file is not None else policy or "shared"
-    log = PassLog(print_after, time_passes, dump_ir)
+    log = PassLog(print_after, time_passes, dump_ir, last)
     with log.watching() as stage:
         stage("load")
         spec = load_model(model, settings)
@@ -80,7 +80,7 @@ def optimize(
         else:
             program = run_until(spec, last, chosen, progress=stage, observer=log.observer, **given)
     if last is not None:
-        print_graphs(program, last, as_json)
+        print_graphs(program, last if last in log.ran else None, as_json)
         return
     report = {"model": model, "settings": parse_settings(settings), **accelerated.report, "versions": _versions()}
     target = out or Path("out") / Path(model.partition(":")[0]).stem
@@ -95,8 +95,8 @@ def optimize(
         )
 
 
-def print_graphs(program: Program, last: str, as_json: bool) -> None:
-    """The IR of every task as a pass left it, on standard output."""
+def print_graphs(program: Program, last: str | None, as_json: bool) -> None:
+    """The IR of every task as a pass left it (``None``: as all passes did), on standard output."""
     texts = {name: format_graph(graph) for name, graph in program.items()}
     if as_json:
         click.echo(json.dumps({"schema": 1, "stopped_after": last, "ir": texts}, indent=2))

@@ -47,12 +47,16 @@ class PassLog:
         print_after: names of passes after which to print the IR, or ``all``.
         time_passes: print a table of the time that stages and passes took.
         dump_ir: folder that gets the IR after every pass, a file each, numbered in order.
+        last: the pass after which to stop.
     """
 
-    def __init__(self, print_after: tuple[str, ...], time_passes: bool, dump_ir: Path | None = None) -> None:
+    def __init__(
+        self, print_after: tuple[str, ...], time_passes: bool, dump_ir: Path | None = None, last: str | None = None
+    ) -> None:
         self._print_after = print_after
         self._time_passes = time_passes
         self._dump_ir = dump_ir
+        self._last = last
         self._stages: list[Stage] = []
         self._texts: list[str] = []
         self._dumps: dict[str, str] = {}
@@ -60,7 +64,13 @@ class PassLog:
     @property
     def observer(self) -> Observer | None:
         """What the stages are to tell; ``None`` where nothing was asked for."""
-        return self._observe if self._print_after or self._time_passes or self._dump_ir else None
+        asked = self._print_after or self._time_passes or self._dump_ir or self._last
+        return self._observe if asked else None
+
+    @property
+    def ran(self) -> set[str]:
+        """Names of the passes that ran."""
+        return {delta.name for stage in self._stages for delta in stage.passes}
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[str], None]]:
@@ -98,9 +108,8 @@ class PassLog:
     def _show(self) -> None:
         for text in self._texts:
             click.echo(text, err=True, nl=False)
-        ran = {delta.name for stage in self._stages for delta in stage.passes}
-        for name in self._print_after:
-            if name != ALL and name not in ran:
+        for name in dict.fromkeys([*self._print_after, *([self._last] if self._last else [])]):
+            if name != ALL and name not in self.ran:
                 click.echo(f"--- {name} did not run", err=True)
         if self._dump_ir is not None and self._dumps:
             write_folder(self._dump_ir, self._dumps)

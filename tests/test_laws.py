@@ -236,3 +236,12 @@ def test_a_plan_comes_back_from_its_file(digits_example, tmp_path):
     loaded = tg.Plan.load(tmp_path / "plan.json")
     assert loaded.sites == plan.sites
     assert loaded.to_json() == plan.to_json()
+
+
+def test_the_laws_hold_where_sizes_are_symbols(dynamic_digits: Captured) -> None:
+    """Other tests of laws run on graphs whose sizes are numbers; one capture for this is enough."""
+    shared = dynamic_digits.apply(tg.make_plan(dynamic_digits.facts, "shared", keep=0.5))
+    tg.verify(shared).raise_if_failed()
+    assert make_report(shared)["sharing_index"] == 1.0
+    assert list(shared.parameters()) == list(dynamic_digits.model.parameters())
+    tg.verify(dynamic_digits.apply(EXACT)).raise_if_failed()

@@ -17,7 +17,8 @@ from tokgraph.ir.plan import Plan
 from tokgraph.ir.program import Program, TaskGraph
 from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import Verification
-from tokgraph.passes.facts import analyze
+from tokgraph.passes.analyze import analyze
+from tokgraph.passes.lower.places import mark_places
 
 from .errors import FileError
 
@@ -121,6 +122,9 @@ class Accelerated(Mapping[str, TaskModule]):
 
     def with_program(self, program: Program) -> Accelerated:
         """Another rewritten program for the same plan, not verified: what a pass of the user's own made of this one."""
+        if self._facts is not None:
+            for name, graph in program.items():
+                mark_places(graph, self._facts[name])
         return Accelerated(program, self.plan, self._facts, captured=self.captured)
 
     @property

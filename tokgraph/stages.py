@@ -11,9 +11,9 @@ from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import Plan, Ragged
 from tokgraph.ir.program import Program
 from tokgraph.ir.spec import ModelSpec
+from tokgraph.passes.analyze import analyze
 from tokgraph.passes.capture.export import CLEANUPS, capture
 from tokgraph.passes.cost.attribution import task_cost
-from tokgraph.passes.facts import analyze
 from tokgraph.passes.lower.places import mark_places
 from tokgraph.passes.pipeline import Observer, Pipeline
 from tokgraph.passes.rewrite.realise import REWRITE, rewrite_passes
@@ -33,11 +33,13 @@ PASSES = tuple(found.name for found in (*CLEANUPS, *REWRITE))
 """Names of the passes that the stages run, in order: those of ``capture``, then those of ``rewrite``."""
 
 
-def facts_of(source: Program | Facts, facts: Facts | None) -> Facts:
+def facts_of(program: Program | Facts, facts: Facts | None) -> Facts:
     """The facts that a stage is given: themselves, those given beside a program, or those of a new analysis of it."""
-    if isinstance(source, Facts):
-        return source
-    return analyze(source) if facts is None else facts.of(source)
+    if isinstance(program, Facts):
+        if facts is not None:
+            raise TypeError("facts know their program: give them once")
+        return program
+    return analyze(program) if facts is None else facts.of(program)
 
 
 def costs(program: Program, facts: Facts) -> dict[str, TaskCost]:
@@ -54,7 +56,7 @@ def costs(program: Program, facts: Facts) -> dict[str, TaskCost]:
 
 
 def make_plan(
-    source: Facts | Program,
+    program: Facts | Program,
     policy: str | Policy = "shared",
     *,
     facts: Facts | None = None,
@@ -64,7 +66,7 @@ def make_plan(
     """Plan with a policy.
 
     Args:
-        source: facts of a captured program, or the program, which is then analysed.
+        program: facts of a captured program, or the program, which is then analysed.
         policy: a policy's name, or a policy.
         facts: facts of the program, when they are known already.
         ragged: what all sites do where samples hold different numbers of visual tokens (:class:`tokgraph.DropSite`).
@@ -73,7 +75,7 @@ def make_plan(
     Raises:
         PlanError: no such policy or option, or the policy cannot plan for this model.
     """
-    facts = facts_of(source, facts)
+    facts = facts_of(program, facts)
     chosen = _named(policy, options)
     if ragged != "min" and "ragged" in chosen.options():
         chosen = replace(chosen, ragged=ragged)  # type: ignore[type-var]
@@ -89,12 +91,12 @@ def _named(name: str | Policy, options: dict[str, Any]) -> Policy:
 
 
 def apply(
-    source: Facts | Program, plan: Plan, *, facts: Facts | None = None, observer: Observer | None = None
+    program: Facts | Program, plan: Plan, *, facts: Facts | None = None, observer: Observer | None = None
 ) -> Accelerated:
     """Apply a plan; the captured program stays as it is.
 
     Args:
-        source: facts of a captured program, or the program, which is then analysed.
+        program: facts of a captured program, or the program, which is then analysed.
         plan: the plan.
         facts: facts of the program, when they are known already.
         observer: called after every pass.
@@ -103,7 +105,7 @@ def apply(
         PlanError: the plan does not fit the program.
         IllegalRewriteError: a block in a span mixes tokens in a way that rules out dropping them.
     """
-    facts = facts_of(source, facts)
+    facts = facts_of(program, facts)
     plan = check_plan(plan, facts)
     program = _rewritten(facts, plan, observer)
     for name, graph in program.items():

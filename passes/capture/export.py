@@ -222,13 +222,14 @@ def _plain_module(model: nn.Module, exported: ExportedProgram, inputs: Mapping[s
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     mine = named_tensors(model)
-    constants = constants_prefix(mine)
+    constants = constants_prefix((*mine, *(name for name, _ in model.named_modules() if name), *vars(model)))
     attributes: dict[str, Any] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
         elif node.op == "get_attr":
             name, found = _users_tensor(model, mine, tensor_name(node))
+            check_tensor_names([name])  # it may be a tensor that is no buffer
             if found is None:  # a constant that export lifted out of the code
                 name, found = f"{constants}.{name.replace('.', '_')}", read(module, node)
             node.target = target_of(name)

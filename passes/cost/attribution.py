@@ -17,9 +17,9 @@ from tokgraph.ir.sizes import Sizes, expression
 
 from ..rules import axis_map
 from ..rules.registry import Axis
+from .known_sizes import EncoderGrowth, WindowRows, task_sizes
 from .pathways import visual_counts
 from .rows import SAMPLES, Chain, held_rows
-from .sizes import EncoderGrowth, WindowRows, task_sizes
 from .works import count_nodes
 
 aten = torch.ops.aten

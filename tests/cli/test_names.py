@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import Result
 
 MODEL = """
@@ -19,6 +20,7 @@ def build():
 """
 
 
+@pytest.mark.slow
 def test_a_task_named_like_a_path(run: Callable[..., Result], tmp_path: Path) -> None:
     inside = tmp_path / "a" / "b"
     inside.mkdir(parents=True)

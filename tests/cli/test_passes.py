@@ -63,7 +63,7 @@ def test_a_pass_that_did_not_run_is_named(run):
     assert printed(result.stderr) == [("keep-batch-axis", task) for task in TASKS]
 
 
-@pytest.mark.parametrize("name", ["split-to-slices", "seed-sites", "push-down"])
+@pytest.mark.parametrize("name", ["split-to-slices", "seed-sites", pytest.param("push-down", marks=pytest.mark.slow)])
 def test_stop_after_prints_the_graphs_as_they_are_then(run, tmp_path, name):
     """The same IR as after that pass of a whole run; nothing else is written."""
     whole = run(*OPTIMIZE, "--dump-ir", "dump")
@@ -159,3 +159,10 @@ def test_why_not_of_a_plan(run, tmp_path):
     assert found["why_not"]["generation"] == []
     assert found["why_not"]["understanding"] != []
     assert "why_not" not in json.loads(run("inspect", *SMALL, "--json").stdout)
+
+
+def test_a_pass_to_stop_after_that_did_not_run_is_named(run) -> None:
+    result = run("optimize", *SMALL, "--policy", "none", "--stop-after", "push-down", "--json")
+    assert result.exit_code == 0
+    assert "--- push-down did not run" in result.stderr
+    assert json.loads(result.stdout)["stopped_after"] is None

@@ -62,6 +62,7 @@ def digits_generation(batch: int) -> dict[str, Any]:
     return dict(digits.generation_batch(digits.quantise(images), numbers))
 
 
+@pytest.mark.slow
 def test_digits_at_another_batch_and_length(dynamic_digits: Captured) -> None:
     found = cost_of(dynamic_digits, "understanding").at(batch=7, tokens=25 + 4)
     assert_same(found, recaptured(dynamic_digits, "understanding", digits_understanding(7, 4)))

@@ -72,7 +72,7 @@ def test_every_node_is_there_once(graph: tg.TaskGraph) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_who_made_a_node_is_said(task: str) -> None:
-    text = format_graph(captured(task).sunk(site(0, 1), exact=True))
+    text = format_graph(captured(task).rewritten(site(0, 1), exact=True))
     (restore,) = [line for line in text.splitlines() if " = restore(" in line]
     assert restore.endswith("layers.0 by seed-sites")
     assert "drop(" in text

@@ -121,6 +121,7 @@ def test_gradients_are_visual_where_the_profile_says_so(measured: Measure, name:
     assert disagreements(found.captured, task, found.splits[task]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chameleon", "llava"])
 def test_gradients_of_the_zoo_are_visual_where_the_profile_says_so(name: str) -> None:
     """Chameleon's image tokenizer makes visual tokens, but its codes are integers: no gradient passes them."""

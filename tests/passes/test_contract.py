@@ -23,6 +23,7 @@ from tokgraph.passes import GraphPass, Pipeline, pass_of, registered_passes
 from tokgraph.passes.contract import fingerprint
 from tokgraph.passes.rewrite import PushDown, SeedSites
 from tokgraph.passes.rewrite.realise import rewrite_passes
+from tokgraph.report import make_report
 from tokgraph.stages import PASSES
 
 aten = torch.ops.aten
@@ -90,6 +91,15 @@ def test_what_a_pass_looks_like_as_data() -> None:
     }
     assert PushDown().to_data() == {"name": "push-down", "options": {"task": None}}
     assert pass_of({"name": "push-down"}) == PushDown()
+
+
+def test_a_run_replays_from_its_report() -> None:
+    found = captured()
+    accelerated = found.apply(site(0, 1), exact=True)
+    report = json.loads(json.dumps(make_report(accelerated)))
+    passes = [pass_of(data) for data in report["tasks"][found.task]["passes"]]
+    again = Pipeline(passes).run_task(found.graph, found.facts)
+    assert changes(accelerated.program[found.task], again) == ""
 
 
 def test_a_pipeline_replays_from_data() -> None:

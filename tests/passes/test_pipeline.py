@@ -96,7 +96,7 @@ def test_a_function_of_a_user_runs_among_ours() -> None:
     found = captured()
     masks, seed, *rest = rewrite_passes(found.facts, found.sites(site(0, 1)), exact=True)
     after = Pipeline([masks, seed, negate_twice, *rest]).run_task(found.graph, found.facts)
-    Run.of(after).assert_equals(Run.of(found.sunk(site(0, 1), exact=True)))
+    Run.of(after).assert_equals(Run.of(found.rewritten(site(0, 1), exact=True)))
     shapes = [tuple(n.meta["val"].shape) for n in after.graph.nodes if n.target is aten.neg.default]
     assert shapes == [(2, 8, 32)] * 2 + [(2, 6, 32)] * 2
 

@@ -53,7 +53,7 @@ class Captured:
     def seeded(self, *sites: tg.DropSite, exact: bool = False) -> tg.TaskGraph:
         return Pipeline(seeds(self.facts, self.sites(*sites), exact)).run_task(self.graph, self.facts)
 
-    def sunk(self, *sites: tg.DropSite, exact: bool = False) -> tg.TaskGraph:
+    def rewritten(self, *sites: tg.DropSite, exact: bool = False) -> tg.TaskGraph:
         return Pipeline(rewrite_passes(self.facts, self.sites(*sites), exact)).run_task(self.graph, self.facts)
 
     def apply(self, *sites: tg.DropSite, exact: bool = False) -> tg.Accelerated:

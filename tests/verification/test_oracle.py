@@ -95,7 +95,7 @@ def test_two_tokens(two: Captured, sites: tuple[tg.DropSite, ...], modes: tuple[
     expected = torch.tensor([by_hand(modes)], dtype=torch.float64)
     torch.testing.assert_close(results.outputs[1], expected, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(results.outputs[0], expected.sum(), rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(Run.of(two.sunk(*sites)).outputs[1], expected, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(Run.of(two.rewritten(*sites)).outputs[1], expected, rtol=1e-14, atol=1e-14)
 
 
 def test_the_gradient_of_a_hidden_token_by_hand(two: Captured) -> None:
@@ -322,7 +322,7 @@ MUTANTS: list[tuple[Edit, bool, tuple[tg.DropSite, ...], bool]] = [
 )
 def test_every_mutant_is_caught(edit: Edit, seeded: bool, sites: tuple[tg.DropSite, ...], exact: bool) -> None:
     found = captured("understanding")
-    graph = found.seeded(*sites, exact=exact) if seeded else found.sunk(*sites, exact=exact)
+    graph = found.seeded(*sites, exact=exact) if seeded else found.rewritten(*sites, exact=exact)
     plan = tg.Plan(found.sites(*sites), exact=exact)
     program = found.program.replacing({found.task: graph})
     mutant = tg.Accelerated(program, plan, found.facts_of)

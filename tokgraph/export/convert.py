@@ -252,7 +252,7 @@ def link_weights(model: ir.Model, folder: Path, files: Mapping[str, tuple[str, A
     Args:
         model: the model.
         folder: where the files are, and where the model will be.
-        files: initializer -> (file, :class:`~tokgraph.weights.Stored`).
+        files: initializer -> (file, :class:`~tokgraph.store.weights.Stored`).
     """
     import onnx_ir
 

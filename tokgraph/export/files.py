@@ -19,7 +19,6 @@ KINDS: tuple[GraphKind, ...] = get_args(GraphKind)
 BASELINE = "baseline"
 """Variant of the captured graphs; that of the rewritten ones is ``"accelerated"``."""
 ACCELERATED = "accelerated"
-VARIANTS = (BASELINE, ACCELERATED)
 PREFIX = "tokgraph."
 """Prefix of the metadata keys that we write into ONNX models and nodes."""
 OTHERS = ("param/", "state/", STEP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from tokgraph.errors import AnalysisError
 
@@ -302,8 +302,18 @@ class Facts(Mapping[str, TaskFacts]):
         return self._program
 
     def of(self, program: Program) -> Facts:
-        """The same facts for another program of these graphs, which may have some of the tasks only."""
-        return self if program is self._program else Facts(self._tasks, program)
+        """The same facts for another program of these graphs, which may have some of the tasks only.
+
+        Raises:
+            AnalysisError: the program has other graphs.
+        """
+        known = self._program
+        if known is not None and any(known.get(name) is not graph for name, graph in program.items()):
+            raise AnalysisError(
+                "these facts are of another program",
+                help="analyse the program that you have: tokgraph.analyze(program)",
+            )
+        return self if program is known else Facts(self._tasks, program)
 
     def __getitem__(self, task: str) -> TaskFacts:
         return self._tasks[task]
@@ -318,3 +328,22 @@ class Facts(Mapping[str, TaskFacts]):
         """Names of the parameters that every task's visual tokens pass."""
         names = [{p for p, share in facts.profile.items() if share > 0} for facts in self.values()]
         return tuple(sorted(set.intersection(*names))) if names else ()
+
+
+def facts_before(program: Program | Facts, facts: Any, rest: Any) -> tuple[Facts, Any]:
+    """``(facts, rest)`` of the arguments of a call, where the program may stand before its facts.
+
+    Args:
+        program: facts, or the program that they are of.
+        facts: the facts, or, where these come first, what follows them.
+        rest: what follows the facts.
+
+    Raises:
+        TypeError: there are no facts among them.
+        AnalysisError: the facts are of another program.
+    """
+    if isinstance(program, Facts):
+        return program, facts if rest is None else rest
+    if not isinstance(facts, Facts):
+        raise TypeError("give the facts of the program: tokgraph.analyze(program)")
+    return facts.of(program), rest

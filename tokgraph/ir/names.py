@@ -62,6 +62,8 @@ def check_tensor_names(names: Iterable[str]) -> None:
     for name in names:
         if name.partition(".")[0] in _RESERVED:
             raise SpecError(f"the model has a tensor called {name!r}, a name that is reserved", help="rename it")
+        if name.encode(errors="replace").decode() != name:
+            raise SpecError(f"the model has a tensor called {name!r}, which no file can hold", help="rename it")
 
 
 def own_name(task: str, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,11 +169,6 @@ class Program(Mapping[str, TaskGraph]):
     def __repr__(self) -> str:
         tasks = ", ".join(f"{name}: {len(graph.graph.nodes)} nodes" for name, graph in self.items())
         return f"Program({tasks})"
-
-
-def without_program(given: Sequence[Any]) -> Sequence[Any]:
-    """The arguments of a stage, without the captured program that may stand before what knows it anyway."""
-    return given[1:] if isinstance(given[0], Program) else given
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.facts import Facts
-from tokgraph.ir.program import Program, is_meta, without_program
+from tokgraph.ir.facts import Facts, facts_before
+from tokgraph.ir.program import Program, is_meta
 from tokgraph.ir.spec import check_tasks
 
 from .attention import MAX_BYTES, Allocation
@@ -48,29 +48,36 @@ class Measurements:
 
 
 @overload
-def measure(facts: Facts, batches: Batches | None = None, /, *, max_bytes: int = MAX_BYTES) -> Measurements: ...
+def measure(program: Facts, facts: Batches | None = None, *, max_bytes: int = MAX_BYTES) -> Measurements: ...
 
 
 @overload
 def measure(
-    program: Program, facts: Facts, batches: Batches | None = None, /, *, max_bytes: int = MAX_BYTES
+    program: Program | Facts, facts: Facts | None = None, batches: Batches | None = None, *, max_bytes: int = MAX_BYTES
 ) -> Measurements: ...
 
 
-def measure(*given: Any, max_bytes: int = MAX_BYTES) -> Measurements:
-    """Measure a captured program on calibration batches: ``measure(facts, batches)``.
+def measure(
+    program: Program | Facts,
+    facts: Facts | Batches | None = None,
+    batches: Batches | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> Measurements:
+    """Measure a captured program on calibration batches: ``measure(facts, batches)``, or ``measure(program, facts, batches)``.
 
     Args:
-        given: facts of the captured program, which may stand before them; then batches, ``{task: [inputs by name, ...]}``,
-            of any size where the task's dimensions are dynamic. Tasks that are left out are measured on their example
-            batch, and so are all without batches.
+        program: facts of the captured program, or the program.
+        facts: its facts, where the program comes first.
+        batches: ``{task: [inputs by name, ...]}``, of any size where the task's dimensions are dynamic. Tasks that are left
+            out are measured on their example batch, and so are all with ``None``.
         max_bytes: attention weights held at once, in bytes.
 
     Raises:
-        AnalysisError: the model is on the meta device.
+        AnalysisError: the model is on the meta device, or the facts are of another program.
         BatchError: a batch does not fit its task, or a task is unknown.
     """
-    facts, batches = (*without_program(given), None)[:2]
+    facts, batches = facts_before(program, facts, batches)
     program = facts.program
     if is_meta(program.model):
         raise AnalysisError(

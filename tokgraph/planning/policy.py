@@ -48,6 +48,9 @@ class Policy(abc.ABC):
         if cls.name in _POLICIES and _POLICIES[cls.name].__qualname__ != cls.__qualname__:
             raise ValueError(f"policy {cls.name!r} is defined twice")
         _POLICIES[cls.name] = cls
+        if "plan" in cls.__dict__:  # what a policy of the first version calls its plan is its decision
+            cls.decide = cls.__dict__["plan"]  # type: ignore[method-assign]
+            del cls.plan
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)).values():

@@ -34,7 +34,7 @@ def make_report(accelerated: Accelerated) -> dict[str, Any]:
     profiles = {name: _of_copied(p.profile) for name, p in after.items()}
     added = accelerated.own_parameters
     sizes = {name: p.numel() for name, p in program.model.named_parameters(remove_duplicate=False)}
-    tasks = {name: _task_report(program[name], accelerated.program[name], facts, after[name]) for name in program}
+    tasks = {name: _task_report(graph, accelerated, facts, after[name]) for name, graph in program.items()}
     totals = [sum(t["flops"][when]["total"] for t in tasks.values()) for when in ("before", "after")]
     return {
         "schema": SCHEMA,
@@ -66,8 +66,8 @@ def _pathways_after(captured: TaskGraph, accelerated: Accelerated, facts: Facts)
     return pathways(lean, task)
 
 
-def _task_report(captured: TaskGraph, rewritten: TaskGraph, facts: Facts, after: Pathways) -> dict[str, Any]:
-    task = facts[captured.name]
+def _task_report(captured: TaskGraph, accelerated: Accelerated, facts: Facts, after: Pathways) -> dict[str, Any]:
+    task, plan, rewritten = facts[captured.name], accelerated.plan, accelerated.program[captured.name]
     costs = {"before": task.cost.at(), "after": task_cost(rewritten, task).at()}
     before, now = (cost.total() for cost in costs.values())
     return {
@@ -79,6 +79,7 @@ def _task_report(captured: TaskGraph, rewritten: TaskGraph, facts: Facts, after:
         "activation_bytes": {"before": before.saved, "after": now.saved, "ratio": now.saved / before.saved},
         "cost": {when: cost.rollups() for when, cost in costs.items()},
         "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},
+        "passes": [p.to_data() for p in rewrite_passes(task, plan.for_task(task.name), plan.exact)],
     }
 
 

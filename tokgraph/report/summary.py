@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from tokgraph.ir.facts import Facts, TaskFacts
-from tokgraph.ir.program import TaskGraph
+from tokgraph.ir.facts import Facts, TaskFacts, facts_before
+from tokgraph.ir.program import Program, TaskGraph
 from tokgraph.measurement.measurements import Measurements, TaskMeasures, image_attention
 from tokgraph.passes.cost.attribution import task_cost
 from tokgraph.runtime import Accelerated
@@ -20,7 +20,8 @@ SCHEMA = 2
 
 
 def summarise(
-    facts: Facts,
+    program: Program | Facts,
+    facts: Facts | Measurements | None = None,
     measured: Measurements | None = None,
     *,
     sizes: Iterable[Mapping[str, int]] = (),
@@ -30,7 +31,8 @@ def summarise(
     """The facts as plain data (schema 2).
 
     Args:
-        facts: facts of a captured program.
+        program: facts of a captured program, or the program.
+        facts: its facts, where the program comes first.
         measured: what was measured of it.
         sizes: sizes beside those of the example batch at which to give the cost, as ``{"batch": 8, "tokens": 2048}``.
         convention: whose formula to give beside the exact count (:data:`tokgraph.report.published_flops.NAMES`).
@@ -39,6 +41,7 @@ def summarise(
     Raises:
         AnalysisError: a captured graph fixes a size to another value, or a plan fixes the number of visual tokens.
     """
+    facts, measured = facts_before(program, facts, measured)
     program = facts.program
     elements = {name: p.numel() for name, p in program.model.named_parameters(remove_duplicate=False)}
     shared = facts.shared_parameters()

@@ -26,7 +26,7 @@ from tokgraph.version import VERSION
 from .batches import EXAMPLE, write_example
 from .weights import WEIGHTS, write_weights
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST, PLAN, REPORT = "manifest.json", "plan.json", "report.json"
 _REQUIRED = ("versions", "training", "state", "parameters", "own", "tasks", "files")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, overload
 
 import torch
 
@@ -13,7 +12,7 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.interpreter import trains_with_dropout
 from tokgraph.ir.names import STEP
 from tokgraph.ir.plan import DropSite, Plan
-from tokgraph.ir.program import Program, TaskGraph, is_meta, without_program
+from tokgraph.ir.program import Program, TaskGraph, is_meta
 from tokgraph.ir.spec import no_forward, split_outputs
 from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import TOLERANCE, TaskVerification, Verification
@@ -24,27 +23,30 @@ from tokgraph.runtime import Accelerated
 from .compare import Results, badness, compare_gradients, compare_outputs, missing_rows, run_oracle, run_rewritten
 
 
-@overload
-def verify(accelerated: Accelerated, /, *, dtype: torch.dtype | None = None) -> Verification: ...
-
-
-@overload
-def verify(program: Program, accelerated: Accelerated, /, *, dtype: torch.dtype | None = None) -> Verification: ...
-
-
-def verify(*given: Any, dtype: torch.dtype | None = None) -> Verification:
+def verify(
+    program: Program | Accelerated, accelerated: Accelerated | None = None, *, dtype: torch.dtype | None = None
+) -> Verification:
     """Compare an accelerated program with the oracle on the tasks' example batches: outputs, loss, all gradients.
 
     Args:
-        given: the accelerated program; the captured one, of which its facts are, may stand before it.
+        program: the accelerated program, or the captured one that it was made from.
+        accelerated: the accelerated program, where the captured one comes first.
         dtype: the type to compute in; default: float64, which tells a wrong rewrite from rounding.
 
     Raises:
-        VerificationError: the model has no values to compare (it is on the meta device).
+        VerificationError: the model has no values to compare (it is on the meta device), or the accelerated program was
+            made from another one.
         FileError: the program was loaded, and saved without its baseline.
     """
-    accelerated: Accelerated
-    (accelerated,) = without_program(given)
+    if accelerated is None:
+        if isinstance(program, Program):
+            raise TypeError("give the accelerated program: verify(accelerated), or verify(program, accelerated)")
+        accelerated = program
+    elif any(accelerated.facts.program.get(name) is not graph for name, graph in program.items()):
+        raise VerificationError(
+            "the accelerated program was made from another program than the one given",
+            help="give the program that it was made from, or none: verify(accelerated)",
+        )
     if is_meta(accelerated.model):
         raise VerificationError(
             "the model is on the meta device, so there are no values to compare",

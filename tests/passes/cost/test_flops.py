@@ -86,7 +86,7 @@ def test_thinning_saves_exactly_the_work_of_the_rows_left_out(task: str) -> None
     def block(n: int) -> int:
         return batch * (matmul(n, hidden, 8 * hidden) + 2 * 2 * matmul(n, 8, n))  # qkv, out and FFN: 3 + 1 + 2 + 2
 
-    before, after = count_flops(found.graph), count_flops(found.sunk(site(0, 1, 0.5)))
+    before, after = count_flops(found.graph), count_flops(found.rewritten(site(0, 1, 0.5)))
     assert before.forward - after.forward == block(rows) - block(rows - gone)
     assert before.backward - after.backward == 2 * (block(rows) - block(rows - gone))
 

@@ -18,7 +18,7 @@ IMAGE = 6  # visual tokens of a sample of the tiny model
 
 def profile(found: Captured, *sites: tg.DropSite, exact: bool = True) -> dict[str, float]:
     """Visual tokens that each parameter transforms."""
-    shares = pathways(found.sunk(*sites, exact=exact), found.facts).profile
+    shares = pathways(found.rewritten(*sites, exact=exact), found.facts).profile
     return {name: round(share * IMAGE, 9) for name, share in shares.items()}
 
 
@@ -81,14 +81,14 @@ def test_nested_sites() -> None:
 def test_exact_changes_no_profile() -> None:
     """Work that no demanded output reads does not count, before or after."""
     found = captured("understanding")
-    assert dict(pathways(found.sunk(exact=True), found.facts).profile) == dict(found.facts.profile)
+    assert dict(pathways(found.rewritten(exact=True), found.facts).profile) == dict(found.facts.profile)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_tokens_per_block(task: str) -> None:
     found = captured(task, layers=3)
-    whole = pathways(found.sunk(exact=True), found.facts)
-    thinned = pathways(found.sunk(site(1, 2, 0.5), exact=True), found.facts)
+    whole = pathways(found.rewritten(exact=True), found.facts)
+    thinned = pathways(found.rewritten(site(1, 2, 0.5), exact=True), found.facts)
     assert whole.tokens_per_block == (IMAGE, IMAGE, EXPECTED_LAST[task])
     assert thinned.tokens_per_block == (IMAGE, 3, EXPECTED_LAST[task])
 
@@ -121,7 +121,7 @@ def test_a_model_without_storage_has_the_same_profile(selector: str) -> None:
 
 def test_row_spaces_name_the_indices() -> None:
     found = captured("understanding", layers=3)
-    graph = found.sunk(site(0, 2, 0.5), site(1, 2, 0.25))
+    graph = found.rewritten(site(0, 2, 0.5), site(1, 2, 0.25))
     spaces = row_spaces(graph.graph, found.facts)
     nodes = {n.name: n for n in graph.graph.nodes}
     depth = [len(spaces[nodes[b.end], 1]) for b in found.facts.blocks]

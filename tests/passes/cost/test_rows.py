@@ -85,7 +85,7 @@ def test_merged_axes_hold_both(positions: Captured) -> None:
 
 def test_a_rewritten_graph_passes_as_many_rows_through_its_tables(positions: Captured) -> None:
     """Rows are followed back through selections: hiding rows later does not thin what was looked up before."""
-    graph = positions.sunk(site(1, 2, 0.0))
+    graph = positions.rewritten(site(1, 2, 0.0))
     shares = pathways(graph, positions.facts).profile
     assert {shares[f"{name}.weight"] for name in ("positions", "tokens", "head", "extra")} == {1.0}
     assert {share for name, share in shares.items() if "stage_1" in name} == {0.0}

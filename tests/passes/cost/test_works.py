@@ -253,7 +253,7 @@ def test_a_hidden_span_costs_the_rows_that_are_left(task: str) -> None:
     def block(rows: int) -> int:
         return batch * (2 * rows * hidden * 8 * hidden + 2 * 2 * 2 * rows * 8 * rows)  # qkv, out, FFN; scores and sum
 
-    cost = task_cost(found.sunk(site(1, 2, 0.5)), found.facts).at()
+    cost = task_cost(found.rewritten(site(1, 2, 0.5)), found.facts).at()
     assert [w.forward_flops for w in cost.by_block()] == [block(11), block(8), block(11)]
     assert [w.backward_flops for w in cost.by_block()] == [2 * block(rows) for rows in (11, 8, 11)]
     for number, share in enumerate((6 / 11, 3 / 8, 6 / 11)):
@@ -266,7 +266,7 @@ def test_a_hidden_span_costs_the_rows_that_are_left(task: str) -> None:
 
 def test_a_plan_is_for_the_visual_tokens_of_its_example() -> None:
     found = captured("understanding", dynamic=True)
-    cost = task_cost(found.sunk(site(0, 1, 0.5)), found.facts)
+    cost = task_cost(found.rewritten(site(0, 1, 0.5)), found.facts)
     assert cost.at(batch=4).total().flops == 2 * cost.at().total().flops
     with pytest.raises(tg.AnalysisError, match="rows are dropped for 6 visual tokens a sample"):
         cost.at(visual=12)
@@ -367,7 +367,7 @@ def test_known_free_operators_are_not_listed() -> None:
 @pytest.mark.parametrize("selector", ["uniform", "random", "norm"])
 def test_what_a_plan_adds_is_not_listed(selector: str) -> None:
     found = captured(layers=3)
-    assert task_cost(found.sunk(site(1, 2, 0.5, selector=selector)), found.facts).uncounted == ()
+    assert task_cost(found.rewritten(site(1, 2, 0.5, selector=selector)), found.facts).uncounted == ()
 
 
 def test_the_examples_are_counted_whole(digits_example: Captured, janus_example: Captured) -> None:

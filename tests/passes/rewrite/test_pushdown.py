@@ -28,7 +28,7 @@ def block(graph: tg.TaskGraph, index: int) -> str:
 def test_a_hidden_block() -> None:
     """Everything from the first norm to the restore works on kept rows; the mask is gathered along both axes."""
     assert_expected_inline(
-        block(captured(dynamic=True).sunk(site(0, 1)), 0),
+        block(captured(dynamic=True).rewritten(site(0, 1)), 0),
         """\
 %ones = ones([%sym_size_int.2, %sym_size_int.2], dtype=torch.bool, device=cpu)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
 %tril = tril(%ones)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
@@ -66,7 +66,7 @@ def test_a_hidden_block() -> None:
 def test_a_frozen_block() -> None:
     """Keys and values come from all rows, queries, attention output and FFN from kept ones."""
     assert_expected_inline(
-        block(captured(dynamic=True).sunk(site(0, 1, 0.0, mode="freeze")), 0),
+        block(captured(dynamic=True).rewritten(site(0, 1, 0.0, mode="freeze")), 0),
         """\
 %ones = ones([%sym_size_int.2, %sym_size_int.2], dtype=torch.bool, device=cpu)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
 %tril = tril(%ones)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
@@ -104,7 +104,7 @@ def test_a_frozen_block() -> None:
 def test_the_last_block_of_exact() -> None:
     """Queries and FFN of demanded rows, keys and values of all; head and loss follow."""
     assert_expected_inline(
-        block(captured("generation", dynamic=True).sunk(exact=True), 1),
+        block(captured("generation", dynamic=True).rewritten(exact=True), 1),
         """\
 %ones = ones([%add, %add], dtype=torch.bool, device=cpu)  # bool[tokens + 6, tokens + 6] layers.1.attention by explicit-causal-mask
 %tril = tril(%ones)  # bool[tokens + 6, tokens + 6] layers.1.attention by explicit-causal-mask
@@ -154,7 +154,7 @@ def test_the_last_block_of_exact() -> None:
     ids=["exact", "hide", "nested", "freeze", "norm"],
 )
 def test_twice_is_once(sites: tuple[tg.DropSite, ...], task: str) -> None:
-    once = captured(task).sunk(*sites, exact=True)
+    once = captured(task).rewritten(*sites, exact=True)
     again = once.copy()
     result = PushDown()(again.graph_module)
     assert not result.modified
@@ -173,7 +173,7 @@ def test_without_selections_nothing_happens() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_metadata_and_parameters(task: str, dynamic: bool) -> None:
     found = captured(task, dynamic=dynamic)
-    sunk = found.sunk(site(0, 1), exact=True)
+    sunk = found.rewritten(site(0, 1), exact=True)
     assert_well_formed(sunk, found.graph)
     names = {n.name for n in found.graph.graph.nodes}
     kept = [n for n in sunk.graph.nodes if n.name in names and n.meta.get("nn_module_stack")]
@@ -187,7 +187,7 @@ def test_metadata_and_parameters(task: str, dynamic: bool) -> None:
 
 
 def test_narrowed_calls_say_so() -> None:
-    sunk = captured().sunk(site(0, 1))
+    sunk = captured().rewritten(site(0, 1))
     narrowed = {module_path(n).partition(".attention")[0] for n in sunk.graph.nodes if n.meta.get(NARROWED)}
     assert {m.rpartition(".")[0] if "norm" in m or "mlp" in m else m for m in narrowed} == {"layers.0", "layers.0.mlp"}
 
@@ -196,7 +196,7 @@ def test_every_parameter_is_read_still() -> None:
     """Drop everything that may be dropped, and no weight is lost from the graph."""
     found = captured()
     before = {n.target for n in found.graph.graph.nodes if n.op == "get_attr"}
-    sunk = found.sunk(site(0, 2, 0.0), exact=True)
+    sunk = found.rewritten(site(0, 2, 0.0), exact=True)
     assert {n.target for n in sunk.graph.nodes if n.op == "get_attr"} == before
 
 
@@ -205,7 +205,7 @@ def test_other_blocks(block: type[torch.nn.Module]) -> None:
     """Nothing but keys and values of frozen rows is computed for dropped rows, whatever the architecture."""
     found = Captured.of(models.spec(block, depth=1), "t")
     kept = models.TOKENS - models.IMAGE
-    hidden, frozen = found.sunk(site(0, 1, 0.0)), found.sunk(site(0, 1, 0.0, mode="freeze"))
+    hidden, frozen = found.rewritten(site(0, 1, 0.0)), found.rewritten(site(0, 1, 0.0, mode="freeze"))
     for graph in (hidden, frozen):
         assert_well_formed(graph, found.graph)
     Run.of(hidden).assert_equals(Run.of(found.seeded(site(0, 1, 0.0))))
@@ -238,7 +238,7 @@ class Case:
         self.x, self.y = self.p.input("x", X), self.p.input("y", Y)
         self.i, self.j = self.p.input("i", I), self.p.input("j", J)
 
-    def sunk(self, *outputs: fx.Node) -> list[fx.Node]:
+    def rewritten(self, *outputs: fx.Node) -> list[fx.Node]:
         """The calls after push-down."""
         module = self.p.module(*outputs)
         before = module(*self.p.inputs)
@@ -250,7 +250,7 @@ class Case:
 
     def expressions(self, *outputs: fx.Node) -> list[str]:
         """The outputs after push-down, written out."""
-        calls = self.sunk(*outputs)
+        calls = self.rewritten(*outputs)
         return [written(n) for n in calls[-1].graph.output_node().args[0]]
 
 
@@ -322,7 +322,7 @@ def test_an_inner_selection_goes_through_the_outer_restore() -> None:
 def test_equal_selections_become_one() -> None:
     c = Case()
     first, second = (c.p(op, c.p.select(c.x, c.i)) for op in (aten.relu.default, aten.exp.default))
-    calls = c.sunk(first, second)
+    calls = c.rewritten(first, second)
     assert [n.target for n in calls].count(tokgraph.select.default) == 1
 
 
@@ -349,7 +349,7 @@ def test_a_product_is_narrowed_on_one_side(dim: int, narrowed: str) -> None:
     """Rows of scores are rows of the left operand, columns are rows of the right one."""
     c = Case()
     scores = c.p(aten.matmul.default, c.x, c.p(aten.transpose.int, c.y, 1, 2))
-    calls = c.sunk(c.p.select(scores, c.i, dim))
+    calls = c.rewritten(c.p.select(scores, c.i, dim))
     (product,) = [n for n in calls if n.target is aten.matmul.default]
     assert tuple(tensor(product).shape) == ((2, 3, 4) if dim == 1 else (2, 4, 3))  # type: ignore[union-attr]
     (chosen,) = [n for n in calls if n.target is tokgraph.select.default]
@@ -377,7 +377,7 @@ def test_sizes_of_views_follow() -> None:
     c = Case()
     split = c.p(aten.reshape.default, c.x, [2, 4, 3, 1])
     out = c.p.select(c.p(aten.expand.default, split, [2, 4, 3, 5]), c.i)
-    sizes = [n.args[1] for n in c.sunk(out) if n.target in (aten.reshape.default, aten.expand.default)]
+    sizes = [n.args[1] for n in c.rewritten(out) if n.target in (aten.reshape.default, aten.expand.default)]
     assert sizes == [[2, 3, 3, 1], [2, 3, 3, 5]]
 
 

@@ -243,7 +243,7 @@ SITES = {
 @pytest.mark.parametrize("name", SITES)
 def test_a_seeded_graph_computes_what_the_sunk_one_does(name: str, task: str, exact: bool) -> None:
     found = captured(task)
-    seeded, sunk = found.seeded(*SITES[name], exact=exact), found.sunk(*SITES[name], exact=exact)
+    seeded, sunk = found.seeded(*SITES[name], exact=exact), found.rewritten(*SITES[name], exact=exact)
     assert_well_formed(seeded, found.graph)
     Run.of(seeded).assert_equals(Run.of(sunk))
 
@@ -258,7 +258,7 @@ def test_keep_everything_is_the_identity(task: str, dynamic: bool) -> None:
 
 def test_labels_follow_rows_that_are_gone() -> None:
     found = captured("understanding")
-    seeded, sunk = found.seeded(site(0, 1, 0.0, restore=False)), found.sunk(site(0, 1, 0.0, restore=False))
+    seeded, sunk = found.seeded(site(0, 1, 0.0, restore=False)), found.rewritten(site(0, 1, 0.0, restore=False))
     Run.of(seeded).assert_equals(Run.of(sunk))
     (leaf, rows), *_ = seeded.compact_outputs.items()
     loss, logits, index = seeded.graph_module(*seeded.flatten(seeded.example()))
@@ -429,19 +429,19 @@ def with_loss(forward: object, outputs: str = "loss") -> Captured:
 def test_every_way_to_write_a_loss(forward: object) -> None:
     """Exact, hidden and gone for good: the same numbers as the captured graph or the seeded one."""
     found = with_loss(forward)
-    plain, exact = Run.of(found.graph), Run.of(found.sunk(exact=True))
+    plain, exact = Run.of(found.graph), Run.of(found.rewritten(exact=True))
     torch.testing.assert_close(exact.outputs[0], plain.outputs[0], rtol=1e-12, atol=1e-12)
     for name, gradient in plain.gradients.items():
         torch.testing.assert_close(exact.gradients[name], gradient, rtol=1e-12, atol=1e-12)
     for sites in ((site(0, 1),), (site(0, 1, 0.34, restore=False),)):
         for lean in (False, True):
-            Run.of(found.seeded(*sites, exact=lean)).assert_equals(Run.of(found.sunk(*sites, exact=lean)))
+            Run.of(found.seeded(*sites, exact=lean)).assert_equals(Run.of(found.rewritten(*sites, exact=lean)))
             assert tg.verify(found.program, found.apply(*sites, exact=lean)).passed
 
 
 def test_a_loss_over_slices_is_narrowed() -> None:
     """The slice that drops the last row, and what comes after it, hold demanded rows only."""
-    sunk = with_loss(shifted_by_slices).sunk(exact=True)
+    sunk = with_loss(shifted_by_slices).rewritten(exact=True)
     (loss,) = calls(sunk, aten.cross_entropy_loss.default)
     logits = loss.args[0]
     assert isinstance(logits, torch.fx.Node)
