@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,6 +24,9 @@ from tests.harness import Captured, static
 from tokgraph.cli import main
 
 torch.set_num_threads(1)  # tensors this small gain nothing from more
+gc.set_threshold(
+    200_000, 20, 50
+)  # traces make many objects and few circles, and to look for these takes an eighth of the time
 settings.register_profile("tokgraph", deadline=None, derandomize=True)  # the same examples everywhere, slow or not
 settings.load_profile("tokgraph")
 

@@ -103,9 +103,9 @@ def test_visual_rows_alone_use_the_copies(four: Captured) -> None:
     torch.testing.assert_close(seen["merged"], expected)
 
 
-def test_one_optimizer_trains_copies_and_model(four: Captured) -> None:
+def test_one_optimizer_trains_copies_and_model() -> None:
     spec = tiny.build(layers=4)
-    model = Captured(spec, tg.capture(spec), four.facts)
+    model = Captured.of(spec)
     accelerated = model.apply(tg.make_plan(model.program, "himix", facts=model.facts))
     names = dict(accelerated.named_parameters())
     assert set(names) == set(dict(spec.model.named_parameters())) | set(accelerated.own_parameters)

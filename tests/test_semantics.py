@@ -164,6 +164,7 @@ def other_batch(task: str, batch: int, more_text: int) -> Inputs:
     }
 
 
+@pytest.mark.slow  # with symbols; tests/test_laws.py holds another model to the laws at other sizes
 @pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
 @pytest.mark.parametrize(("batch", "more_text"), [(3, 0), (5, 7), (2, -2), (1, 0), (1, 3)])
 @pytest.mark.parametrize("task", TASKS)
@@ -172,6 +173,7 @@ def test_batches_of_other_shapes_go_through_the_same_program(captured_janus, tas
     check(captured_janus("sdpa", dynamic=True), task, sites, exact, other_batch(task, batch, more_text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["nested three deep, for good", "freeze inside hide"])
 @pytest.mark.parametrize("task", TASKS)
 def test_batches_of_other_shapes_in_nested_spans(captured_janus, task, case):

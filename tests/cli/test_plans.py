@@ -279,7 +279,11 @@ def test_a_policy_of_another_package(plugin):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("toy_policies:Gone", "policy plugin 'toy' (toy_policies:Gone) cannot be loaded: AttributeError"),
+        pytest.param(
+            "toy_policies:Gone",
+            "policy plugin 'toy' (toy_policies:Gone) cannot be loaded: AttributeError",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "no_such_module:Toy",
             "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'",

@@ -132,7 +132,7 @@ def test_every_node_says_where_it_comes_from(exported) -> None:
 
 
 @pytest.mark.parametrize("lower", [lower_forward, lower_train_step])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["understanding", pytest.param("generation", marks=pytest.mark.slow)])
 def test_a_graph_is_traced_once(exported, task: str, lower) -> None:
     """What the converter would decompose, by a trace that takes longer than all the rest, is decomposed already."""
     program = exported().accelerated
@@ -169,6 +169,7 @@ def test_the_report_has_the_errors_found_on_two_batches(exported) -> None:
     assert "codes.weight" not in unused
 
 
+@pytest.mark.slow
 def test_fused_attention_and_norms_at_opset_23(tmp_path: Path) -> None:
     captured = captured_tiny(1)
     accelerated = captured.apply(tg.Plan(), "understanding")
@@ -325,6 +326,7 @@ def test_a_random_plan_takes_the_step_as_an_input(tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_large_constants_lie_beside_the_graphs_once(tmp_path: Path) -> None:
     class Positions(tiny.Unified):
         def __init__(self) -> None:

@@ -124,6 +124,7 @@ def test_two_images_a_sample(dimension: str) -> None:
     assert cost.at(visual=12).by_region()["encoder"].flops == 2 * cost.at().by_region()["encoder"].flops
 
 
+@pytest.mark.slow
 def test_text_keeps_its_length_when_visual_tokens_change(dynamic_janus: Captured) -> None:
     for task in dynamic_janus.facts:
         cost = cost_of(dynamic_janus, task)
@@ -131,6 +132,7 @@ def test_text_keeps_its_length_when_visual_tokens_change(dynamic_janus: Captured
         assert cost.at(tokens=40).total() == cost.at(tokens=40, visual=16).total()
 
 
+@pytest.mark.slow
 def test_no_sizes_are_those_of_the_example(dynamic_janus: Captured) -> None:
     cost = cost_of(dynamic_janus, "generation")
     assert cost.at().total() == cost.at(batch=2, tokens=28, visual=16).total()
@@ -182,6 +184,7 @@ def test_visual_share_of_a_block(model: str, task: str, visual: int, tokens: int
         assert sum(n.text * n.work.flops for n in mine) == pytest.approx(work.flops * (1 - visual / tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("visual", "share"), [(16, 15 / 16), (32, 31 / 32)])
 def test_visual_share_of_a_head_that_reads_a_slice(dynamic_janus: Captured, visual: int, share: float) -> None:
     """The head reads the rows before the image tokens: the last text row, and all image rows but the last."""
@@ -199,6 +202,7 @@ def test_visual_share_of_samples_and_rows_in_one_axis(dynamic_digits: Captured, 
         assert [n.visual for n in found] == pytest.approx([share])
 
 
+@pytest.mark.slow
 def test_everything_in_the_encoder_is_visual(dynamic_janus: Captured) -> None:
     cost = cost_of(dynamic_janus, "understanding").at()
     encoder = [n for n in cost.nodes if n.region == "encoder"]
@@ -207,6 +211,7 @@ def test_everything_in_the_encoder_is_visual(dynamic_janus: Captured) -> None:
     assert {n.module.split(".")[1] for n in encoder if n.work.flops} == {"vision_model", "aligner"}
 
 
+@pytest.mark.slow
 def test_modules_hold_what_lies_below_them(dynamic_janus: Captured) -> None:
     cost = cost_of(dynamic_janus, "generation").at()
     one = cost.by_module(depth=2)

@@ -18,6 +18,8 @@ from tokgraph.ir.facts import Facts
 from tokgraph.measurement.measurements import TaskMeasures, image_mass, measure
 from tokgraph.store.batches import load_batches, save_batches
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures the examples
+
 
 def batch(first: int, last: int) -> dict[str, dict[str, Any]]:
     """One batch a task, of some of the digits."""

@@ -50,6 +50,7 @@ def test_janus(janus_example: Captured) -> None:
     assert of(janus_example, "generation") == [12 * "n" + 16 * "i"] * 2
 
 
+@pytest.mark.slow
 def test_another_batch_than_the_example(dynamic_janus: Captured) -> None:
     """Visual tokens that are a range of positions move with the sizes of the batch."""
     ids, codes = torch.randint(1, 200, (5, 7)), torch.randint(0, 64, (5, 16))

@@ -15,6 +15,8 @@ from tokgraph.measurement.measurements import measure
 from tokgraph.report.published_flops import Shape, fastv, himix, himix_rows
 from tokgraph.report.summary import summarise, with_nodes
 
+pytestmark = pytest.mark.xdist_group("janus")  # one process captures the examples
+
 AMOUNTS = (
     "forward_flops", "backward_flops", "forward_read", "forward_written", "backward_read", "backward_written", "saved",
 )  # fmt: skip
