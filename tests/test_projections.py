@@ -50,7 +50,7 @@ def perturb(accelerated: tg.Accelerated) -> None:
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", SITES)
 def test_the_oracle_agrees(four: Captured, case: str, exact: bool) -> None:
     accelerated = four.apply(planned(four, SITES[case], exact))

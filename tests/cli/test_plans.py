@@ -248,6 +248,7 @@ py-modules = ["toy_policies"]
     return install
 
 
+@pytest.mark.slow
 def test_a_policy_of_another_package(plugin):
     invoke = plugin("toy_policies:Toy")
     listed = json.loads(invoke("policies", "--json").stdout)["policies"]

@@ -172,7 +172,8 @@ def test_the_whole_is_symbolic_before_sizes_are_given(dynamic_digits: Captured) 
 
 @pytest.mark.parametrize(("model", "task", "visual", "tokens"), [
     ("dynamic_digits", "understanding", 16, 25), ("dynamic_digits", "generation", 16, 20),
-    ("dynamic_janus", "understanding", 16, 28), ("dynamic_janus", "generation", 16, 28),
+    pytest.param("dynamic_janus", "understanding", 16, 28, marks=pytest.mark.slow),
+    pytest.param("dynamic_janus", "generation", 16, 28, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_visual_share_of_a_block(model: str, task: str, visual: int, tokens: int, request) -> None:
     """All FLOPs of a block are rows of the stream: their visual share is that of its tokens."""

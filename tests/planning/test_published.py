@@ -164,7 +164,7 @@ def verify(model: Captured, plan: tg.Plan) -> tg.Accelerated:
     return accelerated
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(set(policies()) - {"none", "exact"}))
 def test_the_oracle_agrees(four: Captured, name: str, exact: bool) -> None:
     verify(four, policy(name, exact=exact).plan(four.facts))
