@@ -51,6 +51,15 @@ def test_what_belongs_to_another_program_is_refused(three: Captured, other: tg.P
         tg.measure(other, three.facts)
 
 
+def test_a_loaded_program_is_verified_against_the_one_that_is_given(
+    three: Captured, other: tg.Program, tmp_path
+) -> None:
+    three.apply(tg.Plan(exact=True)).save(tmp_path / "saved", with_baseline=False)
+    loaded = tg.load_accelerated(tmp_path / "saved")
+    assert tg.verify(three.program, loaded).passed
+    assert not tg.verify(other, loaded).passed
+
+
 def test_calls_without_facts_say_what_is_missing(three: Captured) -> None:
     with pytest.raises(TypeError, match=r"give the accelerated program: verify\(accelerated\)"):
         tg.verify(three.program)

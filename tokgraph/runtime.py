@@ -104,6 +104,7 @@ class Accelerated(Mapping[str, TaskModule]):
         self.program = program
         self.plan = plan
         self.captured = captured if facts is None else facts.program
+        self.loaded = facts is None
         self.verification: Verification | None = None
         self.report: dict[str, Any] = {}
         self._facts = facts

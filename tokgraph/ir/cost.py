@@ -12,7 +12,6 @@ from tokgraph.errors import AnalysisError
 
 from .sizes import Sizes, expression
 
-Amount = sympy.Expr | float
 Region = Literal["encoder", "input", "block", "head"]
 
 

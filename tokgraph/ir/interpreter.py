@@ -1,4 +1,4 @@
-"""Interpreters that run task graphs elsewhere or otherwise: in float64 without dropout, or on the meta device."""
+"""Interpreters that run task graphs elsewhere or otherwise: in float64 without dropout."""
 
 from __future__ import annotations
 
@@ -96,12 +96,3 @@ def in_dtype(
         return dtype if isinstance(x, torch.dtype) and x.is_floating_point else x
 
     return tensors, constants
-
-
-def on_meta() -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Any], Any]]:
-    """Maps for :class:`GraphInterpreter` that run on the meta device: shapes, no values."""
-
-    def tensors(x: torch.Tensor) -> torch.Tensor:
-        return x.detach().to("meta").requires_grad_(x.requires_grad)
-
-    return tensors, lambda x: torch.device("meta") if isinstance(x, torch.device) else x

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from tokgraph.errors import VerificationError
-from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.facts import Facts, TaskFacts
 from tokgraph.ir.interpreter import trains_with_dropout
 from tokgraph.ir.names import STEP
 from tokgraph.ir.plan import DropSite, Plan
@@ -16,6 +16,7 @@ from tokgraph.ir.program import Program, TaskGraph, is_meta
 from tokgraph.ir.spec import no_forward, split_outputs
 from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import TOLERANCE, TaskVerification, Verification
+from tokgraph.passes.analyze import analyze
 from tokgraph.passes.pipeline import Pipeline
 from tokgraph.passes.rewrite.realise import rewrite_passes
 from tokgraph.runtime import Accelerated
@@ -38,29 +39,38 @@ def verify(
             made from another one.
         FileError: the program was loaded, and saved without its baseline.
     """
-    if accelerated is None:
-        if isinstance(program, Program):
-            raise TypeError("give the accelerated program: verify(accelerated), or verify(program, accelerated)")
-        accelerated = program
-    elif any(accelerated.facts.program.get(name) is not graph for name, graph in program.items()):
-        raise VerificationError(
-            "the accelerated program was made from another program than the one given",
-            help="give the program that it was made from, or none: verify(accelerated)",
-        )
-    if is_meta(accelerated.model):
+    found = program if accelerated is None else accelerated
+    if isinstance(found, Program):
+        raise TypeError("give the accelerated program: verify(accelerated), or verify(program, accelerated)")
+    if is_meta(found.model):
         raise VerificationError(
             "the model is on the meta device, so there are no values to compare",
             help="build the model with storage, or skip verification (--no-verify) and verify a smaller size",
         )
     dtype = torch.float64 if dtype is None else dtype
-    facts, plan = accelerated.facts, accelerated.plan
+    facts, plan = _facts_for(found, program), found.plan
     captured = facts.program
     tasks = {
         name: _verify_task(captured[name], graph, facts[name], plan, captured, dtype)
-        for name, graph in accelerated.program.items()
+        for name, graph in found.program.items()
     }
     own = next((p.dtype for p in captured.model.parameters() if p.is_floating_point()), torch.float32)
     return Verification(tasks, dtype, TOLERANCE[dtype], TOLERANCE[own])
+
+
+def _facts_for(accelerated: Accelerated, captured: Program | Accelerated) -> Facts:
+    """Facts of the captured program to compare with: the one given, where it is the program's own or the program was loaded."""
+    if not isinstance(captured, Program):
+        return accelerated.facts
+    if accelerated.loaded:  # it knows no captured program but, at most, a copy
+        return analyze(captured)
+    own = accelerated.facts.program
+    if any(own.get(name) is not graph for name, graph in captured.items()):
+        raise VerificationError(
+            "the accelerated program was made from another program than the one given",
+            help="give the program that it was made from, or none: verify(accelerated)",
+        )
+    return accelerated.facts
 
 
 def _verify_task(
