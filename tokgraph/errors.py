@@ -123,5 +123,11 @@ class FileError(TokgraphError):
     code = "TG011"
 
 
+class StaleError(TokgraphError):
+    """The model is no longer the one that was captured, in a way that the graphs cannot follow."""
+
+    code = "TG012"
+
+
 class InternalError(Exception):
     """A broken invariant inside tokgraph: a bug of ours, never the user's."""

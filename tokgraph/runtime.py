@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,30 +13,60 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.facts import Facts
-from tokgraph.ir.names import STEP, copied_name
+from tokgraph.ir.names import STEP, copied_name, step_name
 from tokgraph.ir.plan import Plan
-from tokgraph.ir.program import Program, TaskGraph
+from tokgraph.ir.program import Program, TaskGraph, is_training
+from tokgraph.ir.spec import no_forward
 from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import Verification
 from tokgraph.passes.analyze import analyze
+from tokgraph.passes.capture.export import capture
 from tokgraph.passes.lower.places import mark_places
+from tokgraph.planning.check import check_plan
 
-from .errors import FileError
+from .calls.draws import Draws
+from .calls.rewritten import rewritten, task_anew
+from .calls.variants import Variants, share_own
+from .errors import FileError, StaleError
 
 
 class TaskModule(nn.Module):
     """One task's graph, called like the task's forward without its model.
 
+    Each call checks that the model and the batch are what the graph takes for granted (docs/calls.md).
+
     Args:
-        graph: the task graph.
+        model: the user's model.
+        variants: the task's graphs.
     """
 
-    def __init__(self, graph: TaskGraph) -> None:
+    def __init__(self, model: nn.Module, variants: Variants) -> None:
         super().__init__()
-        self.task_graph = graph
-        self.graph_module = graph.graph_module
-        self.train(graph.graph_module.training)
+        self._draws = Draws()
+        self.use(model, variants)
+
+    def use(self, model: nn.Module, variants: Variants) -> None:
+        """Run other graphs from now on."""
+        self._of = (model, variants)  # a tuple: the model is no submodule of this one
+        self.graph_module = variants.first.graph.graph_module
+        super().train(is_training(model))
+
+    @property
+    def task_graph(self) -> TaskGraph:
+        """The graph that the plan was made for."""
+        return self._of[1].first.graph
+
+    def train(self, mode: bool = True) -> TaskModule:
+        """Set the mode of the user's model, unless that is in it already, whose submodules then stay as they are.
+
+        The next call runs the graph of that mode, which is captured when it is first needed.
+        """
+        model = self._of[0]
+        if is_training(model) is not mode:
+            model.train(mode)
+        return super().train(mode)
 
     @property
     def step(self) -> int:
@@ -52,12 +84,21 @@ class TaskModule(nn.Module):
         """The task's result, hooks run as of any module; an input may be called ``self``."""
         return super().__call__(**inputs) if "self" not in inputs else super().__call__(inputs)
 
-    def _run(self, inputs: Mapping[str, Any]) -> Any:
-        outputs = self.graph_module(*self.task_graph.flatten(inputs))
-        counter = held(self.graph_module, STEP) if self.training else None
-        if counter is not None:
-            counter.add_(1)
-        return outputs
+    def _run(self, inputs: Mapping[str, Any]) -> tuple[TaskGraph, Any]:
+        """The graph for this call, and its outputs."""
+        model, variants = self._of
+        if torch.compiler.is_compiling():  # Dynamo guards on what it traces
+            graph = self.task_graph
+            return graph, self.graph_module(*graph.flatten(inputs))
+        leaves = self.task_graph.flatten(inputs)
+        variant = variants.current(leaves)
+        graph = variant.graph
+        error = variant.refuse(leaves)
+        if error is not None:
+            raise error
+        counter = held(graph.graph_module, STEP) if is_training(model) else None
+        with _no_autocast(variant.autocast), self._draws.of_call(counter):
+            return graph, graph.graph_module(*leaves)
 
     def forward(self, named: Mapping[str, Any] = MappingProxyType({}), /, **inputs: Any) -> Any:
         """What the task's forward returns; tensors beside the loss may hold the demanded rows only.
@@ -69,9 +110,11 @@ class TaskModule(nn.Module):
             inputs: the task's inputs, by name.
 
         Raises:
-            BatchError: the inputs are not those of the example batch, or hold another number of visual tokens.
+            BatchError: the inputs are not those that the graph was captured for, or hold another number of visual tokens.
+            StaleError: the model is no longer what was captured, in a way that needs :meth:`Accelerated.refresh`.
         """
-        return self.task_graph.unflatten(self._run({**named, **inputs}))
+        graph, outputs = self._run({**named, **inputs})
+        return graph.unflatten(outputs)
 
     def with_rows(self, /, **inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         """The result, and the row index of every compact tensor in it.
@@ -80,11 +123,16 @@ class TaskModule(nn.Module):
             ``(result, {path in the result: [batch, rows] int64})``: row ``j`` of the compact tensor is row
             ``index[:, j]`` of the tensor that the task's forward returns.
         """
-        outputs = self._run(inputs)
-        result = self.task_graph.unflatten(outputs)
+        graph, outputs = self._run(inputs)
+        result = graph.unflatten(outputs)
         paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(result)[0]]
-        rows = {paths[leaf]: outputs[position] for leaf, position in self.task_graph.compact_outputs.items()}
+        rows = {paths[leaf]: outputs[position] for leaf, position in graph.compact_outputs.items()}
         return result, rows
+
+
+def _no_autocast(captured: Autocast | None) -> AbstractContextManager[Any]:
+    """Run a graph whose casts are in it without those of the region around it."""
+    return nullcontext() if captured is None else torch.autocast(captured.device, enabled=False)
 
 
 class Accelerated(Mapping[str, TaskModule]):
@@ -96,11 +144,19 @@ class Accelerated(Mapping[str, TaskModule]):
         facts: facts of the captured program; ``None`` for one that was loaded, whose baseline is analysed when they are
             asked for.
         captured: the program that a loaded one was made from, where it was saved with it.
+        edited: passes of the user's own ran on the program, which another capture would not have.
     """
 
     def __init__(
-        self, program: Program, plan: Plan, facts: Facts | None = None, *, captured: Program | None = None
+        self,
+        program: Program,
+        plan: Plan,
+        facts: Facts | None = None,
+        *,
+        captured: Program | None = None,
+        edited: bool = False,
     ) -> None:
+        self._edited = edited
         self.program = program
         self.plan = plan
         self.captured = captured if facts is None else facts.program
@@ -108,7 +164,49 @@ class Accelerated(Mapping[str, TaskModule]):
         self.verification: Verification | None = None
         self.report: dict[str, Any] = {}
         self._facts = facts
-        self._modules_by_task = {name: TaskModule(graph) for name, graph in program.items()}
+        self._modules_by_task = {
+            name: TaskModule(program.model, self._variants(name, graph)) for name, graph in program.items()
+        }
+
+    def _variants(self, name: str, graph: TaskGraph) -> Variants:
+        spec, plan = self.program.spec, self.plan
+        fixed = self._edited or spec.tasks[name].forward is no_forward
+        anew = None if fixed else partial(task_anew, spec, name, plan)
+        return Variants(self.model, graph, anew, None if self.captured is None else self.captured.get(name))
+
+    def train(self, mode: bool = True) -> Accelerated:
+        """Set the mode of the user's model; the tasks' next calls run graphs of that mode."""
+        for module in self.values():
+            module.train(mode)
+        return self
+
+    def eval(self) -> Accelerated:
+        """Set the user's model to evaluation mode: ``train(False)``."""
+        return self.train(False)
+
+    def refresh(self) -> Accelerated:
+        """Capture the model as it is now and apply the same plan, after a change that was meant: a new head, adapters.
+
+        The task modules stay the same objects, own projections and steps are kept. What was said of the program before,
+        ``verification`` and ``report``, is cleared.
+
+        Raises:
+            StaleError: the program was loaded, and has no code of the model.
+            TokgraphError: the model as it is now cannot be captured, or the plan does not fit it; nothing has changed then.
+        """
+        spec = self.program.spec
+        if any(task.forward is no_forward for task in spec.tasks.values()):
+            raise StaleError("a loaded program has no code of the model to capture", help="optimize the model again")
+        facts = analyze(capture(spec))
+        plan = check_plan(self.plan, facts)
+        program = rewritten(facts, plan)
+        for name, graph in program.items():
+            share_own(self.program[name], graph)
+        self.program, self.plan, self._facts, self.captured = program, plan, facts, facts.program
+        self.verification, self.report = None, {}
+        for name, module in self._modules_by_task.items():
+            module.use(self.model, self._variants(name, program[name]))
+        return self
 
     @property
     def facts(self) -> Facts:
@@ -126,7 +224,7 @@ class Accelerated(Mapping[str, TaskModule]):
         if self._facts is not None:
             for name, graph in program.items():
                 mark_places(graph, self._facts[name])
-        return Accelerated(program, self.plan, self._facts, captured=self.captured)
+        return Accelerated(program, self.plan, self._facts, captured=self.captured, edited=True)
 
     @property
     def model(self) -> nn.Module:
@@ -148,20 +246,30 @@ class Accelerated(Mapping[str, TaskModule]):
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
+        """:meth:`weights`, and ``tokgraph_step.<task>`` of tasks whose plan drops at random, so that training resumes there."""
+        steps = {name: held(module.graph_module, STEP) for name, module in self.items()}
+        return {**self.weights(), **{step_name(name): x.clone() for name, x in steps.items() if x is not None}}
+
+    def weights(self) -> dict[str, Any]:
         """The model's state, under the model's keys, and the parameters that the plan added."""
         return {**self.model.state_dict(), **{name: p.detach() for name, p in self.own_parameters.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
         """Load a checkpoint of this program, or of the model alone.
 
-        Parameters that the plan added and the checkpoint lacks start as those they are copies of.
+        Parameters that the plan added and the checkpoint lacks start as those they are copies of; steps that it lacks stay.
         """
-        added = self.own_parameters
-        keys = self.model.load_state_dict({k: v for k, v in state.items() if k not in added}, strict=strict)
+        added, steps = self.own_parameters, {step_name(name): module for name, module in self.items()}
+        keys = self.model.load_state_dict(
+            {k: v for k, v in state.items() if k not in added and k not in steps}, strict=strict
+        )
         loaded = self.model.state_dict()
         with torch.no_grad():
             for name, parameter in added.items():
                 parameter.copy_(state[name] if name in state else loaded[copied_name(name)])
+        for name, module in steps.items():
+            if name in state:
+                module.step = int(state[name])
         return keys
 
     def variants(self, with_baseline: bool) -> dict[str, Program]:

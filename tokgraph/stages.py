@@ -14,11 +14,11 @@ from tokgraph.ir.spec import ModelSpec
 from tokgraph.passes.analyze import analyze
 from tokgraph.passes.capture.export import CLEANUPS, capture
 from tokgraph.passes.cost.attribution import task_cost
-from tokgraph.passes.lower.places import mark_places
-from tokgraph.passes.pipeline import Observer, Pipeline
-from tokgraph.passes.rewrite.realise import REWRITE, rewrite_passes
+from tokgraph.passes.pipeline import Observer
+from tokgraph.passes.rewrite.realise import REWRITE
 from tokgraph.planning.check import check_plan, with_ragged
 
+from .calls.rewritten import rewritten
 from .errors import PlanError
 from .planning import Policy, policy
 from .report import make_report
@@ -107,15 +107,7 @@ def apply(
     """
     facts = facts_of(program, facts)
     plan = check_plan(plan, facts)
-    program = _rewritten(facts, plan, observer)
-    for name, graph in program.items():
-        mark_places(graph, facts[name])
-    return Accelerated(program, plan, facts)
-
-
-def _rewritten(facts: Facts, plan: Plan, observer: Observer | None, stop_after: str | None = None) -> Program:
-    passes = [p for name in facts.program for p in rewrite_passes(facts[name], plan.for_task(name), plan.exact)]
-    return Pipeline(passes, observer, stop_after=stop_after).run(facts.program, facts)
+    return Accelerated(rewritten(facts, plan, observer), plan, facts)
 
 
 def optimize(
@@ -188,7 +180,7 @@ def run_until(
         return capture(spec, observer=observer, stop_after=last)
     facts, plan = _planned(capture(spec, observer=observer), policy, tell, options)
     tell("rewrite")
-    return _rewritten(facts, plan, observer, last)
+    return rewritten(facts, plan, observer, last)
 
 
 def _planned(

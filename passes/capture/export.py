@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import CaptureError, TokgraphError, Where
+from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.names import check_tensor_names
 from tokgraph.ir.node import value
 from tokgraph.ir.program import TIED, Dimension, Program, TaskGraph, is_training, model_device, tied_names
@@ -28,8 +29,12 @@ from tokgraph.ir.tensors import CONSTANTS, constants_prefix, named_tensors, read
 
 from ..contract import GraphPass
 from ..pipeline import Observer, Pipeline
+from .autocast import MergeParameterCasts, in_autocast
 from .batch_axis import KeepBatchAxis
+from .conditions import conditions_of
 from .normalize import RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
+from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
+from .reads import Reads, recorded_reads
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
@@ -46,7 +51,13 @@ _TENSORS = (
 """Inputs and outputs of an exported program that stand for tensors of the model."""
 
 
-def capture(spec: ModelSpec, *, observer: Observer | None = None, stop_after: str | None = None) -> Program:
+def capture(
+    spec: ModelSpec,
+    *,
+    observer: Observer | None = None,
+    stop_after: str | None = None,
+    autocast: Autocast | None = None,
+) -> Program:
     """Capture every task of a model.
 
     Each task's forward runs once on the example batch (models build tables lazily), then ``torch.export`` traces it, non
@@ -56,6 +67,7 @@ def capture(spec: ModelSpec, *, observer: Observer | None = None, stop_after: st
         spec: the model and its tasks.
         observer: called after every pass that cleans up (:data:`CLEANUPS`).
         stop_after: name of the last pass to run; the graphs are then not fit for the stages that follow.
+        autocast: capture what the forward does in such a region; a region around this call does not count.
 
     Raises:
         CaptureError: a forward fails on its example batch, or cannot be traced, or a submodule has a name that PyTorch
@@ -63,10 +75,11 @@ def capture(spec: ModelSpec, *, observer: Observer | None = None, stop_after: st
         SpecError: a forward returns no scalar loss, or a tensor of the model has a name that is reserved.
     """
     _check_names(spec.model)
-    clean = Pipeline([cleanup() for cleanup in CLEANUPS], observer, stop_after=stop_after)
-    return Program(
-        spec, {name: clean.run_task(_capture_task(spec.model, name, task)) for name, task in spec.tasks.items()}
-    )
+    cleanups = CLEANUPS if autocast is None else (*CLEANUPS, MergeParameterCasts)
+    clean = Pipeline([cleanup() for cleanup in cleanups], observer, stop_after=stop_after)
+    with in_autocast(autocast, model_device(spec.model).type):
+        graphs = {name: clean.run_task(_capture_task(spec.model, name, task, autocast)) for name, task in spec.tasks.items()}
+    return Program(spec, graphs)
 
 
 def _check_names(model: nn.Module) -> None:
@@ -95,13 +108,39 @@ class _Forward(nn.Module):
         return self.task.forward(self.model, **inputs)
 
 
-def _capture_task(model: nn.Module, name: str, task: Task) -> TaskGraph:
+def _capture_task(model: nn.Module, name: str, task: Task, autocast: Autocast | None) -> TaskGraph:
     device = model_device(model)
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(device), dict(task.inputs))
-    wrapper = _Forward(model, task)
+    reads = Reads()
     if device.type != "meta":  # nothing to run without storage; lazily built tables are then traced with the rest
-        _warm_up(wrapper, name, inputs)
-    exported = _export(wrapper, name, inputs)
+        with recorded_reads(model) as reads:
+            _warm_up(_Forward(model, task), name, inputs)
+        numbers = numbers_of(inputs)
+        if numbers:
+            try:
+                graph = _trace(model, name, task, inputs, numbers, reads, autocast)
+            except CaptureError:  # the forward needs a number, not a tensor
+                pass
+            else:
+                if only_computed_with(graph, model, task, inputs):
+                    return graph
+    return _trace(model, name, task, inputs, {}, reads, autocast)
+
+
+def _trace(
+    model: nn.Module,
+    name: str,
+    task: Task,
+    inputs: dict[str, Any],
+    numbers: Mapping[str, type],
+    reads: Reads,
+    autocast: Autocast | None,
+) -> TaskGraph:
+    """The task's graph, the given ones of its numbers as tensors."""
+    if numbers:
+        task = replace(task, inputs=as_tensors(task.inputs, numbers, torch.device("cpu")))
+        inputs = as_tensors(inputs, numbers, model_device(model))
+    exported = _export(_Forward(model, task), name, inputs)
     out_spec = exported.call_spec.out_spec
     if out_spec is None:
         raise CaptureError(f"task {name!r}: forward returns nothing")
@@ -111,7 +150,8 @@ def _capture_task(model: nn.Module, name: str, task: Task) -> TaskGraph:
     fixed = [f"{d.input}[{d.dim}] ({d.name} = {d.size})" for d in dimensions if d.symbol is None]
     if fixed:
         log.warning("task %s: the model fixes %s to the example batch", name, ", ".join(fixed))
-    return replace(graph, dimensions=dimensions)
+    graph = replace(graph, dimensions=dimensions, numbers=leaves_of(task.inputs, numbers))
+    return replace(graph, conditions=conditions_of(graph, exported, model, reads, autocast))
 
 
 def _warm_up(wrapper: _Forward, name: str, inputs: Mapping[str, Any]) -> None:

@@ -71,6 +71,11 @@ def own_name(task: str, name: str) -> str:
     return f"{OWN}.{quoted(task, '.')}.{name}"
 
 
+def step_name(task: str) -> str:
+    """``tokgraph_step.<task>``: the step of a task in a ``state_dict``."""
+    return f"{STEP}.{quoted(task, '.')}"
+
+
 def copied_name(name: str) -> str:
     """The name of the model's parameter that a parameter which a plan added is a copy of; other names as they are."""
     return name.split(".", 2)[2] if name.startswith(f"{OWN}.") else name

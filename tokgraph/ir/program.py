@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from tokgraph.errors import AnalysisError, BatchError
 
+from .conditions import Conditions
 from .names import OWN, input_name
 from .node import output_args, tensor
 from .spec import ModelSpec, Task
@@ -54,6 +55,8 @@ class TaskGraph:
         in_spec: pytree of the inputs mapping.
         out_spec: pytree of what the task's forward returns; its leaves are the first outputs of the graph.
         dimensions: the dimensions asked to be dynamic, and what became of them.
+        numbers: leaf of the inputs -> type, of Python numbers that the graph takes as tensors; ``task`` holds them as such.
+        conditions: what the graph takes for granted of a call.
     """
 
     name: str
@@ -62,6 +65,8 @@ class TaskGraph:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     dimensions: tuple[Dimension, ...] = ()
+    numbers: Mapping[int, type] = field(default_factory=dict)
+    conditions: Conditions = Conditions()
 
     @property
     def graph(self) -> fx.Graph:
@@ -77,6 +82,9 @@ class TaskGraph:
         ordered = {key: inputs[key] for key in self.task.inputs if key in inputs}
         ordered |= {key: value for key, value in inputs.items() if key not in ordered}
         leaves, spec = pytree.tree_flatten(ordered)
+        for leaf in self.numbers:
+            if spec == self.in_spec and type(leaves[leaf]) in (int, float):
+                leaves[leaf] = number_tensor(leaves[leaf], model_device(self.graph_module))
         if spec != self.in_spec:
             raise BatchError(
                 f"task {self.name!r} takes the inputs {', '.join(self.task.inputs)}; got {', '.join(inputs) or 'none'}",
@@ -169,6 +177,11 @@ class Program(Mapping[str, TaskGraph]):
     def __repr__(self) -> str:
         tasks = ", ".join(f"{name}: {len(graph.graph.nodes)} nodes" for name, graph in self.items())
         return f"Program({tasks})"
+
+
+def number_tensor(number: float, device: torch.device) -> torch.Tensor:
+    """A Python number as the tensor without dimensions that computes alike: it does not change the type of others."""
+    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else None, device=device)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -50,7 +50,7 @@ def save(accelerated: Accelerated, folder: str | Path, *, with_baseline: bool = 
     Raises:
         FileError: the model has no values to save (meta device), or an input cannot be written.
     """
-    folder, programs, state = Path(folder), accelerated.variants(with_baseline), accelerated.state_dict()
+    folder, programs, state = Path(folder), accelerated.variants(with_baseline), accelerated.weights()
     if is_meta(accelerated.model):
         raise FileError(
             "the model is on the meta device, so there are no weights to save", help="build the model with storage"
@@ -80,7 +80,7 @@ def _manifest(accelerated: Accelerated, tasks: Mapping[str, Any], folder: Path) 
         "schema": SCHEMA,
         "versions": {"tokgraph": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         "training": is_training(model),
-        "state": list(accelerated.state_dict()),
+        "state": list(accelerated.weights()),
         "parameters": {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
         "own": {name: p.requires_grad for name, p in accelerated.own_parameters.items()},
         "tasks": tasks,

@@ -1,0 +1,235 @@
+"""Whether a model is still what a graph of it takes for granted: compiled once, some ten microseconds at each call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+from tokgraph.ir.names import OWN, STEP
+from tokgraph.ir.program import TIED, TaskGraph
+from tokgraph.ir.tensors import held, tensor_name
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_CALLED = "forward"
+"""What an instance gets an attribute of when its forward is replaced."""
+Kind = Literal["tensor", "module", "mode", "constant", "type", "hook"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One way in which a model differs from the captured one.
+
+    Args:
+        kind: what changed.
+        path: its name in the model.
+        text: what it was and what it is.
+        now: the tensor or attribute as it is, where there is one.
+    """
+
+    kind: Kind
+    path: str
+    text: str
+    now: Any = None
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place in a dictionary of a module that must hold the same object (``is``), an equal one (``==``), or none."""
+
+    kind: Kind
+    path: str
+    of: dict[str, Any]
+    key: str
+    expected: Any
+    relation: Literal["is", "==", "not in"] = "is"
+
+    def holds(self) -> bool:
+        if self.relation == "not in":
+            return self.key not in self.of
+        if self.key not in self.of:
+            return False
+        now = self.of[self.key]
+        return now is self.expected or (self.kind == "constant" and _equal(now, self.expected))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two plain attributes are the same: of one type, and equal or both NaN."""
+    return type(a) is type(b) and bool(a == b or (isinstance(a, float) and math.isnan(a) and math.isnan(b)))
+
+
+class ModelCheck:
+    """Compares a model with what it was when a graph of it was captured.
+
+    Args:
+        model: the user's model.
+        graph: a captured or rewritten graph of it.
+    """
+
+    def __init__(self, model: nn.Module, graph: TaskGraph) -> None:
+        self._model = model
+        self._slots = list(_slots(model, graph))
+        self._types = _sampled(model, {slot.path for slot in self._slots if slot.kind == "tensor"})
+        self._hooks = _hooks(model)
+        self._hooked = RemovableHandle.next_id
+        self._unchanged = _compiled(self._slots, self._types)
+
+    def holds(self) -> bool:
+        """Whether nothing that the graph takes for granted changed."""
+        try:
+            return self._unchanged() and (RemovableHandle.next_id == self._hooked or self._same_hooks())
+        except KeyError:
+            return False
+
+    def _same_hooks(self) -> bool:
+        """Whether the hooks are those of then: looked at only after some hook was registered anywhere."""
+        if _hooks(self._model) != self._hooks:
+            return False
+        self._hooked = RemovableHandle.next_id
+        return True
+
+    def changes(self) -> list[Change]:
+        """What changed, if anything."""
+        found = [_change(slot) for slot in self._slots if not slot.holds()]
+        for path, tensor, dtype, device in self._types:
+            if tensor.dtype is not dtype or tensor.device != device:
+                found.append(
+                    Change("type", path, f"{path} was {dtype} on {device}, it is {tensor.dtype} on {tensor.device}")
+                )
+        hooks = _hooks(self._model)
+        for path in sorted(hooks.keys() | self._hooks.keys()):
+            if hooks.get(path) != self._hooks.get(path):
+                found.append(Change("hook", path, f"hooks of {path or 'the model'} were added or removed"))
+        return found
+
+
+def _change(slot: _Slot) -> Change:
+    now = slot.of.get(slot.key)
+    if slot.kind == "tensor":
+        text = f"{slot.path} is another tensor" if slot.key in slot.of else f"{slot.path} is gone"
+    elif slot.kind == "module":
+        text = f"the module {slot.path} was " + ("replaced" if slot.key in slot.of else "removed")
+    elif slot.kind == "mode":
+        text = f"{slot.path or 'the model'} was in {_mode(slot.expected)} mode, it is in {_mode(now)} mode"
+    elif slot.key == _CALLED:
+        text = f"the forward of {slot.path or 'the model'} was replaced"
+    else:
+        text = f"{slot.path} was {slot.expected!r}, it is {now!r}"
+    return Change(slot.kind, slot.path, text, now)
+
+
+def _mode(training: object) -> str:
+    return "training" if training else "evaluation"
+
+
+def _slots(model: nn.Module, graph: TaskGraph) -> Iterator[_Slot]:
+    """Everything that must be as it was: tensors, modes, settings, and the modules on the way to them."""
+    conditions, module = graph.conditions, graph.graph_module
+    modules = dict(model.named_modules(remove_duplicate=False))
+    used: set[str] = set()
+    for name in _tensor_names(graph):
+        path, _, leaf = name.rpartition(".")
+        of = _table(modules[path], leaf) if path in modules else None
+        if of is not None:
+            used.add(path)
+            yield _Slot("tensor", name, of, leaf, _expected(module, name))
+    for path, training in conditions.modes.items():
+        if path in modules and "training" in vars(modules[path]):
+            used.add(path)
+            yield _Slot("mode", path, vars(modules[path]), "training", training)
+    for path, constants in conditions.constants.items():
+        if path in modules:
+            used.add(path)
+            yield from _settings(path, vars(modules[path]), constants)
+    yield from _chain(modules, used)
+    if _CALLED not in vars(model):
+        yield _Slot("constant", "", vars(model), _CALLED, None, "not in")
+
+
+def _tensor_names(graph: TaskGraph) -> list[str]:
+    """Names of the model's tensors that the graph reads, and further names of tied ones."""
+    read = {tensor_name(node) for node in graph.graph.find_nodes(op="get_attr")}
+    read = {name for name in read if name.partition(".")[0] not in (OWN, STEP)}
+    tied = graph.graph_module.meta.get(TIED, {})
+    return sorted(read | {further for further, first in tied.items() if first in read})
+
+
+def _expected(module: nn.Module, name: str) -> torch.Tensor | None:
+    tied = module.meta.get(TIED, {})  # type: ignore[union-attr]
+    found = held(module, name)
+    return held(module, tied[name]) if found is None and name in tied else found
+
+
+def _table(module: nn.Module, leaf: str) -> dict[str, Any] | None:
+    """The dictionary of a module that holds a tensor of it; ``None`` for a constant that export lifted out of the code."""
+    tables = (module._parameters, module._buffers, vars(module))
+    return next((table for table in tables if isinstance(table.get(leaf), torch.Tensor)), None)
+
+
+def _settings(path: str, attributes: dict[str, Any], constants: Any) -> Iterator[_Slot]:
+    for name, x in constants.items():
+        where = f"{path}.{name}" if path else name
+        if name not in attributes:  # it is one of the class, which an attribute of the instance would hide
+            yield _Slot("constant", where, attributes, name, x, "not in")
+        else:
+            by_value = isinstance(x, (list, dict, set))
+            yield _Slot("constant", where, attributes, name, x if by_value else attributes[name], "==" if by_value else "is")
+
+
+def _chain(modules: dict[str, nn.Module], used: set[str]) -> Iterator[_Slot]:
+    """The places of modules in their parents, on the way from the model to those that are used."""
+    paths = {".".join(parts[:i]) for path in used for parts in (path.split("."),) for i in range(1, len(parts) + 1)}
+    for path in sorted(paths - {""}):
+        parent, _, name = path.rpartition(".")
+        yield _Slot("module", path, modules[parent]._modules, name, modules[path])
+
+
+def _sampled(model: nn.Module, names: set[str]) -> list[tuple[str, torch.Tensor, torch.dtype, torch.device]]:
+    """Tensors whose type and device stand for those of others: one for each class of modules under one parent.
+
+    Conversions (``model.to``, ``tower.half()``, ``norm.float()``) concern modules; one that concerns a single one of
+    several of its kind makes PyTorch's operators fail, in the graph as in the forward.
+    """
+    found: dict[tuple[str, type], tuple[str, torch.Tensor, torch.dtype, torch.device]] = {}
+    for path, module in model.named_modules():
+        for name, x in module._parameters.items():
+            full = f"{path}.{name}" if path else name
+            if x is not None and full in names:
+                found.setdefault((path.rpartition(".")[0], type(module)), (full, x, x.dtype, x.device))
+    return list(found.values())
+
+
+def _hooks(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Path -> its hooks, of the modules that have some; ``"*"``: those of all modules; replaced forwards among them."""
+    found = {"*": tuple(id(hook) for name in _GLOBAL_HOOKS for hook in getattr(torch_module, name, {}).values())}
+    for path, module in model.named_modules():
+        attributes = vars(module)
+        hooks = tuple(id(hook) for name in _HOOKS for hook in attributes[name].values())
+        if _CALLED in attributes:
+            hooks = (*hooks, id(attributes[_CALLED]))
+        if hooks:
+            found[path] = hooks
+    return found
+
+
+def _compiled(slots: list[_Slot], types: list[tuple[str, torch.Tensor, torch.dtype, torch.device]]) -> Callable[[], bool]:
+    """One expression that is true where all slots and types are as they were."""
+    tests, names = [], {}
+    for i, slot in enumerate(slots):
+        names[f"d{i}"], names[f"x{i}"] = slot.of, slot.expected
+        tests.append(f"{slot.key!r} not in d{i}" if slot.relation == "not in" else f"d{i}[{slot.key!r}] {slot.relation} x{i}")
+    for i, (_, x, dtype, device) in enumerate(types):
+        names[f"p{i}"], names[f"t{i}"], names[f"v{i}"] = x, dtype, device
+        tests.append(f"p{i}.dtype is t{i} and p{i}.device == v{i}")
+    scope: dict[str, Any] = {"given": names}
+    arguments = ", ".join(f"{name}=given[{name!r}]" for name in names)
+    exec(f"def unchanged({arguments}):\n    return {' and '.join(tests) or 'True'}", scope)
+    compiled: Callable[[], bool] = scope["unchanged"]
+    return compiled

@@ -1,0 +1,170 @@
+"""The graphs of one task: the one that was planned for, and those captured later for other modes, types and regions of autocast."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokgraph.errors import BatchError, StaleError
+from tokgraph.ir.conditions import Autocast
+from tokgraph.ir.names import STEP
+from tokgraph.ir.program import TIED, TaskGraph, model_device, tied_names
+from tokgraph.ir.tensors import held, hold
+
+from .batch import compiled_check, misfit
+from .model import Change, ModelCheck
+
+log = logging.getLogger(__name__)
+_FOLLOWED = ("mode", "type")
+"""Kinds of changes for which another capture of the same forward is what the user expects."""
+
+
+class Variant:
+    """One graph of a task, with the checks that tell whether it is the one to run.
+
+    Args:
+        model: the user's model.
+        graph: the graph.
+    """
+
+    def __init__(self, model: nn.Module, graph: TaskGraph) -> None:
+        self.graph = graph
+        self.autocast = graph.conditions.autocast
+        self.fits = compiled_check(graph.conditions)
+        self.check = ModelCheck(model, graph)
+        self._default = torch.get_default_dtype()
+        self._device = model_device(graph.graph_module).type
+
+    def region_holds(self) -> bool:
+        """Whether the call is in the region of autocast that the graph was captured in."""
+        return Autocast.active(self._device) == self.autocast
+
+    def holds(self) -> bool:
+        """Whether the model is what the graph takes for granted, and the call where it was captured for."""
+        return self.region_holds() and torch.get_default_dtype() is self._default and self.check.holds()
+
+    def refuse(self, leaves: Sequence[Any]) -> BatchError | None:
+        """What is wrong with a batch for this graph."""
+        try:
+            if self.fits(leaves):
+                return None
+        except (AttributeError, ValueError, TypeError):
+            pass
+        return misfit(self.graph, leaves)
+
+
+class Variants:
+    """Finds the graph of a task for each call.
+
+    Args:
+        model: the user's model.
+        graph: the graph that the plan was made for.
+        capture: makes the task's rewritten graph anew for the model as it is, a region of autocast and inputs like those of
+            the call; ``None``: it cannot be made anew.
+        captured: the graph before the rewrite, which follows the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: TaskGraph,
+        capture: Callable[[Autocast | None, Sequence[Any]], TaskGraph] | None,
+        captured: TaskGraph | None = None,
+    ) -> None:
+        self._model = model
+        self._capture = capture
+        self._captured_graph = captured
+        self._all = [Variant(model, graph)]
+        self._last = self._all[0]
+
+    @property
+    def first(self) -> Variant:
+        """The variant that the plan was made for."""
+        return self._all[0]
+
+    def current(self, leaves: Sequence[Any]) -> Variant:
+        """The variant for the model as it is.
+
+        Args:
+            leaves: leaves of the call's inputs, whose types the example batch gets where those of the model changed.
+
+        Raises:
+            StaleError: there is none, and there cannot be one.
+        """
+        if self._last.holds():
+            return self._last
+        for variant in self._all:
+            if self._followed(variant) and variant.holds():
+                self._last = variant
+                return variant
+        self._last = self._captured(leaves)
+        self._all.append(self._last)
+        return self._last
+
+    def _followed(self, variant: Variant) -> bool:
+        """Let a graph hold tensors that took the places of those it holds; whether nothing of the structure changed."""
+        changes = [change for change in variant.check.changes() if change.kind not in _FOLLOWED]
+        if not changes:
+            return True
+        for change in changes:
+            _refuse_unless_alike(variant.graph, change)
+        modules = [variant.graph.graph_module]
+        if variant is self.first and self._captured_graph is not None:
+            modules.append(self._captured_graph.graph_module)
+        for module in modules:
+            for change in changes:
+                hold(module, change.path, change.now)
+            module.meta[TIED] = tied_names(self._model)
+        variant.check = ModelCheck(self._model, variant.graph)
+        return True
+
+    def _captured(self, leaves: Sequence[Any]) -> Variant:
+        first = self.first
+        changes = [change.text for change in first.check.changes()]
+        region = Autocast.active(first._device)
+        if not first.region_holds():
+            changes.append(f"the call is in {_named(region)}, the capture was in {_named(first.autocast)}")
+        why = "; ".join(changes[:3]) or "the default dtype of PyTorch changed"
+        if self._capture is None:
+            raise StaleError(
+                f"task {first.graph.name!r} cannot be captured for this call: {why}",
+                help="a saved program, and one with passes of your own, has the graphs of one mode, type and region only",
+            )
+        log.info("task %s: captured once more, because %s", first.graph.name, why)
+        graph = self._capture(region, leaves)
+        share_own(first.graph, graph)
+        return Variant(self._model, graph)
+
+
+def _named(region: Autocast | None) -> str:
+    return "no region of autocast" if region is None else f"autocast to {region.dtype} on {region.device}"
+
+
+def _refuse_unless_alike(graph: TaskGraph, change: Change) -> None:
+    """Raise unless a change is another tensor of the same kind in the place of one that the graph holds."""
+    mine = held(graph.graph_module, change.path)
+    now = change.now
+    if (
+        change.kind == "tensor"
+        and mine is not None
+        and isinstance(now, torch.Tensor)
+        and type(now) is type(mine)
+        and (now.shape, now.dtype, now.device, now.layout) == (mine.shape, mine.dtype, mine.device, mine.layout)
+    ):
+        return
+    raise StaleError(
+        f"task {graph.name!r}: the model is not the captured one: {change.text}",
+        help="accelerated.refresh() captures it as it is now, with the same plan",
+    )
+
+
+def share_own(graph: TaskGraph, other: TaskGraph) -> None:
+    """Let another graph of the task hold the tensors that the plan added to this one: own projections, the step."""
+    for name in (*graph.own_parameters(), STEP):
+        mine, there = held(graph.graph_module, name), held(other.graph_module, name)
+        if mine is not None and there is not None:
+            hold(other.graph_module, name, mine)
