@@ -46,6 +46,8 @@ def _print_tasks(tasks: dict[str, Any], console: Console) -> None:
         "fixed by the model": [
             ", ".join(f"{k} = {v}" for k, v in t["dimensions"].items() if isinstance(v, int)) or "-" for t in each
         ],
+        "right where": [_guards(t["taken_for_granted"]["guards"]) for t in each],
+        "constants": [_constants(t["taken_for_granted"]["constants"]) for t in each],
         "visual tokens": [f"{t['visual']['count']} of {t['demand']['tokens']}" for t in each],
         "found as": [_source(t["visual"]) for t in each],
         "enter at": [t["visual"]["entry"] for t in each],
@@ -83,6 +85,21 @@ def why_not_table(task: str, groups: list[dict[str, Any]]) -> Table:
 
 def _source(visual: dict[str, Any]) -> str:
     return str(visual["kind"] if visual["source"] is None else f"{visual['kind']} of {visual['source']}")
+
+
+def _guards(guards: list[dict[str, Any]]) -> str:
+    """Relations between sizes, those that the forward branched on with their lines."""
+    texts = [g["relation"] + (f" ({g['source'].rpartition('/')[2]})" if g["source"] else "") for g in guards]
+    return "; ".join(texts) or "-"
+
+
+def _constants(constants: list[dict[str, Any]]) -> str:
+    """Attributes that the forward read, as ``eps = 1e-05 (9 modules)``: changed, they need another capture."""
+    texts = [
+        f"{c['name']} = {c['value']}" + (f" ({len(c['modules'])} modules)" if len(c["modules"]) > 1 else "")
+        for c in constants
+    ]
+    return ", ".join(texts) or "-"
 
 
 def _blocks(blocks: list[dict[str, Any]]) -> str:

@@ -30,6 +30,7 @@ from .calls.draws import Draws
 from .calls.rewritten import rewritten, task_anew
 from .calls.variants import Variants, share_own
 from .errors import FileError, StaleError
+from .trainable import TrainableTask
 
 
 class TaskModule(nn.Module):
@@ -271,6 +272,10 @@ class Accelerated(Mapping[str, TaskModule]):
             if name in state:
                 module.step = int(state[name])
         return keys
+
+    def trainable(self, task: str) -> TrainableTask:
+        """A task as a model for trainers, such as that of ``transformers``: it returns a mapping with the loss."""
+        return TrainableTask(self, task)
 
     def variants(self, with_baseline: bool) -> dict[str, Program]:
         """``"accelerated"``, and with it ``"baseline"``: the programs that can be exported, saved and profiled.

@@ -40,10 +40,14 @@ def conditions_of(
     """
     placeholders = graph.graph.find_nodes(op="placeholder")
     leaves = pytree.tree_leaves(dict(graph.task.inputs))
-    shapes = [value(node).shape if isinstance(x, torch.Tensor) else () for node, x in zip(placeholders, leaves, strict=True)]
+    shapes = [
+        value(node).shape if isinstance(x, torch.Tensor) else () for node, x in zip(placeholders, leaves, strict=True)
+    ]
     names = _names_of_symbols(shapes)
     inputs: list[Input] = [
-        TensorInput(x.dtype, tuple(_size(size, names) for size in shape)) if isinstance(x, torch.Tensor) else ConstantInput(x)
+        TensorInput(x.dtype, tuple(_size(size, names) for size in shape))
+        if isinstance(x, torch.Tensor)
+        else ConstantInput(x)
         for x, shape in zip(leaves, shapes, strict=True)
     ]
     for i, kind in graph.numbers.items():
@@ -68,12 +72,16 @@ def _names_of_symbols(shapes: Iterable[Sequence[Any]]) -> dict[sympy.Symbol, str
 
 
 def _size(size: Any, names: Mapping[sympy.Symbol, str]) -> Size:
-    return _code(size.node.expr, names) if isinstance(size, torch.SymInt) else int(size)
+    if isinstance(size, torch.SymInt) and not size.node.expr.is_number:  # export may say "2" of a fixed size
+        return _code(size.node.expr, names)
+    return int(size)
 
 
 def _code(expr: sympy.Basic, names: Mapping[sympy.Symbol, str]) -> str:
     """An expression over symbols as Python code over sizes of the inputs."""
-    return str(_PRINTER.doprint(expr.xreplace({symbol: sympy.Symbol(name, integer=True) for symbol, name in names.items()})))
+    return str(
+        _PRINTER.doprint(expr.xreplace({symbol: sympy.Symbol(name, integer=True) for symbol, name in names.items()}))
+    )
 
 
 def _guards(exported: ExportedProgram, names: Mapping[sympy.Symbol, str]) -> tuple[Guard, ...]:

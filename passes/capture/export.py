@@ -78,7 +78,9 @@ def capture(
     cleanups = CLEANUPS if autocast is None else (*CLEANUPS, MergeParameterCasts)
     clean = Pipeline([cleanup() for cleanup in cleanups], observer, stop_after=stop_after)
     with in_autocast(autocast, model_device(spec.model).type):
-        graphs = {name: clean.run_task(_capture_task(spec.model, name, task, autocast)) for name, task in spec.tasks.items()}
+        graphs = {
+            name: clean.run_task(_capture_task(spec.model, name, task, autocast)) for name, task in spec.tasks.items()
+        }
     return Program(spec, graphs)
 
 
@@ -310,6 +312,7 @@ def _dimensions(graph: TaskGraph) -> tuple[Dimension, ...]:
     for key, dims in (task.dynamic or {}).items():
         for dim, name in dims.items():
             size = value(nodes[key][0]).shape[dim]
-            symbol = str(size.node.expr) if isinstance(size, torch.SymInt) else None
+            free = isinstance(size, torch.SymInt) and not size.node.expr.is_number  # export may say "2" of a fixed one
+            symbol = str(size.node.expr) if free else None
             found.append(Dimension(key, dim, name, symbol, task.inputs[key].shape[dim]))
     return tuple(found)

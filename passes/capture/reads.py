@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype)
-_OWN = frozenset(vars(nn.Module())) - {"training"}
+_OWN = frozenset({*vars(nn.Module()), *vars(nn.Module)}) - {"training"}
 """Attributes that are PyTorch's."""
 _LONGEST = 16
 """Longer lists and mappings are data rather than settings."""

@@ -66,13 +66,15 @@ def misfit(graph: TaskGraph, leaves: Sequence[Any]) -> BatchError:
     return BatchError(f"task {graph.name!r}: the batch is not one that the task was captured for")
 
 
-def _misfit_of_leaf(
-    conditions: Conditions, names: dict[int, str], i: int, x: Any, sizes: dict[str, int]
-) -> str | None:
+def _misfit_of_leaf(conditions: Conditions, names: dict[int, str], i: int, x: Any, sizes: dict[str, int]) -> str | None:
     expected, name = conditions.inputs[i], names[i]
     if isinstance(expected, ConstantInput):
         same = type(x) is type(expected.value) and x == expected.value
-        return None if same else f"input {name!r} is {x!r}; the task was captured for {expected.value!r}, which is in its graph"
+        return (
+            None
+            if same
+            else f"input {name!r} is {x!r}; the task was captured for {expected.value!r}, which is in its graph"
+        )
     if not isinstance(x, torch.Tensor):
         return f"input {name!r} must be a tensor, got {type(x).__name__}"
     if isinstance(expected, NumberInput):
@@ -80,7 +82,9 @@ def _misfit_of_leaf(
     if x.dtype is not expected.dtype:
         return f"input {name!r} is {x.dtype}; the task was captured for {expected.dtype}"
     if x.dim() != len(expected.shape):
-        return f"input {name!r} has the shape {tuple(x.shape)}; the task was captured for {len(expected.shape)} dimensions"
+        return (
+            f"input {name!r} has the shape {tuple(x.shape)}; the task was captured for {len(expected.shape)} dimensions"
+        )
     for dim, size in enumerate(expected.shape):
         if isinstance(size, int) and x.shape[dim] != size:
             return f"input {name!r} has {x.shape[dim]} in dimension {dim}; the task was captured for {size} there"

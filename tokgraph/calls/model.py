@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -84,9 +84,24 @@ class ModelCheck:
     def holds(self) -> bool:
         """Whether nothing that the graph takes for granted changed."""
         try:
-            return self._unchanged() and (RemovableHandle.next_id == self._hooked or self._same_hooks())
+            same = self._unchanged()
         except KeyError:
             return False
+        return (same or self._equal()) and (RemovableHandle.next_id == self._hooked or self._same_hooks())
+
+    def _equal(self) -> bool:
+        """Whether what is another object is an equal one; the quick check then looks for that one."""
+        changed = [
+            i
+            for i, slot in enumerate(self._slots)
+            if slot.relation == "is" and slot.of.get(slot.key) is not slot.expected
+        ]
+        if not changed or not all(self._slots[i].holds() for i in changed):
+            return False
+        for i in changed:
+            self._slots[i] = replace(self._slots[i], expected=self._slots[i].of[self._slots[i].key])
+        self._unchanged = _compiled(self._slots, self._types)
+        return self._unchanged()
 
     def _same_hooks(self) -> bool:
         """Whether the hooks are those of then: looked at only after some hook was registered anywhere."""
@@ -179,8 +194,9 @@ def _settings(path: str, attributes: dict[str, Any], constants: Any) -> Iterator
         if name not in attributes:  # it is one of the class, which an attribute of the instance would hide
             yield _Slot("constant", where, attributes, name, x, "not in")
         else:
-            by_value = isinstance(x, (list, dict, set))
-            yield _Slot("constant", where, attributes, name, x if by_value else attributes[name], "==" if by_value else "is")
+            now = attributes[name]
+            by_value = isinstance(x, (list, dict, set)) or not _equal(now, x)
+            yield _Slot("constant", where, attributes, name, x if by_value else now, "==" if by_value else "is")
 
 
 def _chain(modules: dict[str, nn.Module], used: set[str]) -> Iterator[_Slot]:
@@ -219,15 +235,30 @@ def _hooks(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _compiled(slots: list[_Slot], types: list[tuple[str, torch.Tensor, torch.dtype, torch.device]]) -> Callable[[], bool]:
+def _compiled(
+    slots: list[_Slot], types: list[tuple[str, torch.Tensor, torch.dtype, torch.device]]
+) -> Callable[[], bool]:
     """One expression that is true where all slots and types are as they were."""
-    tests, names = [], {}
-    for i, slot in enumerate(slots):
-        names[f"d{i}"], names[f"x{i}"] = slot.of, slot.expected
-        tests.append(f"{slot.key!r} not in d{i}" if slot.relation == "not in" else f"d{i}[{slot.key!r}] {slot.relation} x{i}")
-    for i, (_, x, dtype, device) in enumerate(types):
-        names[f"p{i}"], names[f"t{i}"], names[f"v{i}"] = x, dtype, device
-        tests.append(f"p{i}.dtype is t{i} and p{i}.device == v{i}")
+    names: dict[str, Any] = {}
+    known: dict[int, str] = {}
+
+    def name(x: Any) -> str:
+        if x is None or x is True or x is False:
+            return repr(x)
+        if id(x) not in known:  # fewer names make a quicker call: each is an argument with a default
+            known[id(x)] = f"x{len(names)}"
+            names[known[id(x)]] = x
+        return known[id(x)]
+
+    tests = [
+        f"{slot.key!r} not in {name(slot.of)}"
+        if slot.relation == "not in"
+        else f"{name(slot.of)}[{slot.key!r}] {slot.relation} {name(slot.expected)}"
+        for slot in slots
+    ]
+    tests += [
+        f"{name(x)}.dtype is {name(dtype)} and {name(x)}.device == {name(device)}" for _, x, dtype, device in types
+    ]
     scope: dict[str, Any] = {"given": names}
     arguments = ", ".join(f"{name}=given[{name!r}]" for name in names)
     exec(f"def unchanged({arguments}):\n    return {' and '.join(tests) or 'True'}", scope)

@@ -39,9 +39,7 @@ def rewritten(facts: Facts, plan: Plan, observer: Observer | None = None, stop_a
     return program
 
 
-def task_anew(
-    spec: ModelSpec, name: str, plan: Plan, autocast: Autocast | None, leaves: Sequence[Any]
-) -> TaskGraph:
+def task_anew(spec: ModelSpec, name: str, plan: Plan, autocast: Autocast | None, leaves: Sequence[Any]) -> TaskGraph:
     """A task captured again, for the model as it is now, with the plan's sites for it.
 
     Args:
@@ -57,7 +55,9 @@ def task_anew(
     task = spec.tasks[name]
     example, structure = pytree.tree_flatten(dict(task.inputs))
     alike = [
-        x.to(leaf.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and isinstance(leaf, torch.Tensor) else x
+        x.to(leaf.dtype)
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and isinstance(leaf, torch.Tensor)
+        else x
         for x, leaf in zip(example, leaves, strict=True)
     ]
     task = replace(task, inputs=pytree.tree_unflatten(alike, structure))

@@ -15,6 +15,7 @@ from tokgraph.runtime import Accelerated
 
 from .cost_summary import add_after, cost_summary
 from .groups import group_pathways
+from .taken_for_granted import taken_for_granted
 
 SCHEMA = 2
 
@@ -94,6 +95,7 @@ def _task(task: TaskFacts, graph: TaskGraph) -> dict[str, Any]:
             for block in task.blocks
         ],
         "exits": list(task.exits),
+        "taken_for_granted": taken_for_granted(graph),
         "operators_without_rule": sorted({op for _, op in task.unruled}),
     }
 

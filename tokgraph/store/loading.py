@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tokgraph.ir.conditions import NumberInput
 from tokgraph.ir.names import OWN, input_name
 from tokgraph.ir.node import value
 from tokgraph.ir.plan import Plan
@@ -22,6 +23,7 @@ from tokgraph.passes.lower import captured_form
 from tokgraph.runtime import Accelerated
 
 from .batches import EXAMPLE, read_batches
+from .conditions import conditions_from_json
 from .saving import PLAN, graph_file, read_manifest, task_of
 from .weights import WEIGHTS, read_weights
 
@@ -131,7 +133,9 @@ def _program(
         module.meta[CONSTANTS] = constants_prefix(named_tensors(spec.model))
         module.meta[COMPACT_OUTPUTS] = {int(leaf): position for leaf, position in about["compact"].items()}
         in_spec, out_spec = pytree.tree_structure(dict(inputs)), pytree.treespec_loads(described["result"])
-        graph = TaskGraph(name, spec.tasks[name], module, in_spec, out_spec)
+        conditions = conditions_from_json(described["conditions"], manifest["training"])
+        numbers = {i: found.kind for i, found in enumerate(conditions.inputs) if isinstance(found, NumberInput)}
+        graph = TaskGraph(name, spec.tasks[name], module, in_spec, out_spec, (), numbers, conditions)
         graphs[name] = replace(graph, dimensions=_dimensions(described, graph))
     return Program(spec, graphs)
 

@@ -24,9 +24,10 @@ from tokgraph.runtime import Accelerated
 from tokgraph.version import VERSION
 
 from .batches import EXAMPLE, write_example
+from .conditions import conditions_to_json
 from .weights import WEIGHTS, write_weights
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST, PLAN, REPORT = "manifest.json", "plan.json", "report.json"
 _REQUIRED = ("versions", "training", "state", "parameters", "own", "tasks", "files")
 
@@ -114,6 +115,7 @@ def _described(graph: TaskGraph) -> dict[str, Any]:
         "visual_inputs": list(task.visual_inputs),
         "dynamic": {key: {str(d): n for d, n in dims.items()} for key, dims in (task.dynamic or {}).items()},
         "dimensions": [asdict(d) for d in graph.dimensions],
+        "conditions": conditions_to_json(graph.conditions),
         "result": _plain_result(graph),
         "variants": {},
     }
