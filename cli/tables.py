@@ -94,10 +94,11 @@ def _guards(guards: list[dict[str, Any]]) -> str:
 
 
 def _constants(constants: list[dict[str, Any]]) -> str:
-    """Attributes that the forward read, as ``eps = 1e-05 (9 modules)``: changed, they need another capture."""
+    """Attributes of the user's modules that the forward read, as ``heads = 4 (6 modules)``."""
     texts = [
         f"{c['name']} = {c['value']}" + (f" ({len(c['modules'])} modules)" if len(c["modules"]) > 1 else "")
         for c in constants
+        if not c["of_torch"]
     ]
     return ", ".join(texts) or "-"
 

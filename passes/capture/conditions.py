@@ -15,13 +15,20 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from tokgraph.ir.conditions import (
-    Autocast, Conditions, ConstantInput, Guard, Input, NumberInput, Size, TensorInput, size_name,
+    Autocast,
+    Conditions,
+    ConstantInput,
+    Guard,
+    Input,
+    NumberInput,
+    Size,
+    TensorInput,
+    size_name,
 )  # fmt: skip
 from tokgraph.ir.node import value
 from tokgraph.ir.program import TaskGraph
 
 from .reads import Reads
-
 
 _PRINTER = PythonPrinter()
 

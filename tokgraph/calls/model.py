@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -110,14 +110,26 @@ class ModelCheck:
         self._hooked = RemovableHandle.next_id
         return True
 
+    def follow(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Expect other tensors from now on, of the types and devices of before.
+
+        Args:
+            tensors: name -> the tensor that is in its place.
+        """
+        self._slots = [
+            replace(slot, expected=tensors[slot.path]) if slot.kind == "tensor" and slot.path in tensors else slot
+            for slot in self._slots
+        ]
+        self._types = [(path, tensors.get(path, x), *rest) for path, x, *rest in self._types]
+        self._unchanged = _compiled(self._slots, self._types)
+
     def changes(self) -> list[Change]:
         """What changed, if anything."""
         found = [_change(slot) for slot in self._slots if not slot.holds()]
         for path, tensor, dtype, device in self._types:
             if tensor.dtype is not dtype or tensor.device != device:
-                found.append(
-                    Change("type", path, f"{path} was {dtype} on {device}, it is {tensor.dtype} on {tensor.device}")
-                )
+                text = f"{path} was {dtype} on {device}, it is {tensor.dtype} on {tensor.device}"
+                found.append(Change("type", path, text))
         hooks = _hooks(self._model)
         for path in sorted(hooks.keys() | self._hooks.keys()):
             if hooks.get(path) != self._hooks.get(path):
@@ -127,6 +139,9 @@ class ModelCheck:
 
 def _change(slot: _Slot) -> Change:
     now = slot.of.get(slot.key)
+    if slot.kind == "tensor" and _converted(slot.expected, now):
+        text = f"{slot.path} was {slot.expected.dtype} on {slot.expected.device}, it is {now.dtype} on {now.device}"
+        return Change("type", slot.path, text, now)
     if slot.kind == "tensor":
         text = f"{slot.path} is another tensor" if slot.key in slot.of else f"{slot.path} is gone"
     elif slot.kind == "module":
@@ -138,6 +153,15 @@ def _change(slot: _Slot) -> Change:
     else:
         text = f"{slot.path} was {slot.expected!r}, it is {now!r}"
     return Change(slot.kind, slot.path, text, now)
+
+
+def _converted(before: torch.Tensor, now: Any) -> bool:
+    """Whether a tensor is one converted to another type or device: so modules replace their buffers."""
+    return (
+        type(now) is type(before)
+        and now.shape == before.shape
+        and (now.dtype, now.device) != (before.dtype, before.device)
+    )
 
 
 def _mode(training: object) -> str:

@@ -1,4 +1,4 @@
-"""The graphs of one task: the one that was planned for, and those captured later for other modes, types and regions of autocast."""
+"""The graphs of one task: the one that was planned for, and those captured later for other modes, types and autocast."""
 
 from __future__ import annotations
 
@@ -101,17 +101,21 @@ class Variants:
             if self._followed(variant) and variant.holds():
                 self._last = variant
                 return variant
+        first = self.first
+        for change in sorted(_structural(first), key=lambda change: _takes_its_place(first.graph, change)):
+            raise StaleError(
+                f"task {first.graph.name!r}: the model is not the captured one: {change.text}",
+                help="accelerated.refresh() captures it as it is now, with the same plan",
+            )
         self._last = self._captured(leaves)
         self._all.append(self._last)
         return self._last
 
     def _followed(self, variant: Variant) -> bool:
         """Let a graph hold tensors that took the places of those it holds; whether nothing of the structure changed."""
-        changes = [change for change in variant.check.changes() if change.kind not in _FOLLOWED]
-        if not changes:
-            return True
-        for change in changes:
-            _refuse_unless_alike(variant.graph, change)
+        changes = _structural(variant)
+        if not changes or not all(_takes_its_place(variant.graph, change) for change in changes):
+            return not changes
         modules = [variant.graph.graph_module]
         if variant is self.first and self._captured_graph is not None:
             modules.append(self._captured_graph.graph_module)
@@ -119,7 +123,7 @@ class Variants:
             for change in changes:
                 hold(module, change.path, change.now)
             module.meta[TIED] = tied_names(self._model)
-        variant.check = ModelCheck(self._model, variant.graph)
+        variant.check.follow({change.path: change.now for change in changes})
         return True
 
     def _captured(self, leaves: Sequence[Any]) -> Variant:
@@ -135,7 +139,8 @@ class Variants:
                 help="a saved program, and one with passes of your own, has the graphs of one mode, type and region only",
             )
         log.info("task %s: captured once more, because %s", first.graph.name, why)
-        graph = self._capture(region, leaves)
+        with torch.random.fork_rng():  # as if nothing had run in between
+            graph = self._capture(region, leaves)
         share_own(first.graph, graph)
         return Variant(self._model, graph)
 
@@ -144,21 +149,20 @@ def _named(region: Autocast | None) -> str:
     return "no region of autocast" if region is None else f"autocast to {region.dtype} on {region.device}"
 
 
-def _refuse_unless_alike(graph: TaskGraph, change: Change) -> None:
-    """Raise unless a change is another tensor of the same kind in the place of one that the graph holds."""
-    mine = held(graph.graph_module, change.path)
-    now = change.now
-    if (
+def _structural(variant: Variant) -> list[Change]:
+    """Changes for which another capture would be of another model."""
+    return [change for change in variant.check.changes() if change.kind not in _FOLLOWED]
+
+
+def _takes_its_place(graph: TaskGraph, change: Change) -> bool:
+    """Whether a change is another tensor of the same kind in the place of one that the graph holds."""
+    mine, now = held(graph.graph_module, change.path), change.now
+    return (
         change.kind == "tensor"
         and mine is not None
         and isinstance(now, torch.Tensor)
         and type(now) is type(mine)
         and (now.shape, now.dtype, now.device, now.layout) == (mine.shape, mine.dtype, mine.device, mine.layout)
-    ):
-        return
-    raise StaleError(
-        f"task {graph.name!r}: the model is not the captured one: {change.text}",
-        help="accelerated.refresh() captures it as it is now, with the same plan",
     )
 
 

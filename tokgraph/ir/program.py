@@ -66,7 +66,7 @@ class TaskGraph:
     out_spec: pytree.TreeSpec
     dimensions: tuple[Dimension, ...] = ()
     numbers: Mapping[int, type] = field(default_factory=dict)
-    conditions: Conditions = Conditions()
+    conditions: Conditions = field(default_factory=Conditions)
 
     @property
     def graph(self) -> fx.Graph:

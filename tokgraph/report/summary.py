@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
 from tokgraph.ir.facts import Facts, TaskFacts, facts_before
 from tokgraph.ir.program import Program, TaskGraph
 from tokgraph.measurement.measurements import Measurements, TaskMeasures, image_attention
@@ -51,7 +53,7 @@ def summarise(
     sizes = [{}, *sizes]
     tasks = {}
     for name, task in facts.items():
-        tasks[name] = _task(task, program[name])
+        tasks[name] = _task(task, program[name], program.model)
         tasks[name]["cost"] = cost_summary(task, program[name], sizes, convention)
         if accelerated is not None:
             add_after(tasks[name]["cost"], after[name], task, accelerated.program[name], sizes, convention)
@@ -76,7 +78,7 @@ def with_nodes(summary: dict[str, Any], facts: Facts) -> dict[str, Any]:
     return {**summary, "tasks": tasks}
 
 
-def _task(task: TaskFacts, graph: TaskGraph) -> dict[str, Any]:
+def _task(task: TaskFacts, graph: TaskGraph, model: nn.Module) -> dict[str, Any]:
     flow = task.visual
     return {
         "nodes": len(graph.graph.nodes),
@@ -95,7 +97,7 @@ def _task(task: TaskFacts, graph: TaskGraph) -> dict[str, Any]:
             for block in task.blocks
         ],
         "exits": list(task.exits),
-        "taken_for_granted": taken_for_granted(graph),
+        "taken_for_granted": taken_for_granted(graph, model),
         "operators_without_rule": sorted({op for _, op in task.unruled}),
     }
 

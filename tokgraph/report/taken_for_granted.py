@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from tokgraph.ir.program import TaskGraph
 
 
-def taken_for_granted(graph: TaskGraph) -> dict[str, Any]:
+def taken_for_granted(graph: TaskGraph, model: nn.Module) -> dict[str, Any]:
     """What is checked at each call beside the sizes of the inputs.
+
+    Args:
+        graph: a captured graph.
+        model: the user's model.
 
     Returns:
         ``guards``: relations between sizes, each with the line that branched on it, ``None`` where an operator needs it;
-        ``constants``: plain attributes that the forward read, each with its value and the modules that have it, and inputs that
-        are no tensors; ``modes``: how many modules' modes it read; ``numbers``: inputs that are Python numbers and stay open.
+        ``constants``: plain attributes that the forward read, each with its value, the modules that have it, and whether these
+        are all PyTorch's own; ``modes``: how many modules' modes it read; ``numbers``: Python numbers
+        that stay inputs.
     """
     conditions, names = graph.conditions, dict(enumerate(graph.leaf_names().values()))
     return {
@@ -22,17 +29,18 @@ def taken_for_granted(graph: TaskGraph) -> dict[str, Any]:
             {"relation": conditions.readable(guard.relation, names), "source": guard.source}
             for guard in conditions.guards
         ],
-        "constants": list(_constants(graph)),
+        "constants": list(_constants(graph, model)),
         "modes": len(conditions.modes),
         "numbers": [names[leaf] for leaf in graph.numbers],
     }
 
 
-def _constants(graph: TaskGraph) -> Iterator[dict[str, Any]]:
+def _constants(graph: TaskGraph, model: nn.Module) -> Iterator[dict[str, Any]]:
     """One entry for each name and value, with its modules in order."""
     found: dict[tuple[str, str], list[str]] = {}
     for path, of_module in graph.conditions.constants.items():
         for name, x in of_module.items():
             found.setdefault((name, repr(x)), []).append(path)
     for (name, text), paths in found.items():
-        yield {"name": name, "value": text, "modules": paths}
+        own = all(type(model.get_submodule(path)).__module__.startswith("torch.nn.") for path in paths)
+        yield {"name": name, "value": text, "modules": paths, "of_torch": own}

@@ -1,4 +1,4 @@
-"""The conditions of a saved graph as JSON: what it takes for granted of a call, but for the model's code, which is not there."""
+"""The conditions of a saved graph as JSON: what it takes for granted of a call, but for the code of the model."""
 
 from __future__ import annotations
 
