@@ -170,7 +170,7 @@ def _mode(training: object) -> str:
 
 def _slots(model: nn.Module, graph: TaskGraph) -> Iterator[_Slot]:
     """Everything that must be as it was: tensors, modes, settings, and the modules on the way to them."""
-    conditions, module = graph.conditions, graph.graph_module
+    conditions = graph.conditions
     modules = dict(model.named_modules(remove_duplicate=False))
     used: set[str] = set()
     for name in _tensor_names(graph):
@@ -178,7 +178,7 @@ def _slots(model: nn.Module, graph: TaskGraph) -> Iterator[_Slot]:
         of = _table(modules[path], leaf) if path in modules else None
         if of is not None:
             used.add(path)
-            yield _Slot("tensor", name, of, leaf, _expected(module, name))
+            yield _Slot("tensor", name, of, leaf, held_as(graph, name))
     for path, training in conditions.modes.items():
         if path in modules and "training" in vars(modules[path]):
             used.add(path)
@@ -196,14 +196,20 @@ def _tensor_names(graph: TaskGraph) -> list[str]:
     """Names of the model's tensors that the graph reads, and further names of tied ones."""
     read = {tensor_name(node) for node in graph.graph.find_nodes(op="get_attr")}
     read = {name for name in read if name.partition(".")[0] not in (OWN, STEP)}
-    tied = graph.graph_module.meta.get(TIED, {})
-    return sorted(read | {further for further, first in tied.items() if first in read})
+    return sorted({other for name in read for other in tied_with(graph, name)})
 
 
-def _expected(module: nn.Module, name: str) -> torch.Tensor | None:
-    tied = module.meta.get(TIED, {})  # type: ignore[union-attr]
-    found = held(module, name)
-    return held(module, tied[name]) if found is None and name in tied else found
+def tied_with(graph: TaskGraph, name: str) -> set[str]:
+    """All names of a tensor of the captured model, of which the graph may hold one only."""
+    first_of = graph.graph_module.meta.get(TIED, {})
+    first = first_of.get(name, name)
+    return {first, *(further for further, other in first_of.items() if other == first)}
+
+
+def held_as(graph: TaskGraph, name: str) -> torch.Tensor | None:
+    """The tensor that the graph holds under any of the names of this one."""
+    found = (held(graph.graph_module, other) for other in sorted(tied_with(graph, name)))
+    return next((x for x in found if x is not None), None)
 
 
 def _table(module: nn.Module, leaf: str) -> dict[str, Any] | None:

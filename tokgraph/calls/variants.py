@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from tokgraph.errors import BatchError, StaleError
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.names import STEP
 from tokgraph.ir.program import TIED, TaskGraph, model_device, tied_names
-from tokgraph.ir.tensors import held, hold
+from tokgraph.ir.tensors import held, hold, named_tensors
 
 from .batch import compiled_check, misfit
-from .model import Change, ModelCheck
+from .model import Change, ModelCheck, held_as, tied_with
 
 log = logging.getLogger(__name__)
 _FOLLOWED = ("mode", "type")
@@ -102,7 +103,7 @@ class Variants:
                 self._last = variant
                 return variant
         first = self.first
-        for change in sorted(_structural(first), key=lambda change: _takes_its_place(first.graph, change)):
+        for change in sorted(_structural(first), key=partial(self._takes_its_place, first)):
             raise StaleError(
                 f"task {first.graph.name!r}: the model is not the captured one: {change.text}",
                 help="accelerated.refresh() captures it as it is now, with the same plan",
@@ -114,59 +115,20 @@ class Variants:
     def _followed(self, variant: Variant) -> bool:
         """Let a graph hold tensors that took the places of those it holds; whether nothing of the structure changed."""
         changes = _structural(variant)
-        if not changes or not all(_takes_its_place(variant.graph, change) for change in changes):
+        if not changes or not all(self._takes_its_place(variant, change) for change in changes):
             return not changes
         modules = [variant.graph.graph_module]
         if variant is self.first and self._captured_graph is not None:
             modules.append(self._captured_graph.graph_module)
         for module in modules:
             for change in changes:
-                hold(module, change.path, change.now)
+                if held(module, change.path) is not None:
+                    hold(module, change.path, change.now)
             module.meta[TIED] = tied_names(self._model)
         variant.check.follow({change.path: change.now for change in changes})
         return True
 
-    def _captured(self, leaves: Sequence[Any]) -> Variant:
-        first = self.first
-        changes = [change.text for change in first.check.changes()]
-        region = Autocast.active(first._device)
-        if not first.region_holds():
-            changes.append(f"the call is in {_named(region)}, the capture was in {_named(first.autocast)}")
-        why = "; ".join(changes[:3]) or "the default dtype of PyTorch changed"
-        if self._capture is None:
-            raise StaleError(
-                f"task {first.graph.name!r} cannot be captured for this call: {why}",
-                help="a saved program, and one with passes of your own, has the graphs of one mode, type and region only",
-            )
-        log.info("task %s: captured once more, because %s", first.graph.name, why)
-        with torch.random.fork_rng():  # as if nothing had run in between
-            graph = self._capture(region, leaves)
-        share_own(first.graph, graph)
-        return Variant(self._model, graph)
-
-
-def _named(region: Autocast | None) -> str:
-    return "no region of autocast" if region is None else f"autocast to {region.dtype} on {region.device}"
-
-
-def _structural(variant: Variant) -> list[Change]:
-    """Changes for which another capture would be of another model."""
-    return [change for change in variant.check.changes() if change.kind not in _FOLLOWED]
-
-
-def _takes_its_place(graph: TaskGraph, change: Change) -> bool:
-    """Whether a change is another tensor of the same kind in the place of one that the graph holds."""
-    mine, now = held(graph.graph_module, change.path), change.now
-    return (
-        change.kind == "tensor"
-        and mine is not None
-        and isinstance(now, torch.Tensor)
-        and type(now) is type(mine)
-        and (now.shape, now.dtype, now.device, now.layout) == (mine.shape, mine.dtype, mine.device, mine.layout)
-    )
-
-
-def share_own(graph: TaskGraph, other: TaskGraph) -> None:
+    def share_own(graph: TaskGraph, other: TaskGraph) -> None:
     """Let another graph of the task hold the tensors that the plan added to this one: own projections, the step."""
     for name in (*graph.own_parameters(), STEP):
         mine, there = held(graph.graph_module, name), held(other.graph_module, name)
