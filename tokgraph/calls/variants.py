@@ -38,11 +38,11 @@ class Variant:
         self.fits = compiled_check(graph.conditions)
         self.check = ModelCheck(model, graph)
         self._default = torch.get_default_dtype()
-        self._device = model_device(graph.graph_module).type
+        self.device = model_device(graph.graph_module).type
 
     def region_holds(self) -> bool:
         """Whether the call is in the region of autocast that the graph was captured in."""
-        return Autocast.active(self._device) == self.autocast
+        return Autocast.active(self.device) == self.autocast
 
     def holds(self) -> bool:
         """Whether the model is what the graph takes for granted, and the call where it was captured for."""
@@ -128,7 +128,45 @@ class Variants:
         variant.check.follow({change.path: change.now for change in changes})
         return True
 
-    def share_own(graph: TaskGraph, other: TaskGraph) -> None:
+    def _takes_its_place(self, variant: Variant, change: Change) -> bool:
+        """Whether a change is another tensor of the same kind in the place of one that the graph holds, under all its names."""
+        mine, now = held_as(variant.graph, change.path), change.now
+        if change.kind != "tensor" or mine is None or not isinstance(now, torch.Tensor) or type(now) is not type(mine):
+            return False
+        if (now.shape, now.dtype, now.device, now.layout) != (mine.shape, mine.dtype, mine.device, mine.layout):
+            return False
+        tensors = named_tensors(self._model)
+        return all(tensors.get(name, now) is now for name in tied_with(variant.graph, change.path))
+
+    def _captured(self, leaves: Sequence[Any]) -> Variant:
+        first = self.first
+        changes = [change.text for change in first.check.changes()]
+        region = Autocast.active(first.device)
+        if not first.region_holds():
+            changes.append(f"the call is in {_named(region)}, the capture was in {_named(first.autocast)}")
+        why = "; ".join(changes[:3]) or "the default dtype of PyTorch changed"
+        if self._capture is None:
+            raise StaleError(
+                f"task {first.graph.name!r} cannot be captured for this call: {why}",
+                help="a saved program, and one with passes of your own, has the graphs of one mode, type and region only",
+            )
+        log.info("task %s: captured once more, because %s", first.graph.name, why)
+        with torch.random.fork_rng():  # as if nothing had run in between
+            graph = self._capture(region, leaves)
+        share_own(first.graph, graph)
+        return Variant(self._model, graph)
+
+
+def _named(region: Autocast | None) -> str:
+    return "no region of autocast" if region is None else f"autocast to {region.dtype} on {region.device}"
+
+
+def _structural(variant: Variant) -> list[Change]:
+    """Changes for which another capture would be of another model."""
+    return [change for change in variant.check.changes() if change.kind not in _FOLLOWED]
+
+
+def share_own(graph: TaskGraph, other: TaskGraph) -> None:
     """Let another graph of the task hold the tensors that the plan added to this one: own projections, the step."""
     for name in (*graph.own_parameters(), STEP):
         mine, there = held(graph.graph_module, name), held(other.graph_module, name)
