@@ -129,14 +129,19 @@ class Variants:
         return True
 
     def _takes_its_place(self, variant: Variant, change: Change) -> bool:
-        """Whether a change is another tensor of the same kind in the place of one that the graph holds, under all its names."""
+        """Whether a change is another tensor of the same kind in the place of one that the graph holds.
+
+        Where the graph holds one tensor for several names, all of them must have the new one.
+        """
         mine, now = held_as(variant.graph, change.path), change.now
         if change.kind != "tensor" or mine is None or not isinstance(now, torch.Tensor) or type(now) is not type(mine):
             return False
         if (now.shape, now.dtype, now.device, now.layout) != (mine.shape, mine.dtype, mine.device, mine.layout):
             return False
-        tensors = named_tensors(self._model)
-        return all(tensors.get(name, now) is now for name in tied_with(variant.graph, change.path))
+        module, tensors = variant.graph.graph_module, named_tensors(self._model)
+        alone = held(module, change.path) is not None
+        together = (name for name in tied_with(variant.graph, change.path) if not alone or held(module, name) is None)
+        return all(tensors.get(name, now) is now for name in together)
 
     def _captured(self, leaves: Sequence[Any]) -> Variant:
         first = self.first
