@@ -21,6 +21,7 @@ from .errors import (
     LoadError,
     PlanError,
     SpecError,
+    StaleError,
     TokgraphError,
     VerificationError,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Policy",
     "Program",
     "SpecError",
+    "StaleError",
     "Task",
     "TaskCost",
     "TaskFacts",

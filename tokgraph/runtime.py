@@ -57,7 +57,12 @@ class TaskModule(nn.Module):
     @property
     def task_graph(self) -> TaskGraph:
         """The graph that the plan was made for."""
-        return self._of[1].first.graph
+        return self.variants.first.graph
+
+    @property
+    def variants(self) -> Variants:
+        """The task's graphs, and the checks that choose between them."""
+        return self._of[1]
 
     def train(self, mode: bool = True) -> TaskModule:
         """Set the mode of the user's model, unless that is in it already, whose submodules then stay as they are.
