@@ -78,7 +78,9 @@ def test_the_oracle_follows_the_step(program: tg.Program, facts: tg.Facts) -> No
     assert tg.verify(program, accelerated).passed
 
 
-def test_the_step_is_no_part_of_a_checkpoint(program: tg.Program, facts: tg.Facts) -> None:
+def test_the_step_is_part_of_a_checkpoint_beside_the_models_state(program: tg.Program, facts: tg.Facts) -> None:
     site = tg.DropSite("understanding", 0, 2, 0.5, "random")
     accelerated = tg.apply(program, tg.Plan((site,)), facts=facts)
-    assert accelerated.state_dict().keys() == program.model.state_dict().keys()
+    assert accelerated.weights().keys() == program.model.state_dict().keys()
+    assert accelerated.state_dict().keys() - accelerated.weights().keys() == {"tokgraph_step.understanding"}
+    accelerated.load_state_dict(program.model.state_dict())
