@@ -207,7 +207,7 @@ class DigitsVLM(nn.Module):
         x = self.embed(input_ids)
         if pixel_values is not None and visual_mask is not None:
             features = self.patch_encoder(patchify(pixel_values).to(x.dtype))  # [batch, 16, hidden]
-            x = x.masked_scatter(visual_mask.unsqueeze(-1), features)
+            x = x.masked_scatter(visual_mask.unsqueeze(-1), features.to(x.dtype))
         positions = torch.arange(input_ids.shape[1], device=x.device, dtype=x.dtype)
         angles = torch.outer(positions, self.inverse_frequency).repeat(1, 2)  # [tokens, head]
         cos, sin = angles.cos(), angles.sin()

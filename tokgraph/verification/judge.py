@@ -12,11 +12,12 @@ from tokgraph.ir.facts import Facts, TaskFacts
 from tokgraph.ir.interpreter import trains_with_dropout
 from tokgraph.ir.names import STEP
 from tokgraph.ir.plan import DropSite, Plan
-from tokgraph.ir.program import Program, TaskGraph, is_meta
+from tokgraph.ir.program import Program, TaskGraph, is_meta, model_device
 from tokgraph.ir.spec import no_forward, split_outputs
 from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import TOLERANCE, TaskVerification, Verification
 from tokgraph.passes.analyze import analyze
+from tokgraph.passes.capture.autocast import in_autocast
 from tokgraph.passes.pipeline import Pipeline
 from tokgraph.passes.rewrite.realise import rewrite_passes
 from tokgraph.runtime import Accelerated
@@ -50,10 +51,11 @@ def verify(
     dtype = torch.float64 if dtype is None else dtype
     facts, plan = _facts_for(found, program), found.plan
     captured = facts.program
-    tasks = {
-        name: _verify_task(captured[name], graph, facts[name], plan, captured, dtype)
-        for name, graph in found.program.items()
-    }
+    with in_autocast(None, model_device(found.model).type):
+        tasks = {
+            name: _verify_task(captured[name], graph, facts[name], plan, captured, dtype)
+            for name, graph in found.program.items()
+        }
     own = next((p.dtype for p in captured.model.parameters() if p.is_floating_point()), torch.float32)
     return Verification(tasks, dtype, TOLERANCE[dtype], TOLERANCE[own])
 
