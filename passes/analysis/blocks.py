@@ -13,7 +13,7 @@ from torch import fx
 
 from tokgraph.errors import AnalysisError
 from tokgraph.ir.facts import Attention, Block, KeyOperand, Unplaced
-from tokgraph.ir.node import argument, module_path, rank, tensor, tensor_inputs, where
+from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.tensors import tensor_name
 
@@ -90,9 +90,7 @@ def find_blocks(segments: Sequence[Segment], classes: AxisClasses, tokens: Axis)
     return tuple(_block(index, group, classes, tokens) for index, group in enumerate(groups))
 
 
-def find_unplaced(
-    graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis
-) -> tuple[Unplaced, ...]:
+def find_unplaced(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> tuple[Unplaced, ...]:
     """The attentions of tokens to tokens whose layers are no blocks, in graph order.
 
     They are in no block where something beside the stream keeps it from being cut between their layers (a loss in the
@@ -101,12 +99,14 @@ def find_unplaced(
     inside = {name: block for block in blocks for name in block.nodes}
     crowded = {block.index for block in blocks if not _one_layer(graph, block)}
     found = []
-    for mixing in token_mixes(graph.nodes, classes, tokens):
+    live = ancestors([graph.output_node()])  # torch keeps dead attentions: their dropout may draw numbers
+    for mixing in token_mixes([node for node in graph.nodes if node in live], classes, tokens):
         if not _of_tokens(mixing, classes, tokens):
             continue
         block = inside.get(mixing.node.name)
         if block is None or block.index in crowded:
-            found.append(Unplaced(mixing.node.name, module_path(mixing.node), None if block is None else block.index))
+            node, number = mixing.node, None if block is None else block.index
+            found.append(Unplaced(node.name, module_path(node), number, source_line(node)))
     return tuple(found)
 
 
@@ -176,9 +176,7 @@ def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis)
     names = tuple(n.name for n in nodes)
     read = {tensor_name(x) for node in nodes for x in node.all_input_nodes if x.op == "get_attr"}
     projections = find_projections(found, nodes)
-    return Block(
-        index, module, group[0].start.name, group[-1].end.name, names, found, projections, tuple(sorted(read))
-    )
+    return Block(index, module, group[0].start.name, group[-1].end.name, names, found, projections, tuple(sorted(read)))
 
 
 def _with_direct(
@@ -233,9 +231,7 @@ def _attention(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> Attentio
         assert isinstance(values, fx.Node)
         operands = (
             KeyOperand(mixing.node.name, scores.name, axis, "scores", classes.sample_axis(scores, samples)),
-            KeyOperand(
-                product.name, values.name, rank(values) - 2, "value", classes.sample_axis(values, samples)
-            ),
+            KeyOperand(product.name, values.name, rank(values) - 2, "value", classes.sample_axis(values, samples)),
         )
         rows, output, kind = (scores, rank(scores) - 2), product, "eager"
     else:

@@ -122,7 +122,9 @@ def _check_followed(
 
 def _check_attention(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node], frozen: bool) -> None:
     for attention in block.attention:
-        operands = [k for k in attention.keys if k.role == "scores" or (k.role == "value" and attention.kind == "eager")]
+        operands = [
+            k for k in attention.keys if k.role == "scores" or (k.role == "value" and attention.kind == "eager")
+        ]
         if attention.batch is None or any(k.batch is None for k in operands):
             raise IllegalRewriteError(
                 f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: which axes of its attention index "

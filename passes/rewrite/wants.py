@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from tokgraph.ir.node import argument, dims, rank, tensor
+from tokgraph.ir.node import argument, rank, tensor
 
 from ..emitter import is_selection, selection
 from ..rules import axis_map, traits

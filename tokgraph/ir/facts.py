@@ -110,11 +110,13 @@ class Unplaced:
         node: the attention, or its softmax.
         module: path of the module that it is in.
         block: the block that holds it beside attentions of other layers; ``None``: it is in no block.
+        source: ``file:line`` of the call, where export kept it.
     """
 
     node: str
     module: str
     block: int | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
