@@ -60,15 +60,6 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
     for block in blocks:
         inside = [nodes[name] for name in block.nodes]
         _check_rules(facts, block, inside)
-        for mixing in token_mixes(inside, classes, samples) if not is_one(*samples) else ():
-            raise IllegalRewriteError(
-                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {mixing.node.target} "
-                f"{_WHY_SAMPLES[mixing.mix.kind]}, and each sample drops tokens at places of its own",
-                where=where(mixing.node),
-                help="choose a span without this block, or keep operators that mix samples out of the decoder blocks",
-            )
-        _check_followed(facts, block, [nodes[block.start], *inside], classes, (tokens, samples))
-        _check_attention(facts, block, nodes, block.index in frozen)
         attention = {k.user for a in block.attention for k in a.keys}
         for mixing in token_mixes(inside, classes, tokens):
             if mixing.node.name not in attention:
@@ -78,6 +69,15 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
                     where=where(mixing.node),
                     help="choose a span without this block, or keep such operators out of the decoder blocks",
                 )
+        for mixing in token_mixes(inside, classes, samples) if not is_one(*samples) else ():
+            raise IllegalRewriteError(
+                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {mixing.node.target} "
+                f"{_WHY_SAMPLES[mixing.mix.kind]}, and each sample drops tokens at places of its own",
+                where=where(mixing.node),
+                help="choose a span without this block, or keep operators that mix samples out of the decoder blocks",
+            )
+        _check_followed(facts, block, [nodes[block.start], *inside], classes, (tokens, samples))
+        _check_attention(facts, block, nodes, block.index in frozen)
 
 
 def _check_rules(facts: TaskFacts, block: Block, inside: list[fx.Node]) -> None:
