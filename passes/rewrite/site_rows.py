@@ -33,7 +33,7 @@ class SiteRows(abc.ABC):
         self._emit = emit
         self._facts = facts
         self._masks = masks
-        self._scores = Scores(emit, facts, masks.entry)
+        self._scores = Scores(emit, facts, masks)
 
     @abc.abstractmethod
     def kept(self, site: DropSite, around: tuple[RowSpace, ...], seen: Seen) -> RowSpace:
