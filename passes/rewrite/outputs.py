@@ -9,7 +9,7 @@ from torch import fx
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, axis_argument, by_name, descendants, rank, tensor
+from tokgraph.ir.node import argument, axis_argument, by_name, descendants, tensor
 from tokgraph.ir.program import COMPACT_OUTPUTS
 
 from ..analysis.axes import AxisClasses
