@@ -154,8 +154,8 @@ class Scores:
         node = self._nodes[attention.node]
         if attention.batch != 0 or rank(node) != 4:
             raise PlanError(
-                f"task {site.task!r}: selector 'attention' reads weights of shape [batch, heads, tokens, keys] at the block before "
-                f"the span, and this attention works on {tuple(node.meta['val'].shape)}"
+                f"task {site.task!r}: selector 'attention' reads weights of shape [batch, heads, tokens, keys] at the block "
+                f"before the span, and this attention works on {tuple(node.meta['val'].shape)}"
                 + ("" if attention.batch in (0, None) else f" with its samples on axis {attention.batch}"),
                 where=where(node),
                 help="use another selector, or start the span after another block",

@@ -129,8 +129,8 @@ def prompt_mass(weights: Tensor, visual: Tensor) -> Tensor:
         (seen | ~visual).all(),
         "the last prompt token does not see all visual tokens that it is to choose from (its attention mask leaves some out: "
         "an image after the first answer, another document packed into the row, a window)",
-        help="use a selector that needs no prompt ('uniform', 'random', 'norm', 'similarity'), or batches in which the row that "
-        "predicts the first label sees every image of its sample",
+        help="use a selector that needs no prompt ('uniform', 'random', 'norm', 'similarity'), or batches in which the row "
+        "that predicts the first label sees every image of its sample",
     )
     return _prompt_mass(weights, visual)
 
