@@ -20,7 +20,7 @@ from tokgraph.ir.tensors import tensor_name
 from ..rules import axis_map, traits
 from ..rules.registry import Axis, Mix
 from .axes import AxisClasses
-from .projections import find_projections
+from .projections import find_projections, projection_weights
 from .stream import Segment
 
 aten = torch.ops.aten
@@ -119,14 +119,19 @@ def _of_tokens(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> bool:
 
 
 def _one_layer(graph: fx.Graph, block: Block) -> bool:
-    """Whether attentions of a block that follow each other are parts of one layer, as the module stack says."""
+    """Whether attentions of a block that follow each other are parts of one layer: each with projections of its own, in
+    modules of one layer.
+    """
     if len(block.attention) < 2:
         return True
     names, attentions = set(block.nodes), {a.node for a in block.attention}
     inside = {node for node in graph.nodes if node.name in names}
     mine = [node for node in inside if node.name in attentions]
+    weights = {node: projection_weights(node, inside) for node in mine}
     return all(
-        a is b or a not in _above(b, inside) or _parts_of_one_layer(module_path(a), module_path(b))
+        a is b
+        or a not in _above(b, inside)
+        or (not weights[a] & weights[b] and _parts_of_one_layer(module_path(a), module_path(b)))
         for a in mine
         for b in mine
     )
@@ -145,14 +150,14 @@ def _above(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
 
 
 def _parts_of_one_layer(a: str, b: str) -> bool:
-    """Whether two modules are named parts of one numbered module, as ``layers.0.self_attn`` and ``layers.0.cross_attn``;
+    """Whether two modules are one numbered module, or named parts of one (``layers.0.self_attn``, ``layers.0.cross_attn``);
     layers are numbered (``layers.0``, ``layers.1``), or have their parts below them (``first.attn``, ``second.attn``).
     """
     one, other = a.split("."), b.split(".")
     shared = [x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
     parts = one[len(shared) :], other[len(shared) :]
     named = all(len(part) <= 1 and not any(name.isdigit() for name in part) for part in parts)
-    return named and one != other and any(name.isdigit() for name in shared)
+    return named and any(name.isdigit() for name in shared)
 
 
 def _together(a: Segment, b: Segment) -> bool:

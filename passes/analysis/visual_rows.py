@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.node import ancestors, argument, axis_argument, descendants, rank, tensor_inputs, where
+from tokgraph.ir.node import ancestors, argument, axis_argument, descendants, rank, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph
 
 from ..rules import axis_map
@@ -16,6 +16,7 @@ from ..rules.registry import Axis, is_one
 from .axes import AxisClasses
 
 aten = torch.ops.aten
+_CHOOSES = (aten.where.self, aten.masked_scatter.default, aten.index_put.default)
 _HELP = "say where the visual tokens are with visual=tg.VisualTokens.ids(...), .mask(...) or .positions(...)"
 
 
@@ -58,6 +59,10 @@ class VisualRows:
             mine = [(x, j) for x, j in sources if x in self._visual]
             if not mine and any(x in self._others for x, _ in sources):
                 self._refuse(node, "come from another input, row by row, and have only looked at the image")
+            if node.target in _CHOOSES and any(self._is_text(x) for x in tensor_inputs(node)):
+                self._refuse(
+                    node, "are chosen from rows of another input and those of the image before they meet more text"
+                )
             if node.target is aten.cat.default and at == axis_argument(node, node):
                 self._check_joined(node, at, meeting, [x for x, _ in sources if x not in self._visual])
             stack += mine
@@ -71,6 +76,10 @@ class VisualRows:
     def refuse_combined(self, node: fx.Node) -> None:
         """Raise for a node at which all rows, text among them, are combined with visual ones."""
         self._refuse(node, "are rows of another input as well, so which of them are visual cannot be told")
+
+    def _is_text(self, x: fx.Node) -> bool:
+        val = tensor(x)
+        return x in self._others and x not in self._visual and val is not None and val.is_floating_point()
 
     def _check_joined(self, node: fx.Node, axis: int, meeting: fx.Node, beside: list[fx.Node]) -> None:
         if any(x in self._others for x in beside):

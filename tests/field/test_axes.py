@@ -49,9 +49,11 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, hidden: Hidden) -> Tensor:
 LAYOUTS = [heads_first, heads_first_eager, without_heads, merged, grouped]
 
 
-@pytest.mark.parametrize("samples", [pytest.param(1, marks=pytest.mark.slow), 2, HEADS])
+@pytest.mark.parametrize("samples", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), HEADS])
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("attend", LAYOUTS)
+@pytest.mark.parametrize(
+    "attend", [a if a in (heads_first, merged) else pytest.param(a, marks=pytest.mark.slow) for a in LAYOUTS]
+)
 def test_attention_in_every_layout(attend: Callable[..., Tensor], dynamic: bool, samples: int) -> None:
     """Also where there are as many heads as samples."""
     model, at = m.model(partial(Block, attend)), (2, 3, 5, 1)[:samples]
@@ -85,7 +87,7 @@ def stacked(model: m.Model, ids: Tensor, patches: Tensor, labels: Tensor) -> tup
     return m.cross_entropy(logits, labels), torch.stack([logits, 2 * logits])
 
 
-@pytest.mark.parametrize("samples", [2, 3])
+@pytest.mark.parametrize("samples", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plan", [tg.Plan(exact=True), tg.Plan((tg.DropSite(TASK, 1, None, 0.5, restore=False),))])
 def test_stacked_outputs_stay_whole(plan: tg.Plan, samples: int) -> None:
     """Two outputs stacked look like a batch of two."""
@@ -125,6 +127,9 @@ MIXING = {
 }
 
 
+QUICK = ("mean", "linear attention", "attention")
+
+
 def mixing(step: Callable[[nn.Module, Tensor], Tensor]) -> Block:
     block = Block(step=step)
     block.mix = nn.Parameter(torch.eye(2))
@@ -132,7 +137,7 @@ def mixing(step: Callable[[nn.Module, Tensor], Tensor]) -> Block:
 
 
 @pytest.mark.parametrize("mode", ["hide", pytest.param("freeze", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", MIXING)
+@pytest.mark.parametrize("how", [h if h in QUICK else pytest.param(h, marks=pytest.mark.slow) for h in MIXING])
 def test_what_mixes_samples_in_a_span_is_refused(how: str, mode: str) -> None:
     """With images at the same places the oracle would agree, and the next batch would be wrong."""
     step, why = MIXING[how]
@@ -146,6 +151,7 @@ def test_what_mixes_samples_in_a_span_is_refused(how: str, mode: str) -> None:
     assert caught.value.help
 
 
+@pytest.mark.slow
 def test_what_mixes_samples_outside_of_the_span_stays() -> None:
     step = MIXING["mean"][0]
     torch.manual_seed(0)

@@ -22,10 +22,11 @@ class Joined(Model):
 
     join: Join
 
-    def stream(self, ids: Tensor, patches: Tensor, times: Tensor) -> Tensor:
+    def stream(self, ids: Tensor, patches: Tensor, times: Tensor | None) -> Tensor:
         queries = self.queries.expand(len(ids), -1, -1)
         x = type(self).join(self, self.patch(patches), self.embed(ids), queries)
-        x = torch.cat([self.times(times.view(-1, 1, 1)), x], 1)
+        if times is not None:
+            x = torch.cat([self.times(times.view(-1, 1, 1)), x], 1)
         for layer in self.layers:
             x = layer(x)
         return self.read(x)[:, -ids.shape[1] :]
@@ -37,12 +38,12 @@ def joined(join: Join) -> Joined:
     return model.double()
 
 
-def forward(model: Joined, ids: Tensor, patches: Tensor, labels: Tensor, times: Tensor) -> Tensor:
+def forward(model: Joined, ids: Tensor, patches: Tensor, labels: Tensor, times: Tensor | None = None) -> Tensor:
     return m.cross_entropy(model.stream(ids, patches, times), labels)
 
 
-def flow(join: Join) -> tg.TaskFacts:
-    inputs = {**m.batch(), "times": torch.rand(2, dtype=torch.float64)}
+def facts(join: Join, timed: bool = False) -> tg.TaskFacts:
+    inputs = m.batch() | ({"times": torch.rand(2, dtype=torch.float64)} if timed else {})
     spec = m.spec(joined(join), inputs, forward, visual=None, visual_inputs=("patches",), reads="all")
     return tg.analyze(tg.capture(spec))[TASK]
 
@@ -66,10 +67,12 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("how", RIGHT)
+@pytest.mark.parametrize(
+    "how", [h if h == "queries that looked" else pytest.param(h, marks=pytest.mark.slow) for h in RIGHT]
+)
 def test_image_rows(how: str) -> None:
     join, count = RIGHT[how]
-    assert flow(join).visual.count == count
+    assert facts(join).visual.count == count
 
 
 WRONG = {
@@ -92,21 +95,31 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("how", WRONG)
+@pytest.mark.parametrize(
+    "how", [h if "learned" in WRONG[h][1] else pytest.param(h, marks=pytest.mark.slow) for h in WRONG]
+)
 def test_other_rows_are_refused(how: str) -> None:
     join, why = WRONG[how]
     with pytest.raises(tg.AnalysisError, match=why) as caught:
-        flow(join)
+        facts(join)
     assert caught.value.where is not None
     assert "visual=" in str(caught.value.help)
 
 
-def test_a_choice_between_text_and_image_by_another_mask() -> None:
+def scattered(model: Joined, image: Tensor, text: Tensor, queries: Tensor) -> Tensor:
+    return text.masked_scatter((torch.arange(text.shape[1]) < IMAGE).view(1, -1, 1), image)
+
+
+def chosen(model: Joined, image: Tensor, text: Tensor, queries: Tensor) -> Tensor:
     """``where`` the other way round: text where the mask is true."""
+    padded = F.pad(image, (0, 0, 0, text.shape[1] - image.shape[1]))
+    return torch.where(torch.arange(text.shape[1]).view(1, -1, 1) > IMAGE, text, padded)
 
-    def choose(model: Joined, image: Tensor, text: Tensor, queries: Tensor) -> Tensor:
-        padded = F.pad(image, (0, 0, 0, text.shape[1] - image.shape[1]))
-        return torch.where((text[..., :1] > 0), text, padded)
 
-    with pytest.raises(tg.AnalysisError):
-        flow(choose)
+@pytest.mark.parametrize(
+    "join", [RIGHT["image before text"][0], *(pytest.param(j, marks=pytest.mark.slow) for j in (scattered, chosen))]
+)
+def test_an_embedded_time_step_before_text_and_image(join: Join) -> None:
+    """What is joined with the time step is text, too."""
+    with pytest.raises(tg.AnalysisError, match="another input"):
+        facts(join, timed=True)
