@@ -52,6 +52,7 @@ def _print_tasks(tasks: dict[str, Any], console: Console) -> None:
         "found as": [_source(t["visual"]) for t in each],
         "enter at": [t["visual"]["entry"] for t in each],
         "blocks": [_blocks(t["blocks"]) for t in each],
+        "attention outside of blocks": [_outside(t["attention_outside_blocks"]) for t in each],
         "leave at": [", ".join(t["exits"]) for t in each],
         "loss reads": [f"{t['demand']['reads']}: {t['demand']['rows']} of {t['demand']['tokens']} rows" for t in each],
         "without a rule": [", ".join(t["operators_without_rule"]) or "-" for t in each],
@@ -107,6 +108,16 @@ def _blocks(blocks: list[dict[str, Any]]) -> str:
     first, last = blocks[0], blocks[-1]
     kinds = sorted({kind for block in blocks for kind in block["attention"]})
     return f"{len(blocks)} ({', '.join(kinds)}): {first['module'] or first['end']} .. {last['module'] or last['end']}"
+
+
+def _outside(found: list[dict[str, Any]]) -> str:
+    """How many attentions are in no block of their own layer, and where."""
+    if not found:
+        return "-"
+    first, last = found[0], found[-1]
+    return (
+        f"{len(found)}: {first['module'] or first['node']} .. {last['module'] or last['node']} (no site can be placed)"
+    )
 
 
 def _print_cost(costs: dict[str, Any], console: Console) -> None:

@@ -43,7 +43,8 @@ def spec(
         gap = [PAD] * (tokens - len(row))
         rows.append(row + gap if padding == "right" else gap + row)
     ids = torch.tensor(rows)
-    text = (ids != tiny.IMAGE_ID) & (ids != PAD)
+    ahead = (ids == tiny.IMAGE_ID).flip(1).cumsum(1).flip(1) > 0  # the prompt: images, and the text before the last
+    text = ~ahead & (ids != PAD)
     sequence = {0: "batch", 1: "tokens"}
     task = tg.Task(
         forward=partial(masked, attend=attend),

@@ -102,7 +102,8 @@ def build(
         ids[row, 1 + row % 2 : 1 + row % 2 + IMAGE] = IMAGE_ID
     if uneven:
         ids[0, 1] = 11
-    labels = ids.masked_fill(ids == IMAGE_ID, -100)
+    ahead = (ids == IMAGE_ID).flip(1).cumsum(1).flip(1) > 0  # the prompt: the image, and the text before it
+    labels = ids.masked_fill(ahead, -100)
     patches = torch.rand(batch, IMAGE, 4, dtype=model.head.weight.dtype)
     sequence = {0: "batch", 1: "tokens"}
     return tg.ModelSpec(

@@ -125,7 +125,8 @@ def _codes(count: int) -> Tensor:
 
 def _labels(ids: Tensor, low: int, high: int, reads: Literal["text", "visual"]) -> Tensor:
     visual = (ids >= low) & (ids <= high)
-    return ids.masked_fill(visual if reads == "text" else ~visual, IGNORE)
+    prompt = visual.flip(1).cumsum(1).flip(1) > 0  # images, and the text before the last of them
+    return ids.masked_fill(prompt if reads == "text" else ~visual, IGNORE)
 
 
 def _llama(**options: Any) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import networkx as nx
 from torch import fx
 
 from tokgraph.errors import InternalError
-from tokgraph.ir.node import dims, same_size, tensor
+from tokgraph.ir.node import dims, rank, same_size, tensor
 
 from ..rules import axis_map
-from ..rules.registry import Axis
+from ..rules.registry import Axis, is_one
 
 
 class AxisClasses:
@@ -52,6 +52,26 @@ class AxisClasses:
     def same(self, a: Axis, b: Axis) -> bool:
         """Whether two axes index the same positions."""
         return bool(self._sets[a] == self._sets[b])
+
+    def of(self, node: fx.Node, axis: Axis) -> tuple[int, ...]:
+        """The axes of a node that index the same positions as ``axis``."""
+        return tuple(a for a in range(rank(node)) if self.same((node, a), axis))
+
+    def sample_axis(self, node: fx.Node, samples: Axis) -> int | None:
+        """The axis of a node that indexes the samples of a batch: the one that follows the stream's, wherever it lies.
+
+        Args:
+            node: a value.
+            samples: the batch axis of the residual stream.
+
+        Returns:
+            ``None`` where no axis, or more than one, follows it. In a graph for one sample only any axis of size 1 will do,
+            and where there is none, all that the value holds is of that sample: 0.
+        """
+        if is_one(*samples):
+            return next((axis for axis in range(rank(node) - 2) if is_one(node, axis)), 0)
+        found = self.of(node, samples)
+        return found[0] if len(found) == 1 else None
 
     def members(self, axis: Axis) -> dict[fx.Node, tuple[int, ...]]:
         """Every node that has an axis of the same class, and which axes.

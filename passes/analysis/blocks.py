@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Literal
 
 import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.facts import Attention, Block, KeyOperand
-from tokgraph.ir.node import argument, rank, tensor, tensor_inputs, where
+from tokgraph.ir.facts import Attention, Block, KeyOperand, Unplaced
+from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph
+from tokgraph.ir.tensors import tensor_name
 
 from ..rules import axis_map, traits
 from ..rules.registry import Axis, Mix
 from .axes import AxisClasses
-from .projections import find_projections
+from .projections import find_projections, projection_weights
 from .stream import Segment
 
 aten = torch.ops.aten
@@ -57,7 +60,7 @@ def token_axis(graph: TaskGraph, segments: Sequence[Segment], classes: AxisClass
             where=where(entry),
             help="tokgraph understands scaled_dot_product_attention and softmax followed by matmul",
         )
-    axis = votes.most_common(1)[0][0]
+    axis = 1 if votes[1] else votes.most_common(1)[0][0]  # attention over samples as well is refused in spans
     if rank(entry) != 3 or axis != 1:
         raise AnalysisError(
             f"task {graph.name!r}: the residual stream has shape {tuple(tensor(entry).shape)} with its tokens on axis "  # type: ignore[union-attr]
@@ -70,21 +73,95 @@ def token_axis(graph: TaskGraph, segments: Sequence[Segment], classes: AxisClass
 def find_blocks(segments: Sequence[Segment], classes: AxisClasses, tokens: Axis) -> tuple[Block, ...]:
     """Group residual segments into blocks.
 
-    A block begins where tokens mix; segments that mix none (the FFN) belong to the block before them, and those before the
-    first mix (what is added to embeddings) to none. Neighbours that both mix tokens are one block when the module stack
-    says that one module holds both (self- and cross-attention).
+    A block begins where tokens mix; segments that mix none (the FFN) belong to the block before them, or to the one after
+    them where the module stack says so, and those before the first mix (what is added to embeddings) to none. Neighbours
+    that both mix tokens are one block when the module stack says that one module holds both (self- and cross-attention).
     """
+    mixing = [bool(token_mixes(segment.nodes, classes, tokens)) for segment in segments]
     groups: list[list[Segment]] = []
-    for segment in segments:
-        mixes = bool(token_mixes(segment.nodes, classes, tokens))
-        if not groups and not mixes:
-            continue
-        together = bool(groups) and segment.module != "" and _same_layer(groups[-1][0].module, segment.module)
-        if groups and (not mixes or together):
+    for number, segment in enumerate(segments):
+        following = next((s for s, mixes in zip(segments[number:], mixing[number:], strict=True) if mixes), None)
+        if groups and _together(groups[-1][0], segment):
             groups[-1].append(segment)
-        else:
+        elif mixing[number] or (following is not None and _together(segment, following)):
             groups.append([segment])
+        elif groups:
+            groups[-1].append(segment)
     return tuple(_block(index, group, classes, tokens) for index, group in enumerate(groups))
+
+
+def find_unplaced(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> tuple[Unplaced, ...]:
+    """The attentions of tokens to tokens whose layers are no blocks, in graph order.
+
+    They are in no block where something beside the stream keeps it from being cut between their layers (a loss in the
+    middle, features that come in later); or in one block with attentions of other layers, one after the other.
+    """
+    inside = {name: block for block in blocks for name in block.nodes}
+    crowded = {block.index for block in blocks if not _one_layer(graph, block)}
+    found = []
+    live = ancestors([graph.output_node()])  # torch keeps dead attentions: their dropout may draw numbers
+    for mixing in token_mixes([node for node in graph.nodes if node in live], classes, tokens):
+        if not _of_tokens(mixing, classes, tokens):
+            continue
+        block = inside.get(mixing.node.name)
+        if block is None or block.index in crowded:
+            node, number = mixing.node, None if block is None else block.index
+            found.append(Unplaced(node.name, module_path(node), number, source_line(node)))
+    return tuple(found)
+
+
+def _of_tokens(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> bool:
+    """Whether a mix is an attention whose rows are tokens, too."""
+    if mixing.mix.kind == "attention":
+        query = argument(mixing.node, "query")
+        return classes.same((query, rank(query) - 2), tokens)
+    return mixing.mix.kind == "softmax" and len(classes.of(mixing.mix.axes[0][0], tokens)) > 1
+
+
+def _one_layer(graph: fx.Graph, block: Block) -> bool:
+    """Whether attentions of a block that follow each other are parts of one layer: each with projections of its own, in
+    modules of one layer.
+    """
+    if len(block.attention) < 2:
+        return True
+    names, attentions = set(block.nodes), {a.node for a in block.attention}
+    inside = {node for node in graph.nodes if node.name in names}
+    mine = [node for node in inside if node.name in attentions]
+    weights = {node: projection_weights(node, inside) for node in mine}
+    return all(
+        a is b
+        or a not in _above(b, inside)
+        or (not weights[a] & weights[b] and _parts_of_one_layer(module_path(a), module_path(b)))
+        for a in mine
+        for b in mine
+    )
+
+
+def _above(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
+    """What a node is computed from among ``inside``."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for x in stack.pop().all_input_nodes:
+            if x in inside and x not in found:
+                found.add(x)
+                stack.append(x)
+    return found
+
+
+def _parts_of_one_layer(a: str, b: str) -> bool:
+    """Whether two modules are one numbered module, or named parts of one (``layers.0.self_attn``, ``layers.0.cross_attn``);
+    layers are numbered (``layers.0``, ``layers.1``), or have their parts below them (``first.attn``, ``second.attn``).
+    """
+    one, other = a.split("."), b.split(".")
+    shared = [x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+    parts = one[len(shared) :], other[len(shared) :]
+    named = all(len(part) <= 1 and not any(name.isdigit() for name in part) for part in parts)
+    return named and any(name.isdigit() for name in shared)
+
+
+def _together(a: Segment, b: Segment) -> bool:
+    return a.module != "" and b.module != "" and _same_layer(a.module, b.module)
 
 
 def _same_layer(a: str, b: str) -> bool:
@@ -97,12 +174,34 @@ def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis)
     found = tuple(
         attention
         for mixing in token_mixes(nodes, classes, tokens)
-        if (attention := _attention(mixing, classes)) is not None
+        if (attention := _attention(mixing, classes, tokens)) is not None
     )
+    found = _with_direct(found, nodes, [segment.end for segment in group[:-1]])
     module = min((s.module for s in group), key=len)
     names = tuple(n.name for n in nodes)
+    read = {tensor_name(x) for node in nodes for x in node.all_input_nodes if x.op == "get_attr"}
     projections = find_projections(found, nodes)
-    return Block(index, module, group[0].start.name, group[-1].end.name, names, found, projections)
+    return Block(index, module, group[0].start.name, group[-1].end.name, names, found, projections, tuple(sorted(read)))
+
+
+def _with_direct(
+    attentions: Sequence[Attention], nodes: Sequence[fx.Node], added: Sequence[fx.Node]
+) -> tuple[Attention, ...]:
+    """The attentions, each with whether its keys and values are made of the stream as it is before the block.
+
+    Args:
+        attentions: the attentions of a block.
+        nodes: its nodes.
+        added: the stream inside the block, each time that the block has added something.
+    """
+    by_name, inside = {node.name: node for node in nodes}, set(nodes)
+    changed = {*added, *(by_name[a.output] for a in attentions)}
+    found = []
+    for attention in attentions:
+        read = {by_name[k.node] for k in attention.keys if k.role != "attn_mask" and k.node in by_name}
+        above = set().union(read, *(_above(x, inside) for x in read)) - {by_name[attention.output]}
+        found.append(replace(attention, direct=not above & changed))
+    return tuple(found)
 
 
 def token_mixes(nodes: Sequence[fx.Node], classes: AxisClasses, tokens: Axis) -> list[TokenMix]:
@@ -116,24 +215,34 @@ def token_mixes(nodes: Sequence[fx.Node], classes: AxisClasses, tokens: Axis) ->
     return found
 
 
-def _attention(mixing: TokenMix, classes: AxisClasses) -> Attention | None:
+def _attention(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> Attention | None:
+    samples = (tokens[0], 0)
     if mixing.mix.kind == "attention":
         node = mixing.node
         names = {argument(node, name): name for name in ("key", "value", "attn_mask") if argument(node, name)}
-        operands = tuple(KeyOperand(node.name, x.name, axis, names[x]) for x, axis in mixing.mix.axes)
-        return Attention("sdpa", node.name, operands, node.name)
-    if mixing.mix.kind == "softmax":
+        operands = tuple(
+            KeyOperand(node.name, x.name, axis, names[x], classes.sample_axis(x, samples))
+            for x, axis in mixing.mix.axes
+        )
+        scores, rows = node, (argument(node, "query"), rank(node) - 2)
+        output = node
+        kind: Literal["sdpa", "eager"] = "sdpa"
+    elif mixing.mix.kind == "softmax":
         ((scores, axis),) = mixing.mix.axes
         product = _weighted_sum(mixing.node, axis)
-        if product is not None:
-            values = product.args[1]
-            assert isinstance(values, fx.Node)
-            operands = (
-                KeyOperand(mixing.node.name, scores.name, axis, "scores"),
-                KeyOperand(product.name, values.name, rank(values) - 2, "value"),
-            )
-            return Attention("eager", mixing.node.name, operands, product.name)
-    return None
+        if product is None:
+            return None
+        values = product.args[1]
+        assert isinstance(values, fx.Node)
+        operands = (
+            KeyOperand(mixing.node.name, scores.name, axis, "scores", classes.sample_axis(scores, samples)),
+            KeyOperand(product.name, values.name, rank(values) - 2, "value", classes.sample_axis(values, samples)),
+        )
+        rows, output, kind = (scores, rank(scores) - 2), product, "eager"
+    else:
+        return None
+    batch = classes.sample_axis(scores, samples) if classes.same(rows, tokens) else None
+    return Attention(kind, mixing.node.name, operands, output.name, batch)
 
 
 def _weighted_sum(softmax: fx.Node, axis: int) -> fx.Node | None:

@@ -50,7 +50,8 @@ def find_windows(
         if node in later and node.target is torch.ops.aten.slice.Tensor:
             x = first_input(node)
             axis = axis_argument(node, x)
-            if classes.same((x, axis), (after, 1)) and argument(node, "step", 1) == 1:
+            rows_of_samples = axis > 0 and classes.sample_axis(x, (after, 0)) == 0
+            if rows_of_samples and classes.same((x, axis), (after, 1)) and argument(node, "step", 1) == 1:
                 taken = slice(_hint(argument(node, "start")), _hint(argument(node, "end")))
                 rows, seen = read[:, taken], visual[:, taken]
                 found.append(Window(node.name, rows.shape[1], int(rows.sum(1).max()), int(seen.sum(1).max())))

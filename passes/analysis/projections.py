@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import fx
@@ -35,6 +35,12 @@ def find_projections(attentions: Sequence[Attention], nodes: Sequence[fx.Node]) 
             everything |= found
             keys |= found if role != "query" else set()
     return tuple(_projection(node, node in keys) for node in nodes if node in everything)
+
+
+def projection_weights(attention: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
+    """What the nearest linear maps behind an attention, or the softmax of one, have as weights; none where it is not known."""
+    found = _nearest_linears(attention, set(inside))
+    return {weight for node in found if (weight := argument(node, "weight")).op == "get_attr"}
 
 
 def _operands(node: fx.Node, output: fx.Node) -> Iterable[tuple[str, fx.Node]]:

@@ -8,7 +8,7 @@ from tokgraph.ir.program import TaskGraph
 
 from ..rules import has_rule
 from .axes import AxisClasses
-from .blocks import find_blocks, token_axis
+from .blocks import find_blocks, find_unplaced, token_axis
 from .demand import find_demand, find_windows
 from .prompt import find_prompt
 from .stream import residual_segments
@@ -44,4 +44,5 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
         token_axes={node.name: axes for node, axes in classes.members(tokens).items()},
         dimensions=graph.dimensions,
         unruled=tuple((n.name, str(n.target)) for n in inside if tensor(n) is not None and not has_rule(n)),
+        unplaced=find_unplaced(graph.graph, blocks, classes, tokens),
     )

@@ -25,8 +25,9 @@ from tokgraph.ir.node import (
 from tokgraph.ir.program import TaskGraph
 
 from ..rules import traits
-from ..rules.registry import Axis
+from ..rules.registry import Axis, is_one
 from .axes import AxisClasses
+from .visual_rows import VisualRows
 
 aten = torch.ops.aten
 MEETS = (aten.cat.default, aten.masked_scatter.default, aten.where.self, aten.index_put.default)
@@ -97,12 +98,20 @@ def _declared(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> Visual
     source = sources[0] if len(sources) == 1 else None
     if source is None or tensor(source) is None:
         raise AnalysisError(f"task {graph.name!r}: visual input {visual.input!r} is not a plain tensor input")
+    shape = tuple(tensor(source).shape)  # type: ignore[union-attr]
     if rank(source) != 2 or (source.users and not classes.same((source, 1), (stream, 1))):
         raise AnalysisError(
-            f"task {graph.name!r}: visual= names input {visual.input!r} of shape {tuple(tensor(source).shape)}, which does "  # type: ignore[union-attr]
-            "not lie along the token axis of the residual stream",
+            f"task {graph.name!r}: visual= names input {visual.input!r} of shape {shape}, which does not lie along the token "
+            "axis of the residual stream",
             where=where(source),
             help="name a [batch, tokens] input of the whole sequence, use VisualTokens.positions, or give visual_inputs=",
+        )
+    if source.users and not is_one(source, 0) and not classes.same((source, 0), (stream, 0)):
+        raise AnalysisError(
+            f"task {graph.name!r}: visual= names input {visual.input!r} of shape {shape}, whose first axis is not that of the "
+            "residual stream: which samples its rows are of cannot be told",
+            where=where(source),
+            help="let the stream be [batch, tokens, hidden], with the samples of the input in the same order",
         )
     branch = _branch_of(entry)
     if visual.kind == "ids":
@@ -120,12 +129,23 @@ def _found(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlo
             where=where(stream),
             help="name the inputs that carry image content in visual_inputs=, or say where they are with visual=",
         )
+    others = descendants([n for key, nodes in graph.input_nodes().items() if key not in wanted for n in nodes])
+    rows = VisualRows(graph, visual, others, classes)
     node, axis = stream, 1
+    combined: fx.Node | None = None
     while True:
         flow = _meeting(node, axis, visual)
         if flow is not None:
+            rows.check(node, axis)
+            if node.op == "placeholder" and combined is not None:
+                rows.refuse_combined(combined)
             return flow
-        node, axis = _back(graph, node, axis, visual, classes)
+        (x, at), after = _back(graph, node, axis, visual, classes), node
+        if rows.combined(after, x, axis):
+            combined = after
+            if after.target is aten.where.self:
+                rows.refuse_combined(after)
+        node, axis = x, at
 
 
 def _meeting(node: fx.Node, axis: int, visual: set[fx.Node]) -> VisualFlow | None:

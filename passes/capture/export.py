@@ -32,13 +32,13 @@ from ..pipeline import Observer, Pipeline
 from .autocast import MergeParameterCasts, in_autocast
 from .batch_axis import KeepBatchAxis
 from .conditions import conditions_of
-from .normalize import RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
+from .normalize import FusedToPlain, RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
 from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
 from .reads import Reads, recorded_reads
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
-    RemoveAssertions, RemoveNoOps, TypeAsToCast, SplitToSlices, ViewToReshape, KeepBatchAxis,
+    RemoveAssertions, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, KeepBatchAxis,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 _TENSORS = (

@@ -5,8 +5,9 @@ one meaning.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -24,6 +25,12 @@ _CHECKS = (
     "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "_assert", "sym_constrain_range",
     "sym_constrain_range_for_size", "_check_is_size",
 )  # fmt: skip
+
+_FUSED = {
+    aten.addcmul.default: aten.mul.Tensor, aten.addcdiv.default: aten.div.Tensor, aten.lerp.Scalar: aten.mul.Scalar,
+    aten.lerp.Tensor: aten.mul.Tensor,
+}  # fmt: skip
+"""Operator -> the product or quotient in it."""
 
 
 def _is_check(node: fx.Node) -> bool:
@@ -93,6 +100,36 @@ class TypeAsToCast(GraphPass):
                     x = call(graph, aten._to_copy.default, x, dtype=val.dtype, origin=node, made_by=self.name)
             node.replace_all_uses_with(x)
             graph.erase_node(node)
+
+
+@dataclass(frozen=True)
+class FusedToPlain(GraphPass):
+    """Replaces ``addcmul``, ``addcdiv`` and ``lerp`` by the operators they are made of: torch cannot compute their shapes
+    where operands broadcast over symbolic sizes, as a pass that changes shapes must.
+    """
+
+    name: ClassVar[str] = "fused-to-plain"
+
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
+        """Replace each call by ``x + value * (a * b)``, ``x + value * (a / b)``, or ``x + weight * (end - x)``."""
+        graph = graph_module.graph
+        for node in list(graph.nodes):
+            if node.target in _FUSED:
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(self._plain(graph, node))
+                graph.erase_node(node)
+
+    def _plain(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        def made(target: Callable[..., Any], *args: Any) -> fx.Node:
+            return call(graph, target, *args, origin=node, made_by=self.name)
+
+        x = first_input(node)
+        if node.target in (aten.lerp.Scalar, aten.lerp.Tensor):
+            weight, way = argument(node, "weight"), made(aten.sub.Tensor, argument(node, "end"), x)
+            return made(aten.add.Tensor, x, made(_FUSED[node.target], way, weight))
+        term = made(_FUSED[node.target], argument(node, "tensor1"), argument(node, "tensor2"))
+        factor = argument(node, "value", 1)
+        return made(aten.add.Tensor, x, term if factor == 1 else made(aten.mul.Scalar, term, factor))
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,21 @@
-"""What must hold before rows may be dropped inside a block: every operator on the token axis is understood."""
+"""What must hold before rows may be dropped inside a block: every operator on the token axis and on the batch axis is
+understood, and a row depends on no row of another sample.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import fx
 
 from tokgraph.errors import IllegalRewriteError
 from tokgraph.ir.facts import Block, TaskFacts
-from tokgraph.ir.node import by_name, tensor_inputs, where
+from tokgraph.ir.node import by_name, tensor, tensor_inputs, where
 
 from ..analysis.axes import AxisClasses
 from ..analysis.blocks import token_mixes
-from ..rules import has_rule
+from ..rules import axis_map, has_rule, traits
+from ..rules.registry import Axis, is_one
 
 _WHY = {
     "attention": "is an attention that tokgraph does not recognise",
@@ -26,15 +29,34 @@ _WHY = {
 }
 
 
-def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block]) -> None:
+_WHY_SAMPLES = {
+    "attention": "lets samples attend to one another",
+    "softmax": "normalises over the batch axis",
+    "contraction": "sums over the batch axis",
+    "reduction": "reduces over the batch axis",
+    "scan": "runs along the batch axis",
+    "window": "mixes neighbouring samples",
+    "order": "reads or writes samples by order or index",
+    "layout": "splits, merges, cuts or joins the batch axis",
+}
+
+
+def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], frozen: Collection[int] = ()) -> None:
     """Check that rows can be dropped in the given blocks.
 
+    Args:
+        graph: the captured graph.
+        facts: its facts.
+        blocks: the blocks in which rows are dropped.
+        frozen: numbers of those in which dropped rows still serve as keys and values.
+
     Raises:
-        IllegalRewriteError: an operator there has no rule, or mixes tokens other than by attention.
+        IllegalRewriteError: an operator there has no rule, mixes tokens other than by attention, or mixes samples; or the
+            axes of an attention, or the keys of frozen rows, are not what dropping needs.
     """
     nodes = by_name(graph)
     classes = AxisClasses(graph)
-    tokens = (nodes[facts.entry], 1)
+    tokens, samples = (nodes[facts.entry], 1), (nodes[facts.entry], 0)
     for block in blocks:
         inside = [nodes[name] for name in block.nodes]
         _check_rules(facts, block, inside)
@@ -47,6 +69,15 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block]) -> 
                     where=where(mixing.node),
                     help="choose a span without this block, or keep such operators out of the decoder blocks",
                 )
+        for mixing in token_mixes(inside, classes, samples) if not is_one(*samples) else ():
+            raise IllegalRewriteError(
+                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {mixing.node.target} "
+                f"{_WHY_SAMPLES[mixing.mix.kind]}, and each sample drops tokens at places of its own",
+                where=where(mixing.node),
+                help="choose a span without this block, or keep operators that mix samples out of the decoder blocks",
+            )
+        _check_followed(facts, block, [nodes[block.start], *inside], classes, (tokens, samples))
+        _check_attention(facts, block, nodes, block.index in frozen)
 
 
 def _check_rules(facts: TaskFacts, block: Block, inside: list[fx.Node]) -> None:
@@ -56,4 +87,56 @@ def _check_rules(facts: TaskFacts, block: Block, inside: list[fx.Node]) -> None:
                 f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {node.target} has no token-axis rule",
                 where=where(node),
                 help="add a rule (CONTRIBUTING.md, 'How to add an op rule'), or choose a span without this block",
+            )
+
+
+def _check_followed(
+    facts: TaskFacts, block: Block, inside: list[fx.Node], classes: AxisClasses, axes: Sequence[Axis]
+) -> None:
+    """Every token or batch axis that an operator reads is followed to its result, or said to be mixed.
+
+    Args:
+        facts: the task's facts.
+        block: the block.
+        inside: the stream before it, and its nodes.
+        classes: the graph's axes.
+        axes: the token and the batch axis of the stream.
+    """
+    known = set(inside)
+    for node in inside[1:]:
+        described = axis_map(node) if tensor(node) is not None and not traits(node.target).shape_only else None
+        if described is None:
+            continue
+        said = {source for rows in described.rows for source in rows or ()}
+        said |= {source for _, source in described.aligned} | {axis for mix in described.mixes for axis in mix.axes}
+        for x in tensor_inputs(node):
+            read = [(x, a) for axis in axes for a in classes.of(x, axis)] if x in known else []
+            if any(axis not in said and not is_one(*axis) for axis in read):
+                raise IllegalRewriteError(
+                    f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: the rule of {node.target} does "
+                    "not say what it does to the token or the batch axis of its input",
+                    where=where(node),
+                    help="let the rule name the axis among its rows or its mixes, or choose a span without this block",
+                )
+
+
+def _check_attention(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node], frozen: bool) -> None:
+    for attention in block.attention:
+        operands = [
+            k for k in attention.keys if k.role == "scores" or (k.role == "value" and attention.kind == "eager")
+        ]
+        if attention.batch is None or any(k.batch is None for k in operands):
+            raise IllegalRewriteError(
+                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: which axes of its attention index "
+                "samples and tokens cannot be told",
+                where=where(nodes[attention.node]),
+                help="let every operand of the attention have one axis for the samples, and queries, keys and values be rows "
+                "of the residual stream; or choose a span without this block",
+            )
+        if frozen and not attention.direct:
+            raise IllegalRewriteError(
+                f"task {facts.name!r}: mode 'freeze' keeps dropped rows as keys and values as they are before block "
+                f"{block.index}, but this attention reads what the block has added to them already",
+                where=where(nodes[attention.node]),
+                help="use mode 'hide', or choose a span without this block",
             )

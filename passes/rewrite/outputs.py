@@ -9,7 +9,7 @@ from torch import fx
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, axis_argument, by_name, descendants, rank, tensor
+from tokgraph.ir.node import argument, axis_argument, by_name, descendants, tensor
 from tokgraph.ir.program import COMPACT_OUTPUTS
 
 from ..analysis.axes import AxisClasses
@@ -80,9 +80,10 @@ def seed_outputs(
     changed: list[fx.Node] = []
     for read in reads:
         for rows in losses:
-            if read.chosen and classes.same((rows.logits, rows.axis), read.axis):
+            samples = classes.sample_axis(rows.logits, (stream, 0))
+            if read.chosen and samples == 0 and classes.same((rows.logits, rows.axis), read.axis):
                 changed += _narrow_loss(emit, rows, read.chosen)
-    _narrow_outputs(module, emit, classes, reads, later)
+    _narrow_outputs(module, emit, classes, reads, later, (stream, 0))
     for read in reads[1:]:
         _window_to_selection(emit, read)
     refresh_after(graph, changed)
@@ -125,9 +126,16 @@ def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> 
 
 
 def _narrow_outputs(
-    module: fx.GraphModule, emit: Emitter, classes: AxisClasses, reads: list[ReadRows], later: set[fx.Node]
+    module: fx.GraphModule,
+    emit: Emitter,
+    classes: AxisClasses,
+    reads: list[ReadRows],
+    later: set[fx.Node],
+    samples: Axis,
 ) -> None:
-    """Narrow the outputs that carry rows that are read, and add the rows' positions to the outputs."""
+    """Narrow the outputs that carry rows that are read, and add the rows' positions to the outputs; an output whose first
+    axis is not the batch (several stacked) stays whole.
+    """
     output = module.graph.output_node()
     results: list[fx.Node] = list(output.args[0])  # type: ignore[arg-type]
     compact: dict[int, int] = {}
@@ -136,8 +144,8 @@ def _narrow_outputs(
         if node not in later or tensor(node) is None:
             continue
         for read in reads:
-            axes = [a for a in range(rank(node)) if classes.same((node, a), read.axis)]
-            if len(axes) == 1 and axes[0] > 0 and read.chosen:
+            axes = classes.of(node, read.axis)
+            if len(axes) == 1 and axes[0] > 0 and read.chosen and classes.sample_axis(node, samples) == 0:
                 results[leaf] = emit.chain(node, read.chosen, axes[0], 0)
                 first, *rest = read.chosen
                 where = emit.chain(first, rest)

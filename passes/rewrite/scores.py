@@ -11,12 +11,13 @@ from torch import fx
 from tokgraph.errors import InternalError, PlanError
 from tokgraph.ir.facts import Attention, TaskFacts
 from tokgraph.ir.names import STEP
-from tokgraph.ir.node import argument, by_name, rank
+from tokgraph.ir.node import argument, by_name, rank, where
 from tokgraph.ir.plan import DropSite
 from tokgraph.planning.selectors import scorer, selectors
 
 from ..emitter import Emitter, hoist
 from ..rules.registry import is_one
+from .masks import Masks
 from .row_space import RowSpace, indices
 
 aten = torch.ops.aten
@@ -51,14 +52,15 @@ class Scores:
     Args:
         emit: where nodes go.
         facts: the task's facts.
-        entry: the stream's first value.
+        masks: the task's masks.
     """
 
-    def __init__(self, emit: Emitter, facts: TaskFacts, entry: fx.Node) -> None:
+    def __init__(self, emit: Emitter, facts: TaskFacts, masks: Masks) -> None:
         self._emit = emit
         self._facts = facts
         self._nodes = by_name(emit.graph)
-        self._entry = entry
+        self._masks = masks
+        self._entry = masks.entry
 
     def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
         return self._emit.call(target, *args, origin=self._entry, **kwargs)
@@ -112,9 +114,14 @@ class Scores:
 
     def _prompt_mass(self, site: DropSite, seen: Seen) -> fx.Node:
         """``[batch, rows]``: what the last prompt token pays the rows of the space around the site, the mean over heads, in
-        the block before the span; 0 where the row was no key.
+        the block before the span; 0 where the row was no key. It must see all visual rows that were.
         """
-        mass = self._call(aten.mean.dim, self._prompt_weights(site, seen), [1, 2])
+        visual = self._emit.chain(self._masks.visual, indices(seen.hidden))
+        padding = seen.hidden[-1].padding(self._emit) if seen.hidden else None
+        if padding is not None:
+            counts = self._call(aten.logical_not.default, padding)
+            visual = self._call(aten.logical_and.default, visual, counts)
+        mass = self._call(tokgraph.prompt_mass.default, self._prompt_weights(site, seen), visual)
         same = next(
             (i for i, (a, b) in enumerate(zip(seen.hidden, seen.around, strict=False)) if a is not b),
             min(len(seen.hidden), len(seen.around)),
@@ -144,12 +151,21 @@ class Scores:
         mask = self._call(tokgraph.prompt_mask.default, targets, self._entry, prompt.ignore_index, prompt.first)
         outer = indices(seen.spaces)  # a prompt whose last token was dropped before pays nothing: no row, an error
         row = self._call(tokgraph.rows.default, self._emit.chain(mask, outer), 1, True)
-        return self._weights_of(self._nodes[attention.node], attention.kind, [*outer, row])
+        node = self._nodes[attention.node]
+        if attention.batch != 0 or rank(node) != 4:
+            raise PlanError(
+                f"task {site.task!r}: selector 'attention' reads weights of shape [batch, heads, tokens, keys] at the block "
+                f"before the span, and this attention works on {tuple(node.meta['val'].shape)}"
+                + ("" if attention.batch in (0, None) else f" with its samples on axis {attention.batch}"),
+                where=where(node),
+                help="use another selector, or start the span after another block",
+            )
+        return self._weights_of(node, attention.kind, [*outer, row])
 
     def _weights_of(self, node: fx.Node, kind: str, rows: Sequence[fx.Node]) -> fx.Node:
         """The weights of an attention at some of its query rows."""
         if kind == "eager":
-            return self._emit.chain(node, rows, rank(node) - 2, 0)
+            return self._call(aten.detach.default, self._emit.chain(node, rows, rank(node) - 2, 0))
         query, seen = argument(node, "query"), argument(node, "attn_mask")
         query = self._emit.chain(query, rows, rank(query) - 2, 0)
         if seen is not None and not is_one(seen, rank(seen) - 2):

@@ -109,7 +109,8 @@ class SeedSites(GraphPass):
         )
         check_disjoint_or_nested(reach)
         inside = {b for s in reach for b in range(s.start, s.end or last)}
-        check_blocks(graph_module.graph, facts, [facts.blocks[b] for b in sorted(inside)])
+        frozen = {b for s in self.sites if s.mode == "freeze" for b in range(s.start, s.end or last)}
+        check_blocks(graph_module.graph, facts, [facts.blocks[b] for b in sorted(inside)], frozen)
 
     def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """Seed every block of every span, then the outputs."""
@@ -217,23 +218,37 @@ def _hide_keys(
     """
     if not hidden:
         return
-    node = nodes[attention.node]
+    node, batch = nodes[attention.node], attention.batch
+    assert batch is not None  # checked before
+    if seen is not None:
+        seen = _laid_out(emit, seen, rank(node), batch)
     if attention.kind == "sdpa":
         for role in ("key", "value"):
-            x = argument(node, role)
-            _set_argument(node, role, emit.chain(x, hidden, rank(x) - 2, 0))
+            x = emit.with_batch(argument(node, role), rank(node), batch, hidden[0])
+            _set_argument(node, role, emit.chain(x, hidden, rank(x) - 2, batch))
         mask = argument(node, "attn_mask")
         if mask is not None and not is_one(mask, rank(mask) - 1):
-            mask = emit.with_batch(mask, rank(node), 0, hidden[0])
-            mask = emit.chain(mask, hidden, rank(node) - 1, 0)
+            mask = emit.with_batch(mask, rank(node), batch, hidden[0])
+            mask = emit.chain(mask, hidden, rank(node) - 1, batch)
         _set_argument(node, "attn_mask", mask if seen is None else _masked(emit, mask, seen))
     else:
         scores, values = (next(k for k in attention.keys if k.role == role) for role in ("scores", "value"))
+        assert scores.batch is not None
+        assert values.batch is not None
         product = nodes[values.user]
-        weighed = emit.chain(nodes[scores.node], hidden, scores.axis, 0)
+        weighed = emit.chain(nodes[scores.node], hidden, scores.axis, scores.batch)
         node.update_arg(0, weighed if seen is None else _masked(emit, weighed, seen))
-        product.update_arg(1, emit.chain(nodes[values.node], hidden, values.axis, 0))
+        product.update_arg(1, emit.chain(nodes[values.node], hidden, values.axis, values.batch))
         _refresh_weights(node, product)
+
+
+def _laid_out(emit: Emitter, seen: fx.Node, ndim: int, batch: int) -> fx.Node:
+    """``[batch, 1, tokens, keys]`` with the batch at an axis of scores of ``ndim`` dimensions: they broadcast."""
+    if ndim < rank(seen):
+        return emit.call(aten.squeeze.dim, seen, 1, origin=seen)
+    for _ in range(ndim - rank(seen)):
+        seen = emit.call(aten.unsqueeze.default, seen, 1, origin=seen)
+    return seen if batch == 0 else emit.call(aten.transpose.int, seen, 0, batch, origin=seen)
 
 
 def _masked(emit: Emitter, mask: fx.Node | None, seen: fx.Node) -> fx.Node:

@@ -33,7 +33,7 @@ class SiteRows(abc.ABC):
         self._emit = emit
         self._facts = facts
         self._masks = masks
-        self._scores = Scores(emit, facts, masks.entry)
+        self._scores = Scores(emit, facts, masks)
 
     @abc.abstractmethod
     def kept(self, site: DropSite, around: tuple[RowSpace, ...], seen: Seen) -> RowSpace:
@@ -64,7 +64,9 @@ class SiteRows(abc.ABC):
             return alive
         return self._and_not(alive, self._emit.chain(self._masks.demanded, indices(around)))
 
-    def _index(self, candidates: fx.Node, score: fx.Node, keep: int, tokens: fx.Node | int, visual: float) -> fx.Node:
+    def _index(
+        self, candidates: fx.Node, score: fx.Node, keep: fx.Node | int, tokens: fx.Node | int, visual: float
+    ) -> fx.Node:
         """``[batch, rows]``: all rows but candidates, and ``keep`` of these; ``visual`` of them are visual tokens."""
         index = self._call(tokgraph.keep_rows.default, candidates, score, keep, tokens)
         index.meta[VISUAL_ROWS] = visual
@@ -124,7 +126,9 @@ class RaggedRows(SiteRows):
             first = self._call(aten.gather.default, padding, 1, candidates)
             score = self._call(aten.masked_fill.Scalar, score, first, -torch.inf)
         tokens = self._emit.size(here, 1)
-        index = self._index(candidates, score, width - dropped, tokens, flow.mean - gone - dropped)
+        wide = self._emit.size(candidates, 1)  # a later batch may be shorter than the most visual tokens here
+        keep = self._emit.add(wide, -dropped, candidates)
+        index = self._index(candidates, score, keep, tokens, flow.mean - gone - dropped)
         lost = None
         if site.ragged == "pad":
             lost = self._call(tokgraph.lost_rows.default, candidates, score, lowest, tokens)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from tokgraph.ir.node import argument, dims, rank, tensor
+from tokgraph.ir.node import argument, rank, tensor
 
 from ..emitter import is_selection, selection
 from ..rules import axis_map, traits
@@ -163,7 +163,7 @@ def _visit_operator(node: fx.Node, found: Selections) -> None:
     own: Want = {}
     inputs: dict[fx.Node, Want] = {x: {} for x in node.all_input_nodes}
     for along, chain in sorted(common(want for _, want in found.uses[node]).items()):
-        passed = commute(node, along)
+        passed = commute(node, along, one_sample=is_one(chain[0], 0))
         if isinstance(passed, Declined):
             found.declined.append(passed)
         elif any(chain != inputs[x].get(a, chain) for x, a in passed):
@@ -177,14 +177,20 @@ def _visit_operator(node: fx.Node, found: Selections) -> None:
         found.uses[x].append((node, want))
 
 
-def commute(node: fx.Node, along: Along) -> list[tuple[fx.Node, Along]] | Declined:
-    """Where a selection along an axis of ``node`` goes among its inputs, or why it stays."""
+def commute(node: fx.Node, along: Along, one_sample: bool = False) -> list[tuple[fx.Node, Along]] | Declined:
+    """Where a selection along an axis of ``node`` goes among its inputs, or why it stays.
+
+    Args:
+        node: the operator.
+        along: the axis.
+        one_sample: the selection is for a batch of one sample, in which an axis of size 1 is a batch axis.
+    """
     described = axis_map(node) if tensor(node) is not None else None
     if node.op != "call_function" or described is None:
         return _without_rule(node)
     if node.target is operator.getitem:
         return Declined(node.name, "one result of several cannot be narrowed alone")
-    if along.ndim is not None or is_one(node, along.batch) != _batch_is_one(node, along):
+    if along.ndim is not None or (is_one(node, along.batch) and not one_sample):
         return Declined(node.name, "the value has no batch axis of its own")
     rows, samples = described.rows[along.dim], described.rows[along.batch]
     if rows is None or samples is None:
@@ -209,16 +215,6 @@ def _without_rule(node: fx.Node) -> Declined:
     if node.op == "call_function":
         return Declined(node.name, f"{node.target} has no token-axis rule")
     return Declined(node.name, "an input of the task" if node.op == "placeholder" else "held by the model", end=True)
-
-
-def _batch_is_one(node: fx.Node, along: Along) -> bool:
-    """Whether the batch itself has size 1, in which case an axis of size 1 is a batch axis."""
-    return bool(dims(node)[along.batch] == 1) and _static_batch_of_one(node)
-
-
-def _static_batch_of_one(node: fx.Node) -> bool:
-    first = next(n for n in node.graph.nodes if n.op == "placeholder" and tensor(n) is not None and rank(n) > 0)
-    return bool(dims(first)[0] == 1)
 
 
 def _may_lift(node: fx.Node, x: fx.Node) -> bool:

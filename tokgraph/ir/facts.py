@@ -69,12 +69,14 @@ class KeyOperand:
         node: the operand.
         axis: its key axis.
         role: ``"key"``, ``"value"``, ``"attn_mask"`` or ``"scores"``.
+        batch: its batch axis; ``None``: it has none of its own.
     """
 
     user: str
     node: str
     axis: int
     role: str
+    batch: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,35 @@ class Attention:
         node: the fused node, or the softmax.
         keys: the operands that are narrowed when keys are hidden.
         output: the node whose rows are the attention's output rows.
+        batch: batch axis of its scores, ``[..., tokens, keys]``; ``None``: they have no such axis, or several, or their
+            rows are not the tokens.
+        direct: its keys and values are made of the stream as it is before the block, and of nothing that the block has
+            added to it already.
     """
 
     kind: Literal["sdpa", "eager"]
     node: str
     keys: tuple[KeyOperand, ...]
     output: str
+    batch: int | None = 0
+    direct: bool = True
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """An attention over the token axis whose layer is no block.
+
+    Args:
+        node: the attention, or its softmax.
+        module: path of the module that it is in.
+        block: the block that holds it beside attentions of other layers; ``None``: it is in no block.
+        source: ``file:line`` of the call, where export kept it.
+    """
+
+    node: str
+    module: str
+    block: int | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +148,7 @@ class Block:
         nodes: its nodes, in graph order.
         attention: its attentions over the token axis.
         projections: the projections of these attentions; none where one is no ``linear`` of the model's own parameters.
+        tensors: names of the model's parameters and buffers that it reads.
     """
 
     index: int
@@ -132,6 +158,7 @@ class Block:
     nodes: tuple[str, ...]
     attention: tuple[Attention, ...]
     projections: tuple[Projection, ...] = ()
+    tensors: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -235,6 +262,8 @@ class TaskFacts:
         prompt: where the labels are, ``None`` when no loss over rows of the token axis was recognised.
         dimensions: dimensions asked to be dynamic.
         unruled: ``(node, operator)`` of operators inside blocks that have no rule.
+        unplaced: attentions over the token axis whose layers are no blocks. Where there are some, block numbers are no
+            layer numbers, and no drop site can be placed by them.
     """
 
     name: str
@@ -249,6 +278,7 @@ class TaskFacts:
     prompt: Prompt | None = None
     dimensions: tuple[Dimension, ...] = ()
     unruled: tuple[tuple[str, str], ...] = ()
+    unplaced: tuple[Unplaced, ...] = ()
 
     @property
     def stream(self) -> tuple[str, ...]:

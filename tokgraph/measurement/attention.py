@@ -146,7 +146,8 @@ class AllocationMeter:
     def _check(self, node: fx.Node, shape: Sequence[int]) -> None:
         """Refuse weights that are not ``[batch, heads..., tokens, tokens]``."""
         _, batch, tokens = self._masks.shape
-        if len(shape) < 3 or shape[0] != batch or tuple(shape[-2:]) != (tokens, tokens):
+        first = all(a.batch in (0, None) for block in self.facts.blocks for a in block.attention if a.node == node.name)
+        if not first or len(shape) < 3 or shape[0] != batch or tuple(shape[-2:]) != (tokens, tokens):
             raise AnalysisError(
                 f"task {self.graph.name!r}: an attention has weights {tuple(shape)}, not [batch, heads, tokens, tokens] "
                 f"with batch {batch} and {tokens} tokens",

@@ -17,7 +17,7 @@ from .base import NAMESPACE, expand_index
 from .indices import drop_counts, keep_rows, lost_rows, ragged_rows, range_rows, ranks, rows, select_targets
 from .masks import demand_mask, prompt_mask, range_mask
 from .moving import drop, merge, restore, select
-from .scores import prompt_attention, random_score, similarity_score, spread_score, uniform_score
+from .scores import prompt_attention, prompt_mass, random_score, similarity_score, spread_score, uniform_score
 
 __all__ = [
     "NAMESPACE",
@@ -31,6 +31,7 @@ __all__ = [
     "merge",
     "prompt_attention",
     "prompt_mask",
+    "prompt_mass",
     "ragged_rows",
     "random_score",
     "range_mask",

@@ -10,15 +10,16 @@ from tokgraph.errors import BatchError
 NAMESPACE = "tokgraph"
 
 
-def require(ok: Tensor, message: str) -> None:
+LIKE_THE_EXAMPLE = "make the batch like the example batch of the task, or optimize for this one"
+
+
+def require(ok: Tensor, message: str, help: str = LIKE_THE_EXAMPLE) -> None:
     """Raise on the CPU, assert asynchronously on a device: ``ok`` is a boolean scalar tensor."""
     if ok.device.type == "meta":
         return
     if ok.device.type == "cpu":
         if not bool(ok):
-            raise BatchError(
-                message, help="make the batch like the example batch of the task, or optimize for this one"
-            )
+            raise BatchError(message, help=help)
     else:
         torch._assert_async(ok, message)
 

@@ -78,11 +78,11 @@ def ragged_rows(mask: Tensor, most: int, least: int) -> Tensor:
 
     Args:
         mask: ``[batch, tokens]`` bool.
-        most: width of the result; a sample with fewer has other positions in between.
+        most: width of the result, where the batch is as long; a sample with fewer has other positions in between.
         least: true positions that every sample must have.
 
     Returns:
-        ``[batch, most]`` int64, ascending.
+        ``[batch, min(most, tokens)]`` int64, ascending.
 
     Raises:
         BatchError: a sample of the batch has more or fewer true positions.
@@ -193,7 +193,9 @@ def select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
 
 
 rows.register_fake(lambda mask, count, exact: mask.new_empty((mask.shape[0], count), dtype=torch.int64))
-ragged_rows.register_fake(lambda mask, most, least: mask.new_empty((mask.shape[0], most), dtype=torch.int64))
+ragged_rows.register_fake(
+    lambda mask, most, least: mask.new_empty((mask.shape[0], torch.sym_min(most, mask.shape[1])), dtype=torch.int64)
+)
 drop_counts.register_fake(
     lambda visual, here, padding, free, keep, least: visual.new_empty(visual.shape[:1], dtype=torch.int64)
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .base import NAMESPACE, expand_index, rank_of
+from .base import NAMESPACE, expand_index, rank_of, require
 
 
 def _spread_score(valid: Tensor, drop: Tensor) -> Tensor:
@@ -46,6 +46,10 @@ def _prompt_attention(query: Tensor, key: Tensor, attn_mask: Tensor | None, scal
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
     return scores.softmax(-1)
+
+
+def _prompt_mass(weights: Tensor, visual: Tensor) -> Tensor:
+    return weights.mean([1, 2])
 
 
 def _similarity_score(rows: Tensor, pivots: int) -> Tensor:
@@ -106,6 +110,31 @@ def prompt_attention(query: Tensor, key: Tensor, attn_mask: Tensor | None, scale
     return _prompt_attention(query, key, attn_mask, scale)
 
 
+@torch.library.custom_op(f"{NAMESPACE}::prompt_mass", mutates_args=())
+def prompt_mass(weights: Tensor, visual: Tensor) -> Tensor:
+    """What the last prompt token pays each key, the mean over heads.
+
+    Args:
+        weights: ``[batch, heads, 1, keys]``, its attention weights.
+        visual: ``[batch, keys]`` bool, the keys that are to be ranked by it.
+
+    Returns:
+        ``[batch, keys]``.
+
+    Raises:
+        BatchError: no head gives one of these any weight: it is masked for the row, which then cannot rank it.
+    """
+    seen = (weights > 0).any(1).any(1)
+    require(
+        (seen | ~visual).all(),
+        "the last prompt token does not see all visual tokens that it is to choose from (its attention mask leaves some out: "
+        "an image after the first answer, another document packed into the row, a window)",
+        help="use a selector that needs no prompt ('uniform', 'random', 'norm', 'similarity'), or batches in which the row "
+        "that predicts the first label sees every image of its sample",
+    )
+    return _prompt_mass(weights, visual)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::similarity_score", mutates_args=())
 def similarity_score(rows: Tensor, pivots: int) -> Tensor:
     """How little a row repeats others: minus its largest cosine similarity to a pivot; pivots score infinity.
@@ -128,6 +157,7 @@ random_score.register_fake(lambda candidates, seed, step=None: torch.empty_like(
 prompt_attention.register_fake(
     lambda query, key, attn_mask, scale: query.new_empty((*query.shape[:3], key.shape[2]), requires_grad=False)
 )
+prompt_mass.register_fake(lambda weights, visual: weights.new_empty(visual.shape, requires_grad=False))
 similarity_score.register_fake(lambda rows, pivots: rows.new_empty(rows.shape[:2], requires_grad=False))
 
 
@@ -148,6 +178,7 @@ LOWERED: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
     torch.ops.tokgraph.uniform_score.default: _uniform_score,
     torch.ops.tokgraph.random_score.default: _random_score,
     torch.ops.tokgraph.prompt_attention.default: _prompt_attention,
+    torch.ops.tokgraph.prompt_mass.default: _prompt_mass,
     torch.ops.tokgraph.similarity_score.default: _similarity_score,
 }
 """Operator -> the plain ATen function it is."""

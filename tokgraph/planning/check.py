@@ -8,6 +8,7 @@ from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import DropSite, Plan, Ragged
 
+from .placement import check_placed
 from .selectors import selectors
 
 
@@ -27,7 +28,7 @@ def check_plan(plan: Plan, facts: Facts) -> Plan:
 
     Raises:
         PlanError: a site names an unknown task or selector, leaves the blocks, or looks ahead on a path that predicts
-            visual tokens; or sites of one task differ in ``ragged``.
+            visual tokens; sites of one task differ in ``ragged``; or block numbers of a task are not layer numbers.
     """
     for name in facts:
         if len({site.ragged for site in plan.for_task(name)}) > 1:
@@ -51,6 +52,7 @@ def _check_site(site: DropSite, facts: Facts) -> DropSite:
             help=f"the selectors are {', '.join(map(repr, known))}; your own: tokgraph.register_selector",
         )
     task = facts[site.task]
+    check_placed(facts, [site.task])
     if not known[site.selector].causal and task.demand.reads != "text":
         raise PlanError(
             f"selector {site.selector!r} is not causal, and task {site.task!r} predicts visual tokens: which of them stay "

@@ -15,7 +15,8 @@ from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import DropSite, Plan
 
-from .options import options_of
+from .options import Kind, kind_of, options_of
+from .placement import check_placed
 
 GROUP = "tokgraph.policies"
 """Entry point group in which other packages declare policies."""
@@ -34,6 +35,7 @@ class Policy(abc.ABC):
     Class attributes:
         name: the policy's name on the command line.
         source: where it is published.
+        thins: the kinds of tasks that get drop sites; ``None``: the plan tells.
 
     Raises:
         PlanError: an option is of another type, or outside of its range.
@@ -43,6 +45,7 @@ class Policy(abc.ABC):
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
+    thins: ClassVar[tuple[Kind, ...] | None] = None
 
     def __init_subclass__(cls) -> None:
         if cls.name in _POLICIES and _POLICIES[cls.name].__qualname__ != cls.__qualname__:
@@ -62,6 +65,7 @@ class Policy(abc.ABC):
         Raises:
             PlanError: an option does not fit the model, or the policy cannot plan for it.
         """
+        check_placed(facts, [name for name, task in facts.items() if kind_of(task) in (self.thins or ())])
         for option in options_of(type(self)).values():
             option.check_depth(self.name, getattr(self, option.name), facts)
         return self.decide(facts)

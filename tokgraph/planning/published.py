@@ -49,6 +49,7 @@ class FastV(Policy):
 
     name: ClassVar[str] = "fastv"
     source: ClassVar[str] = "Chen et al., arXiv 2403.06764"
+    thins: ClassVar[tuple[Kind, ...]] = ("understanding",)
 
     k: Annotated[
         int,
@@ -77,6 +78,7 @@ class PyramidDrop(Policy):
 
     name: ClassVar[str] = "pyramiddrop"
     source: ClassVar[str] = "Xing et al., arXiv 2410.17247"
+    thins: ClassVar[tuple[Kind, ...]] = ("understanding",)
 
     stages: Annotated[
         int, Blocks(2, L, "understanding"), Field(description="stages of equal depth; the first is full")
@@ -106,6 +108,7 @@ class RandomLTD(Policy):
 
     name: ClassVar[str] = "random-ltd"
     source: ClassVar[str] = "Yao et al., arXiv 2211.11586"
+    thins: ClassVar[tuple[Kind, ...]] = ("understanding", "generation")
 
     keep: Annotated[float, Field(ge=0, le=1, description="ratio of visual tokens that a middle block computes")] = 0.5
     seed: Annotated[int, Blocks(0, 2**63 + 1 - L), Field(description="seed of the choice; block b takes seed + b")] = 0
@@ -136,6 +139,7 @@ class Dart(Policy):
 
     name: ClassVar[str] = "dart"
     source: ClassVar[str] = "Wen et al., arXiv 2502.11494"
+    thins: ClassVar[tuple[Kind, ...]] = ("understanding",)
 
     k: Annotated[
         int,
@@ -164,6 +168,7 @@ class TaskSpecific(Policy):
 
     name: ClassVar[str] = "task-specific"
     source: ClassVar[str] = "the asymmetry that arXiv 2606.01503 found"
+    thins: ClassVar[tuple[Kind, ...]] = ("understanding",)
 
     start: Annotated[float, Field(ge=0, lt=1, description="where the drop begins, as a share of the depth")] = 0.5
     keep: Annotated[float, Field(ge=0, le=1, description="ratio of visual tokens that stay")] = 0.0
@@ -219,6 +224,7 @@ class HiMix(Policy):
 
     name: ClassVar[str] = "himix"
     source: ClassVar[str] = "Zhang et al., arXiv 2501.10318"
+    thins: ClassVar[tuple[Kind, ...]] = ("understanding",)
 
     projections: Annotated[
         Projections,
@@ -239,6 +245,7 @@ class HMGen(Policy):
 
     name: ClassVar[str] = "hmgen"
     source: ClassVar[str] = "arXiv 2606.01503"
+    thins: ClassVar[tuple[Kind, ...]] = ("generation",)
 
     skipped: Skipped = None
     projections: Annotated[
@@ -261,6 +268,7 @@ class ShareAll(Policy):
 
     name: ClassVar[str] = "himix-hmgen-share-all"
     source: ClassVar[str] = "arXiv 2606.01503, HiMix-HMGen Share All"
+    thins: ClassVar[tuple[Kind, ...]] = ("understanding", "generation")
 
     skipped: Skipped = None
     exact: Exactly = True
@@ -279,6 +287,7 @@ class SharePartial(Policy):
 
     name: ClassVar[str] = "himix-hmgen-share-partial"
     source: ClassVar[str] = "arXiv 2606.01503, HiMix-HMGen Share Partial"
+    thins: ClassVar[tuple[Kind, ...]] = ("understanding", "generation")
 
     skipped: Skipped = None
     exact: Exactly = True

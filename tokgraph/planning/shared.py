@@ -14,7 +14,8 @@ from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import DropSite, Mode, Plan, Ragged
 
-from .options import Blocks, L
+from .options import Blocks, Kind, L
+from .placement import check_same_layers
 from .policy import Exactly, Policy
 from .search import Search, search
 
@@ -24,6 +25,7 @@ class Shared(Policy):
     """The same span, keep ratio and mode on every task, restored before the last block: sharing index 1.0."""
 
     name: ClassVar[str] = "shared"
+    thins: ClassVar[tuple[Kind, ...]] = ("understanding", "generation")
 
     span: Annotated[
         tuple[int, int] | None,
@@ -85,8 +87,10 @@ class Shared(Policy):
         """One site a task, or what the planner finds.
 
         Raises:
-            PlanError: the target cannot be met, or no ratio near ``keep`` thins the tasks alike.
+            PlanError: the target cannot be met, no ratio near ``keep`` thins the tasks alike, or blocks of one number are
+                different layers in different tasks.
         """
+        check_same_layers(facts)
         self._check_ragged(facts)
         if self.target_flops is not None:
             found = self.search(facts).best.sites(facts)

@@ -96,6 +96,9 @@ def _task(task: TaskFacts, graph: TaskGraph, model: nn.Module) -> dict[str, Any]
             }
             for block in task.blocks
         ],
+        "attention_outside_blocks": [
+            {"node": found.node, "module": found.module, "block": found.block} for found in task.unplaced
+        ],
         "exits": list(task.exits),
         "taken_for_granted": taken_for_granted(graph, model),
         "operators_without_rule": sorted({op for _, op in task.unruled}),

@@ -64,7 +64,7 @@ class Oracle(GraphInterpreter):
         self._dropped: dict[int, torch.Tensor] = {}
         self._starts = {block.start: block.index for block in facts.blocks[:1]}
         self._ends = {block.end: block.index for block in facts.blocks}
-        self._attention = {a.node: (block.index, a.kind) for block in facts.blocks for a in block.attention}
+        self._attention = {a.node: (block.index, a.kind, a.batch) for block in facts.blocks for a in block.attention}
         self._stream = torch.empty(0)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -131,11 +131,11 @@ class Oracle(GraphInterpreter):
     def _demanded(self) -> torch.Tensor:
         return demanded_rows(self._visual, self._facts.demand.reads)
 
-    def _attend(self, n: fx.Node, block: int, kind: str) -> Any:
+    def _attend(self, n: fx.Node, block: int, kind: str, batch: int | None) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         hidden = self._hidden(block)
         if hidden.any():  # a row that changes does not see a hidden key; a frozen row's result is not used
-            seen = (~hidden.unsqueeze(1) | self._frozen(block).unsqueeze(2)).unsqueeze(1)
+            seen = _laid_out(~hidden.unsqueeze(1) | self._frozen(block).unsqueeze(2), args[0].dim(), batch or 0)
             if kind == "sdpa":
                 args, kwargs = _mask_fused(args, kwargs, seen)
             else:
@@ -149,6 +149,13 @@ class Oracle(GraphInterpreter):
         """``[batch, tokens]``: what the last prompt token pays each key, the mean over heads."""
         assert self._prompt is not None
         return torch.stack([w.detach()[:, row].mean(0) for w, row in zip(weights, self._prompt, strict=True)])
+
+
+def _laid_out(seen: torch.Tensor, ndim: int, batch: int) -> torch.Tensor:
+    """``[batch, tokens, keys]`` as scores of ``ndim`` dimensions lie whose samples are on another axis."""
+    shape = [1] * (ndim - 2) + list(seen.shape[1:])
+    shape[batch] = len(seen)
+    return seen.reshape(shape)
 
 
 def _weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

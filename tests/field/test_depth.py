@@ -1,0 +1,204 @@
+"""Sites are placed by depth only where blocks are layers, in every task; frozen rows are what they were before the block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tokgraph as tg
+from tests.field import decoder as m
+from tests.field.decoder import TASK, Block, Model
+from tokgraph.planning import Policy
+from tokgraph.report.summary import summarise
+
+
+class EarlyExit(Model):
+    def forward(self, ids: Tensor, patches: Tensor) -> Tensor:
+        x = self.enter(ids, patches)
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number == 1:
+                self.early = self.read(x)
+        return self.read(x)
+
+
+def with_early(model: EarlyExit, ids: Tensor, patches: Tensor, labels: Tensor) -> Tensor:
+    logits = model(ids, patches)
+    found = m.cross_entropy(logits, labels) + 0.3 * m.cross_entropy(model.early, labels)
+    del model.early
+    return found
+
+
+class Router(nn.Module):
+    """A layer with a router behind it, the mean of which a loss reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.gate = Block(), nn.Linear(m.HIDDEN, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        self.balance = self.gate(x).softmax(-1).mean((0, 1)).square().sum()
+        return x
+
+
+class Later(Model):
+    """Image features come in again after the first layers (DeepStack)."""
+
+    def forward(self, ids: Tensor, patches: Tensor) -> Tensor:
+        x = self.enter(ids, patches)
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number == 1:
+                again = torch.zeros_like(x).masked_scatter((ids == m.IMAGE_ID).unsqueeze(-1), self.patch(patches))
+                x = x + again
+        return self.read(x)
+
+
+class ToAll(Model):
+    """What enters the first layer is added behind every layer: the stream can be cut nowhere."""
+
+    def forward(self, ids: Tensor, patches: Tensor) -> Tensor:
+        x = first = self.enter(ids, patches)
+        for layer in self.layers:
+            x = layer(x) + 0.1 * first
+        return self.read(x)
+
+
+class Looped(Model):
+    def forward(self, ids: Tensor, patches: Tensor) -> Tensor:
+        x = self.enter(ids, patches)
+        for _ in range(3):
+            x = self.layers[0](x)
+        return self.read(x)
+
+
+def routed(model: Model, ids: Tensor, patches: Tensor, labels: Tensor) -> Tensor:
+    found = m.loss(model, ids, patches, labels) + 0.01 * sum(layer.balance for layer in model.layers)
+    for layer in model.layers:
+        del layer.balance
+    return found
+
+
+BROKEN = {
+    "early exit": (lambda: m.model(layers=4, cls=EarlyExit), with_early, "2 of 4 .* 2 blocks .*layers.2 .. layers.3"),
+    "routers": (lambda: m.model(Router, layers=4), routed, r"of 4 attentions over the token axis lie outside of the"),
+    "features later": (lambda: m.model(layers=4, cls=Later), m.loss, "2 of 4 .* 2 blocks .*layers.0 .. layers.1"),
+    "first to all": (lambda: m.model(layers=3, cls=ToAll), m.loss, "block 0 holds 3 of 3 .*layers.0 .. layers.2"),
+    "loop": (lambda: m.model(layers=1, cls=Looped), m.loss, "block 0 holds 3 of 3 .*layers.0"),
+}
+PLANS = ("fastv", "pyramiddrop", "random-ltd", "dart", "task-specific", "himix", "himix-hmgen-share-all", "shared")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [h if h == "routers" else pytest.param(h, marks=pytest.mark.slow) for h in BROKEN],
+)
+def test_no_site_is_placed_where_blocks_are_no_layers(how: str) -> None:
+    make, forward, why = BROKEN[how]
+    program = tg.capture(m.spec(make(), m.batch(), forward))
+    facts = tg.analyze(program)
+    for policy in ("none", "exact"):
+        tg.verify(tg.apply(facts, tg.make_plan(facts, policy))).raise_if_failed()
+    by_hand = tg.Plan((tg.DropSite(TASK, 0, 1),))
+    for plan in (*PLANS, by_hand):
+        with pytest.raises(tg.PlanError, match=why) as caught:
+            tg.apply(facts, plan if isinstance(plan, tg.Plan) else tg.make_plan(facts, plan))
+        assert caught.value.where is not None
+        assert "layers." in str(caught.value.where.module)
+        assert "0 <= start" not in str(caught.value)
+    outside = summarise(facts)["tasks"][TASK]["attention_outside_blocks"]
+    assert len(outside) == len(facts[TASK].unplaced)
+    assert all("layers." in found["module"] for found in outside)
+
+
+def test_a_policy_of_the_users_own_is_checked_by_its_plan() -> None:
+    @dataclass(frozen=True)
+    class Mine(Policy):
+        name: ClassVar[str] = "field-mine"
+
+        def decide(self, facts: tg.Facts) -> tg.Plan:
+            return tg.Plan((tg.DropSite(TASK, 0, 1),))
+
+    facts = tg.analyze(tg.capture(m.spec(m.model(layers=3, cls=Later), m.batch())))
+    with pytest.raises(tg.PlanError, match="no site can be placed by depth"):
+        tg.make_plan(facts, Mine())
+
+
+class TwoAttentions(Block):
+    """The second attention reads what the first has added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(m.HIDDEN, 3 * m.HIDDEN)
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        x = x + self.out(self.attend(*self.qkv(self.norm1(x)).chunk(3, -1), hidden))
+        x = x + self.attend(*self.second(self.norm1(x)).chunk(3, -1), hidden)
+        return x + self.feed(self.norm2(x))
+
+
+class SideBySide(TwoAttentions):
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        h = self.norm1(x)
+        one, other = (self.attend(*made(h).chunk(3, -1), hidden) for made in (self.qkv, self.second))
+        x = x + self.out(one - 0.5 * other)
+        return x + self.feed(self.norm2(x))
+
+
+class Sandwich(Block):
+    """A feed-forward net before the attention, too (macaron)."""
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return super().forward(x + torch.tanh(self.feed(self.norm1(x))), hidden)
+
+
+@pytest.mark.parametrize("block", [TwoAttentions, pytest.param(Sandwich, marks=pytest.mark.slow)])
+def test_frozen_rows_may_not_have_changed_in_the_block(block: type[Block]) -> None:
+    """Hidden ones are as right as ever, and every block is a layer."""
+    model, inputs = m.model(block), m.batch()
+    facts = tg.analyze(tg.capture(m.spec(model, inputs)))
+    assert [b.module for b in facts[TASK].blocks] == ["layers.0", "layers.1", "layers.2"]
+    with pytest.raises(tg.IllegalRewriteError, match="what the block has added"):
+        tg.apply(facts, tg.Plan((tg.DropSite(TASK, 1, 2, mode="freeze"),)))
+    accelerated = tg.apply(facts, tg.Plan((tg.DropSite(TASK, 1, 2, 0.5),)))
+    tg.verify(accelerated).raise_if_failed()
+    other = m.batch((5, 1), seed=3)
+    by_hand = m.loss(model, **other, span=range(1, 2), hidden=m.dropped(other["ids"]))
+    assert m.worst(accelerated[TASK](**other), by_hand, model) < 1e-8
+
+
+@pytest.mark.slow
+def test_attentions_side_by_side_freeze() -> None:
+    facts = tg.analyze(tg.capture(m.spec(m.model(SideBySide), m.batch())))
+    accelerated = tg.apply(facts, tg.Plan((tg.DropSite(TASK, 1, 2, mode="freeze"),)))
+    tg.verify(accelerated).raise_if_failed()
+
+
+def skipping(model: Model, ids: Tensor, patches: Tensor, labels: Tensor, first: int = 0) -> Tensor:
+    x = model.enter(ids, patches)
+    for layer in model.layers[first:]:
+        x = layer(x)
+    return m.cross_entropy(model.read(x), labels)
+
+
+def two_tasks(first: int) -> tg.Facts:
+    model, inputs = m.model(layers=4), m.batch()
+    spec = m.spec(model, inputs)
+    other = m.spec(model, inputs, partial(skipping, first=first)).tasks[TASK]
+    return tg.analyze(tg.capture(tg.ModelSpec(model, {**spec.tasks, "other": other})))
+
+
+def test_shared_wants_the_same_layers_in_all_tasks() -> None:
+    with pytest.raises(tg.PlanError, match=r"block 1 of task 'understanding' and in block 0 of task 'other'"):
+        tg.make_plan(two_tasks(first=1), "shared")
+
+
+@pytest.mark.slow
+def test_shared_takes_tasks_of_the_same_layers() -> None:
+    assert len(tg.make_plan(two_tasks(first=0), "shared").sites) == 2
