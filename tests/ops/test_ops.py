@@ -92,6 +92,7 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         (index([-100, 4, 5, -100], [6, -100, -100, 7]), numbers(2, 4, 3), -100, 0),
         (index([-100, -100], [-100, 2]), numbers(2, 4), -100, 2),
     ],
+    TOKGRAPH.prompt_mass.default: [(numbers(2, 3, 1, 4).softmax(-1), torch.tensor([[True, False] * 2] * 2))],
     TOKGRAPH.prompt_attention.default: [
         (numbers(2, 4, 1, 3), numbers(2, 4, 5, 3), None, None),
         (numbers(2, 4, 1, 3), numbers(2, 2, 5, 3), numbers(2, 1, 1, 5) > 0.1, 0.5),

@@ -85,7 +85,7 @@ def test_values_without_a_batch_are_to_be_lifted(p: Inputs) -> None:
 
 def test_a_batch_of_one_needs_no_lift() -> None:
     p = Inputs(batch=1)
-    assert commute(p(aten.mul.Tensor, p.x, p.one), ROWS) == [(p.x, ROWS), (p.one, ROWS)]
+    assert commute(p(aten.mul.Tensor, p.x, p.one), ROWS, one_sample=True) == [(p.x, ROWS), (p.one, ROWS)]
 
 
 def test_masks_of_attention_are_lifted(p: Inputs) -> None:
