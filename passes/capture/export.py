@@ -35,6 +35,7 @@ from .conditions import conditions_of
 from .normalize import FusedToPlain, RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
 from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
 from .reads import Reads, recorded_reads
+from .row_losses import row_losses
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
@@ -212,7 +213,7 @@ def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> Expo
         warnings.simplefilter("ignore")
         exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         _rename_tensors(exported, target_of)
-        functional: ExportedProgram = exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions(row_losses())
         return functional
 
 
