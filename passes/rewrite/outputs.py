@@ -118,11 +118,38 @@ def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> 
     ignored = argument(rows.loss, "ignore_index", -100)
     for index in chosen:
         targets = emit.call(tokgraph.select_targets.default, targets, index, ignored, origin=rows.loss)
-    for user, old, new in ((rows.logits_user, rows.logits, logits), (rows.targets_user, rows.targets, targets)):
-        user.replace_input_with(old, new)
-        if traits(user.target).reshape:
-            user.update_arg(1, [-1, *list(user.args[1])[1:]])  # type: ignore[arg-type]
+    _read_instead(emit, rows.loss, rows.loss.args[0], rows.logits, logits)  # type: ignore[arg-type]
+    _read_instead(emit, rows.loss, rows.loss.args[1], rows.targets, targets)  # type: ignore[arg-type]
     return [logits, targets]
+
+
+def _read_instead(emit: Emitter, reader: fx.Node, operand: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Let a reader that gets ``old`` through copies and a view of merged rows read ``new``; what others read as well stays.
+
+    Args:
+        emit: where nodes go.
+        reader: the reader.
+        operand: what it reads: ``old`` itself, or the last of the operators between.
+        old: the value.
+        new: the value with fewer rows.
+    """
+    between: list[fx.Node] = []
+    last = operand
+    while operand is not old:
+        between.append(operand)
+        operand = first_input(operand)
+    shared = any(len(node.users) > 1 for node in between)
+    for node in reversed(between):
+        args = [new, *node.args[1:]]
+        if traits(node.target).reshape:
+            args[1] = [-1, *list(node.args[1])[1:]]  # type: ignore[arg-type]
+        if shared:
+            new = emit.call(node.target, *args, origin=node, **node.kwargs)
+        else:
+            node.args = tuple(args)
+            new = node
+    if new is not last:
+        reader.replace_input_with(last, new)
 
 
 def _narrow_outputs(
