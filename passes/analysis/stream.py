@@ -53,7 +53,8 @@ def residual_segments(graph: TaskGraph) -> list[Segment]:
     chain = _stream(graph)
     if not chain:
         raise AnalysisError(
-            f"task {graph.name!r}: the loss does not depend on any embedded or float input", where=where(loss_node(graph))
+            f"task {graph.name!r}: the loss does not depend on any embedded or float input",
+            where=where(loss_node(graph)),
         )
     if len(chain) < 2:
         raise AnalysisError(
