@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
+from itertools import takewhile
 from keyword import iskeyword
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -181,6 +184,10 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
         except UserError as error:
             if not wrapper.task.dynamic or error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
                 raise
+            least = _least_sizes(str(error))
+            if least:  # equal names stay equal sizes then, which labels and logits need
+                with suppress(UserError):
+                    return _export_once(wrapper, inputs, named=True, least=least)
             log.info("task %s: named dimensions do not fit the model, inferring them", name)
             return _export_once(wrapper, inputs, named=False)
     except Exception as error:
@@ -198,10 +205,24 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
         ) from error
 
 
-def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> ExportedProgram:
+def _least_sizes(violation: str) -> dict[str, int]:
+    """Dimension -> the least size that the model takes, where that is all that torch.export has against the dimensions; a
+    slice that leaves out a position takes sizes from 3, since 1 is a size of its own.
+    """
+    asked = [line.strip() for line in violation.partition("Suggested fixes:")[2].strip().splitlines()]
+    found = [re.fullmatch(r"(dim_\d+) = Dim\('\1', min=(\d+)\)", line) for line in takewhile(bool, asked)]
+    return {match[1]: int(match[2]) for match in found if match} if all(found) else {}
+
+
+def _export_once(
+    wrapper: _Forward, inputs: dict[str, Any], named: bool, least: Mapping[str, int] = MappingProxyType({})
+) -> ExportedProgram:
     dynamic = wrapper.task.dynamic or {}
     wanted = dict.fromkeys(name for of_input in dynamic.values() for name in of_input.values())
-    dims = {name: Dim(f"dim_{i}") if named else Dim.AUTO for i, name in enumerate(wanted)}  # Dim takes identifiers only
+    dims: dict[str, Any] = {}
+    for i, name in enumerate(wanted):
+        identifier = f"dim_{i}"  # Dim takes no other names
+        dims[name] = Dim(identifier, min=least.get(identifier)) if named else Dim.AUTO
 
     def dims_of(key: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
