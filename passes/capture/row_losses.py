@@ -30,18 +30,54 @@ def _cross_entropy(
 ) -> Any:
     if reduction != 0 or target.is_floating_point():
         return NotImplemented
-    logs = aten.log_softmax.int(x, _classes(x))
-    likely = likelihood_rows(logs, target, weight, ignore_index)
-    if label_smoothing == 0:
-        return likely
-    smooth = smooth_rows(logs, target, weight, ignore_index)
-    return likely * (1 - label_smoothing) + smooth * (label_smoothing / x.shape[_classes(x)])
+    return cross_entropy_rows(x, target, weight, ignore_index, label_smoothing)
 
 
 def _negative_log_likelihood(
     x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: int = -100
 ) -> Any:
     return likelihood_rows(x, target, weight, ignore_index) if reduction == 0 else NotImplemented
+
+
+def smoothed_cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """A cross entropy with label smoothing, of which converters know no more than that without."""
+    if label_smoothing == 0 or target.is_floating_point():
+        return NotImplemented
+    rows = cross_entropy_rows(x, target, weight, ignore_index, label_smoothing)
+    if reduction == 0:
+        return rows
+    if reduction == 2:
+        return rows.sum()
+    read, safe = _read(target, ignore_index)
+    counts = read.to(rows.dtype) if weight is None else torch.where(read, label_weights(weight, safe), 0.0)
+    return rows.sum() / counts.sum()
+
+
+def cross_entropy_rows(
+    x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    """The cross entropy of every row, 0 where the label is ignored.
+
+    Args:
+        x: logits, of the shape of ``logs`` of :func:`likelihood_rows`; the other arguments are as there.
+        target: the labels.
+        weight: of classes.
+        ignore_index: the label of rows that do not count.
+        label_smoothing: the share of the probability that all classes have alike.
+    """
+    logs = aten.log_softmax.int(x, _classes(x))
+    likely = likelihood_rows(logs, target, weight, ignore_index)
+    if label_smoothing == 0:
+        return likely
+    smooth = smooth_rows(logs, target, weight, ignore_index)
+    return likely * (1 - label_smoothing) + smooth * (label_smoothing / x.shape[_classes(x)])
 
 
 def likelihood_rows(logs: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

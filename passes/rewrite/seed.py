@@ -139,7 +139,7 @@ class SeedSites(GraphPass):
 
     def _unread(self, facts: TaskFacts, build: IndexBuilder, emit: Emitter, nodes: dict[str, fx.Node]) -> list[Check]:
         """What must hold in each batch so that no rows are read that a site without restore drops."""
-        gone = [site.start for site in self.sites if not site.restore and not only_projects(site, facts)]
+        gone = [s.start for s in self.sites if not s.restore and s.keep < 1 and not only_projects(s, facts)]
         if not gone or facts.demand.reads == "all":
             return []
         losses, leaves = narrowed_readers(emit.graph, facts, self.exact)
