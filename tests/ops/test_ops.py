@@ -104,7 +104,14 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
     ],
     TOKGRAPH.check_unread.default: [
         (numbers(2, 5, grad=True), MASK | True, "sum_1", "aten.sum.default", "", "model.py:3"),
-        (torch.tensor(0.5, dtype=torch.float64, requires_grad=True), torch.tensor(True), "mean", "aten.mean.dim", "head", ""),
+        (
+            torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
+            torch.tensor(True),
+            "mean",
+            "aten.mean.dim",
+            "head",
+            "",
+        ),
     ],
 }
 CALLS = [
