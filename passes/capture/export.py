@@ -184,10 +184,10 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
         except UserError as error:
             if not wrapper.task.dynamic or error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
                 raise
-            least = _least_sizes(str(error))
-            if least:  # equal names stay equal sizes then, which labels and logits need
+            sizes = _sizes_asked_for(str(error))
+            if sizes:  # equal names stay equal sizes then, which labels and logits need
                 with suppress(UserError):
-                    return _export_once(wrapper, inputs, named=True, least=least)
+                    return _export_once(wrapper, inputs, named=True, sizes=sizes)
             log.info("task %s: named dimensions do not fit the model, inferring them", name)
             return _export_once(wrapper, inputs, named=False)
     except Exception as error:
@@ -205,24 +205,31 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
         ) from error
 
 
-def _least_sizes(violation: str) -> dict[str, int]:
-    """Dimension -> the least size that the model takes, where that is all that torch.export has against the dimensions; a
-    slice that leaves out a position takes sizes from 3, since 1 is a size of its own.
+def _sizes_asked_for(violation: str) -> dict[str, tuple[int, bool]]:
+    """Dimension -> a size, and whether it is the only one that the model takes, or the least; where that is all that
+    torch.export has against the dimensions. A slice that leaves out a position takes sizes from 3, since 1 is special.
     """
     asked = [line.strip() for line in violation.partition("Suggested fixes:")[2].strip().splitlines()]
-    found = [re.fullmatch(r"(dim_\d+) = Dim\('\1', min=(\d+)\)", line) for line in takewhile(bool, asked)]
-    return {match[1]: int(match[2]) for match in found if match} if all(found) else {}
+    forms = r"(dim_\d+) = (?:(\d+)|Dim\('\1', min=(\d+)\))"
+    found = [re.fullmatch(forms, line) for line in takewhile(bool, asked)]
+    return (
+        {match[1]: (int(match[2] or match[3]), match[2] is not None) for match in found if match} if all(found) else {}
+    )
 
 
 def _export_once(
-    wrapper: _Forward, inputs: dict[str, Any], named: bool, least: Mapping[str, int] = MappingProxyType({})
+    wrapper: _Forward,
+    inputs: dict[str, Any],
+    named: bool,
+    sizes: Mapping[str, tuple[int, bool]] = MappingProxyType({}),
 ) -> ExportedProgram:
     dynamic = wrapper.task.dynamic or {}
     wanted = dict.fromkeys(name for of_input in dynamic.values() for name in of_input.values())
     dims: dict[str, Any] = {}
     for i, name in enumerate(wanted):
         identifier = f"dim_{i}"  # Dim takes no other names
-        dims[name] = Dim(identifier, min=least.get(identifier)) if named else Dim.AUTO
+        size, fixed = sizes.get(identifier, (None, False))
+        dims[name] = Dim.AUTO if not named else None if fixed else Dim(identifier, min=size)
 
     def dims_of(key: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
