@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from tokgraph.ir.node import argument, rank, tensor
+from tokgraph.ir.node import argument, dims, rank, same_size, tensor
 
 from ..rules import traits
 from ..rules.registry import first_input
@@ -23,17 +23,13 @@ class LossRows:
         loss: the loss node.
         logits: ``[batch, tokens, classes]`` or ``[batch, classes, tokens]``.
         axis: token axis of the logits.
-        logits_user: node that reads them (a view that merges, or the loss).
         targets: ``[batch, tokens]`` labels.
-        targets_user: node that reads the labels.
     """
 
     loss: fx.Node
     logits: fx.Node
     axis: int
-    logits_user: fx.Node
     targets: fx.Node
-    targets_user: fx.Node
 
 
 def loss_rows(node: fx.Node) -> LossRows | None:
@@ -47,13 +43,13 @@ def loss_rows(node: fx.Node) -> LossRows | None:
     if val is None or val.is_floating_point():
         return None
     if rank(logits) == 3 and rank(targets) == 2:
-        return LossRows(node, logits, 2, node, targets, node)
+        return LossRows(node, logits, 2, targets)
     merged, labels = _view_behind(logits), _view_behind(targets)
     if merged is None or labels is None:
         return None
     x, y = first_input(merged), first_input(labels)
-    if rank(merged) == 2 and rank(x) == 3 and rank(labels) == 1 and rank(y) == 2:
-        return LossRows(node, x, 1, merged, y, labels)
+    if rank(x) == 3 and rank(y) == 2 and _merges_rows(merged, x) and _merges_rows(labels, y) and _alike(x, y):
+        return LossRows(node, x, 1, y)
     return None
 
 
@@ -61,3 +57,14 @@ def _view_behind(node: fx.Node) -> fx.Node | None:
     while traits(node.target).copies:
         node = first_input(node)
     return node if traits(node.target).reshape else None
+
+
+def _merges_rows(view: fx.Node, x: fx.Node) -> bool:
+    """Whether a view merges the first two axes of its input and leaves the others alone."""
+    (first, second, *rest), (merged, *others) = dims(x), dims(view)
+    return len(rest) == len(others) and same_size(merged, first * second) and all(map(same_size, rest, others))
+
+
+def _alike(logits: fx.Node, targets: fx.Node) -> bool:
+    """Whether there is a label for every row."""
+    return all(map(same_size, dims(logits)[:2], dims(targets)))

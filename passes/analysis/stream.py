@@ -7,6 +7,7 @@ before it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Any
@@ -16,10 +17,11 @@ import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.node import argument, descendants, module_path, tensor, tensor_inputs, where
+from tokgraph.ir.node import ancestors, argument, descendants, module_path, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph, loss_node
 
-from ..rules import traits
+from ..rules import axis_map, traits
+from ..rules.registry import Mix
 
 aten = torch.ops.aten
 _ROOT = "root"
@@ -48,30 +50,73 @@ def residual_segments(graph: TaskGraph) -> list[Segment]:
     Raises:
         AnalysisError: there is none.
     """
-    cuts = _cut_points(graph)
-    chain: list[fx.Node] = []
-    best: list[fx.Node] = []
-    for node in cuts:
-        chain = [*chain, node] if chain and _adds_to(node, chain[-1]) else [node]
-        best = chain if len(chain) >= len(best) else best
-    if len(best) < 2:
+    chain = _stream(graph)
+    if not chain:
+        raise AnalysisError(
+            f"task {graph.name!r}: the loss does not depend on any embedded or float input",
+            where=where(loss_node(graph)),
+        )
+    if len(chain) < 2:
         raise AnalysisError(
             f"task {graph.name!r}: no residual stream found between the inputs and the loss",
             help="tokgraph needs decoder blocks that add to a [batch, tokens, hidden] value which alone connects them",
         )
     position = {node: i for i, node in enumerate(graph.graph.nodes)}
-    return [_segment(start, end, position) for start, end in pairwise(best)]
+    return [_segment(start, end, position) for start, end in pairwise(chain)]
 
 
-def _content_roots(graph: fx.Graph) -> list[fx.Node]:
-    """Values in which token content becomes float: embeddings of inputs, and float inputs."""
+def _stream(graph: TaskGraph) -> list[fx.Node]:
+    """The longest residual chain, from whatever content it is the stream of.
+
+    Every float input may carry content of the stream, or stand beside it: targets and weights of the loss, the logits of a
+    teacher, masks and time steps that every block reads. These have paths to the loss around the stream. So embedded
+    tokens without float inputs are tried as well, and, where neither shows a stream with attention, each kind of content
+    for itself; but not what carries images, from which the stream of an image encoder could be longer.
+    """
+    embedded, floats = _content_roots(graph.graph)
+    together = [_longest_chain(_cut_points(graph, roots)) for roots in (embedded + floats, embedded)]
+    best = together[0] if together[0] == together[1] else max(together, key=_attentions)
+    if _attends(best):
+        return best
+    images = {node for key in graph.task.visual_inputs for node in graph.input_nodes().get(key, [])}
+    alone = [_longest_chain(_cut_points(graph, [root])) for root in (*embedded, *floats) if root not in images]
+    position = {node: i for i, node in enumerate(graph.graph.nodes)}
+    return max(filter(_attends, alone), key=lambda chain: (position[chain[-1]], _attentions(chain)), default=best)
+
+
+def _longest_chain(cuts: list[fx.Node]) -> list[fx.Node]:
+    """The longest run of cut points each of which adds to the one before; of equally long ones the last."""
+    chain: list[fx.Node] = []
+    best: list[fx.Node] = []
+    for node in cuts:
+        chain = [*chain, node] if chain and _adds_to(node, chain[-1]) else [node]
+        best = chain if len(chain) >= len(best) else best
+    return best
+
+
+def _mixes_of_attention(chain: list[fx.Node]) -> Iterator[Mix]:
+    """What is, or may be part of, an attention between the ends of a chain."""
+    if len(chain) > 1:
+        for node in descendants(chain[:1]) & ancestors(chain[-1:]):
+            described = axis_map(node)
+            yield from (mix for mix in (described.mixes if described else ()) if mix.kind in ("attention", "softmax"))
+
+
+def _attentions(chain: list[fx.Node]) -> int:
+    return sum(1 for _ in _mixes_of_attention(chain))
+
+
+def _attends(chain: list[fx.Node]) -> bool:
+    return any(True for _ in _mixes_of_attention(chain))
+
+
+def _content_roots(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Values in which token content becomes float: embeddings of inputs; and float inputs."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     from_inputs = descendants(placeholders)
-    roots = [p for p in placeholders if (val := tensor(p)) is not None and val.is_floating_point()]
-    for node in graph.nodes:
-        if node.target is aten.embedding.default and argument(node, "indices") in from_inputs:
-            roots.append(node)
-    return roots
+    embeddings = graph.find_nodes(op="call_function", target=aten.embedding.default)
+    embedded = [node for node in embeddings if argument(node, "indices") in from_inputs]
+    return embedded, [node for node in placeholders if _is_float(node)]
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -79,9 +124,12 @@ def _is_float(node: fx.Node) -> bool:
     return val is not None and val.is_floating_point()
 
 
-def _cut_points(graph: TaskGraph) -> list[fx.Node]:
+def _cut_points(graph: TaskGraph, roots: list[fx.Node]) -> list[fx.Node]:
+    """The dominators of the loss among the float values that carry content of ``roots``, in graph order; none where the
+    loss does not depend on these.
+    """
     flow: nx.DiGraph[Any] = nx.DiGraph()
-    stack = _content_roots(graph.graph)
+    stack = roots.copy()
     flow.add_edges_from((_ROOT, node) for node in stack)
     seen = set(stack)
     while stack:
@@ -94,9 +142,7 @@ def _cut_points(graph: TaskGraph) -> list[fx.Node]:
                     stack.append(user)
     loss = loss_node(graph)
     if loss not in flow:
-        raise AnalysisError(
-            f"task {graph.name!r}: the loss does not depend on any embedded or float input", where=where(loss)
-        )
+        return []
     dominator = nx.immediate_dominators(flow, _ROOT)
     cuts: list[fx.Node] = []
     cut: Any = loss

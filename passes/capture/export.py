@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
+from itertools import takewhile
 from keyword import iskeyword
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ from .conditions import conditions_of
 from .normalize import FusedToPlain, RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
 from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
 from .reads import Reads, recorded_reads
+from .row_losses import row_losses
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
@@ -180,6 +184,10 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
         except UserError as error:
             if not wrapper.task.dynamic or error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
                 raise
+            sizes = _sizes_asked_for(str(error))
+            if sizes:  # equal names stay equal sizes then, which labels and logits need
+                with suppress(UserError):
+                    return _export_once(wrapper, inputs, named=True, sizes=sizes)
             log.info("task %s: named dimensions do not fit the model, inferring them", name)
             return _export_once(wrapper, inputs, named=False)
     except Exception as error:
@@ -197,10 +205,31 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
         ) from error
 
 
-def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> ExportedProgram:
+def _sizes_asked_for(violation: str) -> dict[str, tuple[int, bool]]:
+    """Dimension -> a size, and whether it is the only one that the model takes, or the least; where that is all that
+    torch.export has against the dimensions. A slice that leaves out a position takes sizes from 3, since 1 is special.
+    """
+    asked = [line.strip() for line in violation.partition("Suggested fixes:")[2].strip().splitlines()]
+    forms = r"(dim_\d+) = (?:(\d+)|Dim\('\1', min=(\d+)\))"
+    found = [re.fullmatch(forms, line) for line in takewhile(bool, asked)]
+    return (
+        {match[1]: (int(match[2] or match[3]), match[2] is not None) for match in found if match} if all(found) else {}
+    )
+
+
+def _export_once(
+    wrapper: _Forward,
+    inputs: dict[str, Any],
+    named: bool,
+    sizes: Mapping[str, tuple[int, bool]] = MappingProxyType({}),
+) -> ExportedProgram:
     dynamic = wrapper.task.dynamic or {}
     wanted = dict.fromkeys(name for of_input in dynamic.values() for name in of_input.values())
-    dims = {name: Dim(f"dim_{i}") if named else Dim.AUTO for i, name in enumerate(wanted)}  # Dim takes identifiers only
+    dims: dict[str, Any] = {}
+    for i, name in enumerate(wanted):
+        identifier = f"dim_{i}"  # Dim takes no other names
+        size, fixed = sizes.get(identifier, (None, False))
+        dims[name] = Dim.AUTO if not named else None if fixed else Dim(identifier, min=size)
 
     def dims_of(key: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -212,7 +241,7 @@ def _export_once(wrapper: _Forward, inputs: dict[str, Any], named: bool) -> Expo
         warnings.simplefilter("ignore")
         exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         _rename_tensors(exported, target_of)
-        functional: ExportedProgram = exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions(row_losses())
         return functional
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, axis_argument, call, tensor
+from tokgraph.ir.node import argument, axis_argument, call, dims, same_size, tensor
 
 from ..contract import GraphPass
 from ..rules.indexing import is_whole_slice_scatter
@@ -55,7 +55,9 @@ class RemoveAssertions(GraphPass):
 
 @dataclass(frozen=True)
 class RemoveNoOps(GraphPass):
-    """Removes slices of a whole axis, and writes over a whole axis (``slice_scatter``), whose result is what they write."""
+    """Removes slices of a whole axis, writes over a whole axis (``slice_scatter``), whose result is what they write, and
+    broadcasts (``broadcast_tensors``, before a loss of two tensors) of a tensor to its own shape.
+    """
 
     name: ClassVar[str] = "remove-no-ops"
 
@@ -79,6 +81,10 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     if node.target is aten.slice_scatter.default and is_whole_slice_scatter(node):
         source: fx.Node = argument(node, "src")
         return source if source.meta["val"].dtype is node.meta["val"].dtype else None
+    if node.target is operator.getitem and first_input(node).target is aten.broadcast_tensors.default:
+        operand: fx.Node = argument(first_input(node), "tensors")[node.args[1]]
+        alike = len(dims(operand)) == len(dims(node))
+        return operand if alike and all(map(same_size, dims(operand), dims(node))) else None
     return None
 
 

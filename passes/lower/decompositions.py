@@ -13,6 +13,7 @@ from torch._decomp import get_decompositions
 from torch.nn import functional as F
 
 from tokgraph.ops import decompositions
+from tokgraph.passes.capture.row_losses import smoothed_cross_entropy
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
@@ -40,6 +41,7 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         **known,
         **decompositions(),
+        aten.cross_entropy_loss.default: smoothed_cross_entropy,
         aten.to.dtype: to_dtype,
         aten.masked_scatter.default: masked_scatter,
         aten.masked_scatter_backward.default: masked_scatter_backward,

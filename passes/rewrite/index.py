@@ -45,6 +45,11 @@ class IndexBuilder:
         """``[batch, tokens]`` bool: the visual tokens."""
         return self._masks.visual
 
+    @property
+    def demanded(self) -> fx.Node:
+        """``[batch, tokens]`` bool: the demanded rows."""
+        return self._masks.demanded
+
     def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
         return self._emit.call(target, *args, origin=self.entry, **kwargs)
 

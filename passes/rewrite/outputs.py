@@ -9,7 +9,7 @@ from torch import fx
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, axis_argument, by_name, descendants, tensor
+from tokgraph.ir.node import argument, axis_argument, by_name, descendants, output_args, tensor
 from tokgraph.ir.program import COMPACT_OUTPUTS
 
 from ..analysis.axes import AxisClasses
@@ -80,13 +80,52 @@ def seed_outputs(
     changed: list[fx.Node] = []
     for read in reads:
         for rows in losses:
-            samples = classes.sample_axis(rows.logits, (stream, 0))
-            if read.chosen and samples == 0 and classes.same((rows.logits, rows.axis), read.axis):
+            if read.chosen and _reads(rows, classes, read.axis, (stream, 0)):
                 changed += _narrow_loss(emit, rows, read.chosen)
     _narrow_outputs(module, emit, classes, reads, later, (stream, 0))
     for read in reads[1:]:
         _window_to_selection(emit, read)
     refresh_after(graph, changed)
+
+
+def narrowed_readers(graph: fx.Graph, facts: TaskFacts, exact: bool) -> tuple[set[fx.Node], set[int]]:
+    """The losses and the positions of the outputs that :func:`seed_outputs` narrows where rows are gone for good.
+
+    Args:
+        graph: the task's graph before anything is seeded.
+        facts: the task's facts.
+        exact: whether the demanded rows are selected as well.
+    """
+    classes = AxisClasses(graph)
+    nodes = by_name(graph)
+    stream = nodes[facts.stream[-1]]
+    axes: list[Axis] = [(stream, 1)]
+    for window in facts.windows if exact else ():
+        if window.demanded < window.length:
+            axes.append((nodes[window.node], axis_argument(nodes[window.node], nodes[window.node])))
+    later = descendants([stream])
+    losses = {
+        node
+        for node in later
+        if (rows := loss_rows(node)) is not None and any(_reads(rows, classes, axis, (stream, 0)) for axis in axes)
+    }
+    leaves = {
+        leaf
+        for leaf, node in enumerate(output_args(graph))
+        if node in later and any(_token_axis(node, classes, axis, (stream, 0)) is not None for axis in axes)
+    }
+    return losses, leaves
+
+
+def _reads(rows: LossRows, classes: AxisClasses, axis: Axis, samples: Axis) -> bool:
+    """Whether a loss reads the rows that an axis holds, sample by sample."""
+    return classes.sample_axis(rows.logits, samples) == 0 and classes.same((rows.logits, rows.axis), axis)
+
+
+def _token_axis(node: fx.Node, classes: AxisClasses, rows: Axis, samples: Axis) -> int | None:
+    """The one axis of an output that holds the rows of another axis, ``None`` where it has none, or several."""
+    axes = classes.of(node, rows) if tensor(node) is not None else ()
+    return axes[0] if len(axes) == 1 and axes[0] > 0 and classes.sample_axis(node, samples) == 0 else None
 
 
 def _whole(build: IndexBuilder, stream: fx.Node, spaces: tuple[RowSpace, ...], exact: bool) -> ReadRows:
@@ -118,11 +157,38 @@ def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> 
     ignored = argument(rows.loss, "ignore_index", -100)
     for index in chosen:
         targets = emit.call(tokgraph.select_targets.default, targets, index, ignored, origin=rows.loss)
-    for user, old, new in ((rows.logits_user, rows.logits, logits), (rows.targets_user, rows.targets, targets)):
-        user.replace_input_with(old, new)
-        if traits(user.target).reshape:
-            user.update_arg(1, [-1, *list(user.args[1])[1:]])  # type: ignore[arg-type]
+    _read_instead(emit, rows.loss, rows.loss.args[0], rows.logits, logits)  # type: ignore[arg-type]
+    _read_instead(emit, rows.loss, rows.loss.args[1], rows.targets, targets)  # type: ignore[arg-type]
     return [logits, targets]
+
+
+def _read_instead(emit: Emitter, reader: fx.Node, operand: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Let a reader that gets ``old`` through copies and a view of merged rows read ``new``; what others read as well stays.
+
+    Args:
+        emit: where nodes go.
+        reader: the reader.
+        operand: what it reads: ``old`` itself, or the last of the operators between.
+        old: the value.
+        new: the value with fewer rows.
+    """
+    between: list[fx.Node] = []
+    last = operand
+    while operand is not old:
+        between.append(operand)
+        operand = first_input(operand)
+    shared = any(len(node.users) > 1 for node in between)
+    for node in reversed(between):
+        args = [new, *node.args[1:]]
+        if traits(node.target).reshape:
+            args[1] = [-1, *list(node.args[1])[1:]]  # type: ignore[arg-type]
+        if shared:
+            new = emit.call(node.target, *args, origin=node, **node.kwargs)
+        else:
+            node.args = tuple(args)
+            new = node
+    if new is not last:
+        reader.replace_input_with(last, new)
 
 
 def _narrow_outputs(
@@ -141,12 +207,12 @@ def _narrow_outputs(
     compact: dict[int, int] = {}
     positions: dict[fx.Node, int] = {}
     for leaf, node in enumerate(tuple(results)):
-        if node not in later or tensor(node) is None:
+        if node not in later:
             continue
         for read in reads:
-            axes = classes.of(node, read.axis)
-            if len(axes) == 1 and axes[0] > 0 and read.chosen and classes.sample_axis(node, samples) == 0:
-                results[leaf] = emit.chain(node, read.chosen, axes[0], 0)
+            axis = _token_axis(node, classes, read.axis, samples)
+            if axis is not None and read.chosen:
+                results[leaf] = emit.chain(node, read.chosen, axis, 0)
                 first, *rest = read.chosen
                 where = emit.chain(first, rest)
                 if where not in positions:

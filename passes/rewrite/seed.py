@@ -16,7 +16,7 @@ from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Attention, Block, TaskFacts
-from tokgraph.ir.node import argument, by_name, rank, refresh_value
+from tokgraph.ir.node import argument, by_name, output_args, rank, refresh_value
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass, Numerics
@@ -24,10 +24,11 @@ from ..emitter import RESIDUAL, Emitter, remove_dead_code
 from ..rules.registry import is_one
 from .index import IndexBuilder, check_disjoint_or_nested
 from .legality import check_blocks
-from .outputs import seed_outputs
+from .outputs import narrowed_readers, seed_outputs
 from .own_projections import seed_projections
 from .row_space import RowSpace, indices, unpadded
 from .scores import Seen
+from .unread import Check, RowReaders, outside_readers, pass_through_checks
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -119,6 +120,7 @@ class SeedSites(GraphPass):
         emit = Emitter(graph, self.name)
         build = IndexBuilder(emit, facts)
         nodes = by_name(graph)
+        checks = self._unread(facts, build, emit, nodes)
         for name in facts.stream:
             nodes[name].meta[RESIDUAL] = True
         spaces: tuple[RowSpace, ...] = ()
@@ -131,8 +133,20 @@ class SeedSites(GraphPass):
             stream = self._seed_block(block, spaces, emit, nodes, stream)
         spaces = tuple(space for space in spaces if not space.site.restore)
         seed_outputs(graph_module, emit, build, facts, stream, spaces, self.exact)
+        pass_through_checks(emit, graph, checks)
         stable_topological_sort(graph_module)  # a choice of rows may stand after nodes that now read it
         remove_dead_code(graph_module.graph)
+
+    def _unread(self, facts: TaskFacts, build: IndexBuilder, emit: Emitter, nodes: dict[str, fx.Node]) -> list[Check]:
+        """What must hold in each batch so that no rows are read that a site without restore drops."""
+        gone = [s.start for s in self.sites if not s.restore and s.keep < 1 and not only_projects(s, facts)]
+        if not gone or facts.demand.reads == "all":
+            return []
+        losses, leaves = narrowed_readers(emit.graph, facts, self.exact)
+        readers = RowReaders(emit, facts, build.demanded, losses)
+        readers.follow(*outside_readers(facts, nodes, min(gone)))
+        readers.leave(node for leaf, node in enumerate(output_args(emit.graph)) if leaf not in leaves)
+        return readers.checks
 
     def _spaces(
         self,

@@ -7,7 +7,7 @@ from torch import fx
 
 from tokgraph.ir.node import argument, axis_argument, axis_arguments, rank
 
-from .registry import AxisMap, Mix, MixKind, Rows, first_input, rule
+from .registry import AxisMap, Mix, MixKind, Rows, broadcast_rows, first_input, rule
 
 aten = torch.ops.aten
 
@@ -87,10 +87,22 @@ def reduction(node: fx.Node) -> AxisMap:
     return AxisMap(tuple(rows), tuple(Mix("reduction", ((x, axis),)) for axis in sorted(dims)))
 
 
-@rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default, aten.mse_loss.default,
-      aten.nll_loss_forward.default, aten.binary_cross_entropy_with_logits.default, aten.l1_loss.default)  # fmt: skip
+@rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default,
+      aten.nll_loss_forward.default)  # fmt: skip
 def loss(node: fx.Node) -> AxisMap:
     """A loss: reads every row, returns a scalar (or rows, which are then not followed)."""
     inputs = [a for a in node.args[:2] if isinstance(a, fx.Node)]
     mixes = tuple(Mix("reduction", ((x, axis),)) for x in inputs for axis in range(rank(x)))
     return AxisMap((None,) * rank(node), mixes)
+
+
+@rule(
+    aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default,
+    aten.kl_div.default, aten.binary_cross_entropy_with_logits.default,
+    aten.soft_margin_loss.default,
+)  # fmt: skip
+def elementwise_loss(node: fx.Node) -> AxisMap:
+    """A loss of elements: as any elementwise operator, or their sum or mean."""
+    if argument(node, "reduction", 1) == 0:
+        return AxisMap(tuple(broadcast_rows(node)))
+    return loss(node)

@@ -103,6 +103,17 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         (index([-100, 4, 5, -100], [6, -100, -100, 7]), index([1, 2], [0, 3]), -100),
         (index([3, 1]), index([0, 1]), 2),
     ],
+    TOKGRAPH.check_unread.default: [
+        (numbers(2, 5, grad=True), MASK | True, "sum_1", "aten.sum.default", "", "model.py:3"),
+        (
+            torch.tensor(0.5, dtype=torch.float64, requires_grad=True),
+            torch.tensor(True),
+            "mean",
+            "aten.mean.dim",
+            "head",
+            "",
+        ),
+    ],
 }
 CALLS = [
     pytest.param(op, args, id=f"{op._opname}-{i}") for op, calls in SAMPLES.items() for i, args in enumerate(calls)
@@ -126,7 +137,7 @@ def test_decomposition_agrees(op, args):
 
 
 @pytest.mark.parametrize(
-    ("op", "args"), [c for c in CALLS if c.values[0]._opname in ("select", "drop", "restore", "merge")]
+    ("op", "args"), [c for c in CALLS if c.values[0]._opname in ("select", "drop", "restore", "merge", "check_unread")]
 )
 def test_gradients(op, args):
     if args[0].is_floating_point():
@@ -197,8 +208,9 @@ def test_operators_export_and_decompose():
         (lambda: ops.rows(MASK & torch.tensor([[True], [False]]), 3, True), "another number of"),
         (lambda: ops.rows(MASK, 2, False), "more"),
         (lambda: ops.select_targets(index([1, 2, -100]), index([0, 2]), -100), "reads a position"),
+        (lambda: ops.check_unread(numbers(3), MASK, "sum_1", "aten.sum.default", "head", ""), "reads a position"),
     ],
-    ids=["too many", "a sample has fewer", "more than the width", "a label outside the index"],
+    ids=["too many", "a sample has fewer", "more than the width", "a label outside the index", "a row that is read"],
 )
 def test_a_batch_that_does_not_fit_is_refused(call, message):
     with pytest.raises(tg.BatchError, match=message):

@@ -71,7 +71,9 @@ def test_compact_outputs_are_compared_at_their_rows() -> None:
         (torch.ones(2), torch.zeros(2), 1.0),
         (torch.ones(2), torch.ones(3), math.inf),
         (torch.tensor([math.inf]), torch.tensor([1.0]), math.inf),
-        (torch.tensor([1, 2]), torch.tensor([3, 4]), 0.0),  # ids follow from logits, and are not compared
+        (torch.tensor([1, 2]), torch.tensor([1, 2]), 0.0),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), math.inf),  # ids and counts are equal, or wrong
+        (torch.ones(2, dtype=torch.bool), torch.ones(3, dtype=torch.bool), math.inf),
     ],
 )
 def test_odd_outputs(mine: Tensor, reference: Tensor, error: float) -> None:

@@ -63,7 +63,10 @@ class GraphInterpreter(fx.Interpreter):
         args, kwargs = pytree.tree_map(self._constants, (args, kwargs))
         if target is aten.scaled_dot_product_attention.default:
             args, kwargs = _without_dropout(args, kwargs)
-        return super().call_function(target, args, kwargs)
+        result = super().call_function(target, args, kwargs)
+        if isinstance(result, torch.Tensor) and not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(args)):
+            return result.to(self._constants(result.dtype))  # made out of numbers, in the default type if none is given
+        return result
 
 
 def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

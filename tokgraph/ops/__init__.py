@@ -12,15 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import indices, masks, moving, scores
+from . import indices, masks, moving, scores, unread
 from .base import NAMESPACE, expand_index
 from .indices import drop_counts, keep_rows, lost_rows, ragged_rows, range_rows, ranks, rows, select_targets
 from .masks import demand_mask, prompt_mask, range_mask
 from .moving import drop, merge, restore, select
 from .scores import prompt_attention, prompt_mass, random_score, similarity_score, spread_score, uniform_score
+from .unread import check_unread
 
 __all__ = [
     "NAMESPACE",
+    "check_unread",
     "decompositions",
     "demand_mask",
     "drop",
@@ -49,4 +51,4 @@ __all__ = [
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
     """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out."""
-    return moving.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED
+    return moving.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED | unread.LOWERED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokgraph.errors import BatchError
+from tokgraph.errors import BatchError, Where
 
 NAMESPACE = "tokgraph"
 
@@ -13,13 +13,13 @@ NAMESPACE = "tokgraph"
 LIKE_THE_EXAMPLE = "make the batch like the example batch of the task, or optimize for this one"
 
 
-def require(ok: Tensor, message: str, help: str = LIKE_THE_EXAMPLE) -> None:
+def require(ok: Tensor, message: str, help: str = LIKE_THE_EXAMPLE, where: Where | None = None) -> None:
     """Raise on the CPU, assert asynchronously on a device: ``ok`` is a boolean scalar tensor."""
     if ok.device.type == "meta":
         return
     if ok.device.type == "cpu":
         if not bool(ok):
-            raise BatchError(message, help=help)
+            raise BatchError(message, where=where, help=help)
     else:
         torch._assert_async(ok, message)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import NAMESPACE, rank_of, require, true_rows
+from .unread import READS_HELP
 
 
 def _rows(mask: Tensor, count: int, exact: bool) -> Tensor:
@@ -188,6 +189,7 @@ def select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
     require(
         (left_out == ignore_index).all(),
         "the loss reads a position that the task's reads= rules out (a label is not the ignore index there)",
+        help=READS_HELP,
     )
     return targets.gather(1, index)
 

@@ -104,11 +104,14 @@ def _run(interpreter: GraphInterpreter, graph: TaskGraph) -> Results:
 
 
 def compare_outputs(rewritten: TaskGraph, mine: Results, reference: Results) -> Difference:
-    """The largest relative difference over the task's outputs, at the rows that the rewritten graph returns."""
+    """The largest relative difference over the task's outputs, at the rows that the rewritten graph returns.
+
+    Outputs that are no floating-point numbers must be equal.
+    """
     worst = Difference(0.0, "")
     for leaf in range(rewritten.out_spec.num_leaves):
         a, b = mine.outputs[leaf], reference.outputs[leaf]
-        if not isinstance(a, torch.Tensor) or not a.is_floating_point():
+        if not isinstance(a, torch.Tensor):
             continue
         if leaf in rewritten.compact_outputs:
             rows = mine.outputs[rewritten.compact_outputs[leaf]]
@@ -153,5 +156,7 @@ def _relative(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
         return float("inf")
     if not a.numel():
         return 0.0
+    if not b.is_floating_point():
+        return 0.0 if torch.equal(a, b) else float("inf")
     error, size = float((a - b).abs().max()), max(float(b.abs().max()), floor)
     return error if size == 0.0 else error / size

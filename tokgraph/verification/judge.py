@@ -11,8 +11,9 @@ from tokgraph.errors import VerificationError
 from tokgraph.ir.facts import Facts, TaskFacts
 from tokgraph.ir.interpreter import trains_with_dropout
 from tokgraph.ir.names import STEP
+from tokgraph.ir.node import output_args, where
 from tokgraph.ir.plan import DropSite, Plan
-from tokgraph.ir.program import Program, TaskGraph, is_meta, model_device
+from tokgraph.ir.program import Program, TaskGraph, is_meta, loss_node, model_device
 from tokgraph.ir.spec import no_forward, split_outputs
 from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import TOLERANCE, TaskVerification, Verification
@@ -79,6 +80,8 @@ def _verify_task(
     captured: TaskGraph, rewritten: TaskGraph, facts: TaskFacts, plan: Plan, program: Program, dtype: torch.dtype
 ) -> TaskVerification:
     sites = plan.for_task(facts.name)
+    plain = run_rewritten(captured, dtype)
+    _require_finite_loss(captured, plain)
     mine, reference = run_rewritten(rewritten, dtype), _by_oracle(captured, rewritten, facts, sites, dtype)
     output = max(
         missing_rows(rewritten, mine, reference, facts), compare_outputs(rewritten, mine, reference), key=badness
@@ -86,12 +89,25 @@ def _verify_task(
     gradient = compare_gradients(mine, reference)
     everything = [replace(site, keep=1.0, projections="shared") for site in sites]
     kept = Pipeline(rewrite_passes(facts, everything, plan.exact)).run_task(captured, facts)
-    whole, plain = run_rewritten(kept, dtype), run_rewritten(captured, dtype)
+    whole = run_rewritten(kept, dtype)
     errors = [compare_outputs(kept, whole, plain).error, compare_gradients(whole, plain).error]
     identity = float(torch.tensor(errors, dtype=torch.float64).max())  # unlike Python's max, a NaN stays
     return TaskVerification(
         output.error, gradient.error, output.where, gradient.where, identity, _capture_error(captured, program)
     )
+
+
+def _require_finite_loss(captured: TaskGraph, plain: Results) -> None:
+    """Refuse an example batch that shows nothing: its loss is no number before anything is dropped."""
+    loss = plain.outputs[output_args(captured.graph).index(loss_node(captured))]
+    if not bool(loss.isfinite()):
+        raise VerificationError(
+            f"task {captured.name!r}: the loss of the example batch is {float(loss)} without any plan, so there is nothing to "
+            "compare",
+            where=where(loss_node(captured)),
+            help="give an example batch with a finite loss; a mean over labels is nan where all of them are ignored, so label "
+            "at least one position of every sample",
+        )
 
 
 def _by_oracle(

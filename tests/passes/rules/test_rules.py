@@ -113,9 +113,13 @@ CASES: dict[Any, list[tuple[Any, ...]]] = {
     aten.nll_loss_nd.default: [(numbers(S, 5), positions(S, below=5))],
     aten.nll_loss.default: [(numbers(S, 5), positions(S, below=5))],
     aten.nll_loss_forward.default: [(numbers(S, 5), positions(S, below=5), None, 1, -100)],
-    aten.binary_cross_entropy_with_logits.default: [(stream, stream * 0.5)],
-    aten.l1_loss.default: [(stream, stream * 2)],
+    aten.binary_cross_entropy_with_logits.default: [(stream, stream * 0.5), (stream, stream * 0.5, None, None, 0)],
+    aten.huber_loss.default: [(stream, stream * 2), (stream, stream * 2, 0)],
+    aten.kl_div.default: [(stream, stream * 2), (stream, stream.exp(), 0)],
+    aten.l1_loss.default: [(stream, stream * 2), (stream, stream * 2, 0)],
     aten.mse_loss.default: [(stream, stream * 2), (stream, stream * 2, 0)],
+    aten.smooth_l1_loss.default: [(stream, stream * 2), (stream, stream * 2, 0)],
+    aten.soft_margin_loss.default: [(stream, stream.sign()), (stream, stream.sign(), 0)],
     # shapes
     aten.view.default: [
         (stream, [B, S, HEADS, D]),
