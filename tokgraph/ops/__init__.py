@@ -8,12 +8,13 @@ batch that the width is right: a :class:`BatchError` on the CPU, ``torch._assert
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import indices, masks, moving, scores
+from . import checks, indices, masks, moving, scores
 from .base import NAMESPACE, expand_index
+from .checks import check
 from .indices import drop_counts, keep_rows, lost_rows, ragged_rows, range_rows, ranks, rows, select_targets
 from .masks import demand_mask, prompt_mask, range_mask
 from .moving import drop, merge, restore, select
@@ -21,6 +22,7 @@ from .scores import prompt_attention, prompt_mass, random_score, similarity_scor
 
 __all__ = [
     "NAMESPACE",
+    "check",
     "decompositions",
     "demand_mask",
     "drop",
@@ -47,6 +49,6 @@ __all__ = [
 ]
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out."""
-    return moving.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED
+    return moving.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED | checks.LOWERED
