@@ -150,6 +150,9 @@ class _Told:
         def form(x: torch.SymInt, spec: str) -> str:
             if is_machinery(sys._getframe(1).f_code.co_filename):
                 return plain(x, spec)
+            if x.node.expr in self._items:  # what is checked of it may make a constant of the size
+                self._values.append(self._items[x.node.expr])
+                return slot("v", len(self._values) - 1, spec)
             self._sizes.append(x)
             return slot("s", len(self._sizes) - 1, spec)
 
