@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -61,7 +61,7 @@ def keeping_checks() -> Iterator[None]:
         if frame is None:
             later(condition, *message)
         else:
-            _emit(condition.to(torch.bool), *(message or (None,)), frame, told)
+            _emit(condition.to(torch.bool), message[0] if message else None, frame, told)
 
     with ExitStack() as patches:
         for name, function in zip(_CHECKS, (on_number, on_tensor, asserts, asserts_later), strict=True):
@@ -129,7 +129,7 @@ class _Told:
         for symbol in expression.free_symbols - env.keys():
             if symbol not in known:
                 return torch.scalar_tensor(torch.sym_ite(cond, 1, 0)) == 1
-            env[symbol] = torch.scalar_tensor(known[symbol].value, dtype=torch.int64)
+            env[symbol] = torch.scalar_tensor(cast(int, known[symbol].value), dtype=torch.int64)
         made: Tensor = sympy_interp(TensorReferenceAnalysis, env, expression)
         return made
 
@@ -160,7 +160,8 @@ class _Told:
 
     def numbered(self, text: str) -> tuple[str, list[Tensor], list[torch.SymInt]]:
         """A message with its own slots counted from 0, and what they stand for."""
-        values, sizes = [], []
+        values: list[Tensor] = []
+        sizes: list[torch.SymInt] = []
         for kind, number, form in slots(text):
             mine: list[Any] = values if kind == "v" else sizes
             text = text.replace(slot(kind, number, form), slot(kind.upper(), len(mine), form), 1)

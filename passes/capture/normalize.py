@@ -58,7 +58,7 @@ class RemoveAssertions(GraphPass):
                 place = where(node)
                 message = argument(node, "assert_msg", "an assertion is false")
                 with graph.inserting_before(node):
-                    said = (message, place.source or "", place.module or "", [], [])
+                    said: tuple[Any, ...] = (message, place.source or "", place.module or "", [], [])
                     call(graph, check, first_input(node), *said, origin=node, made_by=self.name)
                 graph.erase_node(node)
             elif node.target is check and not argument(node, "module"):

@@ -40,7 +40,8 @@ def told(node: fx.Node) -> list[fx.Node]:
 
 def _cone(check: fx.Node) -> set[fx.Node]:
     """A check, and what its condition is made of element by element for it alone."""
-    cone, stack = {check}, [check.args[0]]
+    cone = {check}
+    stack: list[fx.Node] = tensor_inputs(check)[:1]
     while stack and stack[-1].target in _ALL and set(stack[-1].users) <= cone:
         cone.add(stack[-1])
         stack = tensor_inputs(stack[-1])
