@@ -146,12 +146,7 @@ def test_assertions_on_values_become_checks() -> None:
 
 def test_assertions_on_types_and_sizes_are_removed() -> None:
     before = traced(lambda x: (x.to(torch.float64) + 1,), torch.randn(2))
-    cast = next(n for n in before.graph.nodes if n.op == "call_function")
-    with before.graph.inserting_before(cast):
-        before.graph.call_function(aten._assert_tensor_metadata.default, (cast.args[0],), {"dtype": torch.float32})
-    assert_expected_inline(
-        run(RemoveAssertions(), before),
-        """\
--%_assert_tensor_metadata.2 = _assert_tensor_metadata(%args, dtype=torch.float32)
-""",
-    )
+    assert calls(before, aten._assert_tensor_metadata.default)
+    lines = run(RemoveAssertions(), before).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("-%_assert_tensor_metadata")
