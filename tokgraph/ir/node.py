@@ -103,6 +103,11 @@ def module_path(node: fx.Node) -> str:
     return next((path for path, _ in reversed(stack.values()) if path and not path.startswith(_NO_MODULE)), "")
 
 
+def source_line(node: fx.Node) -> str | None:
+    """``file:line`` of the innermost recorded line of the model's code."""
+    return where(node).source
+
+
 def where(node: fx.Node) -> Where:
     """The node's place in the user's program, for a diagnostic."""
     op = str(node.target) if node.op == "call_function" else node.op
