@@ -166,7 +166,7 @@ def _runs(names: list[str], looks: Callable[[str], Any]) -> list[tuple[str, str]
     """``(label, first name)``: neighbouring blocks that look alike become one, all else stays as it is."""
     rows: list[tuple[str, str]] = []
     run: list[str] = []
-    for name, after in zip(names, [*names[1:], ""], strict=True):
+    for name, after in zip(names, [*names[1:], ""], strict=False):  # there may be none, as where nothing trains
         if not name.startswith("block "):
             rows.append((name, name))
             continue

@@ -27,6 +27,11 @@ def is_selection(node: fx.Node) -> bool:
     return node.target in (tokgraph.select.default, tokgraph.drop.default)
 
 
+def is_check(node: fx.Node) -> bool:
+    """Whether the node is a check of the model's, which nothing reads and which must stay."""
+    return node.target is tokgraph.check.default
+
+
 def selection(node: fx.Node) -> tuple[fx.Node, fx.Node, int, int]:
     """``(input, index, token axis, batch axis)`` of a selection."""
     x, index = node.args[:2]
@@ -167,7 +172,7 @@ def hoist(graph: fx.Graph, node: fx.Node) -> None:
 
 def remove_dead_code(graph: fx.Graph) -> None:
     """Remove calls that nothing reads, random ones as well: torch keeps a dead attention, whose dropout may draw numbers."""
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or is_check(node))
 
 
 def refresh_after(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:

@@ -13,18 +13,21 @@ class Where:
         node: name of the FX node.
         op: the operator the node calls, as ``aten.conv1d.default``.
         module: module path, as ``language_model.layers.3.self_attn``.
-        source: ``file:line`` of the innermost user frame, when export kept one.
+        source: ``file:line`` of the innermost line of the model's code, when export kept one.
+        caller: ``file:line`` of the user's own code that led there, where ``source`` is in an installed library.
     """
 
     node: str | None = None
     op: str | None = None
     module: str | None = None
     source: str | None = None
+    caller: str | None = None
 
     def lines(self) -> list[str]:
         """The ``-->`` lines of a diagnostic, one fact a line."""
         facts = [
             ("source", self.source or ("not recorded by torch.export" if self.node else None)),
+            ("called from", self.caller),
             ("module", self.module),
             ("node", f"{self.node} = {self.op}" if self.node and self.op else self.node),
         ]

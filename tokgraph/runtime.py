@@ -29,7 +29,8 @@ from tokgraph.planning.check import check_plan
 from .calls.draws import Draws
 from .calls.rewritten import rewritten, task_anew
 from .calls.variants import Variants, share_own
-from .errors import FileError, StaleError
+from .diagnosis import explain
+from .errors import FileError, InternalError, StaleError, TokgraphError
 from .trainable import TrainableTask
 
 
@@ -104,7 +105,12 @@ class TaskModule(nn.Module):
             raise error
         counter = held(graph.graph_module, STEP) if is_training(model) else None
         with _no_autocast(variant.autocast), self._draws.of_call(counter):
-            return graph, graph.graph_module(*leaves)
+            try:
+                return graph, graph.graph_module(*leaves)
+            except (TokgraphError, InternalError, torch.OutOfMemoryError):
+                raise
+            except Exception as failure:
+                raise explain(graph, leaves, failure) from failure
 
     def forward(self, named: Mapping[str, Any] = MappingProxyType({}), /, **inputs: Any) -> Any:
         """What the task's forward returns; tensors beside the loss may hold the demanded rows only.

@@ -34,7 +34,9 @@ from ..contract import GraphPass
 from ..pipeline import Observer, Pipeline
 from .autocast import MergeParameterCasts, in_autocast
 from .batch_axis import KeepBatchAxis
+from .checks import keeping_checks
 from .conditions import conditions_of
+from .failures import does_not_run, not_traceable
 from .normalize import FusedToPlain, RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
 from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
 from .reads import Reads, recorded_reads
@@ -53,6 +55,8 @@ _TENSORS = (
     OutputKind.PARAMETER_MUTATION,
 )
 """Inputs and outputs of an exported program that stand for tensors of the model."""
+_LOGGERS = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+"""Where torch.export and what it calls log tracebacks of errors that they raise as well."""
 
 
 def capture(
@@ -168,11 +172,7 @@ def _warm_up(wrapper: _Forward, name: str, inputs: Mapping[str, Any]) -> None:
     except TokgraphError:
         raise
     except Exception as error:
-        raise CaptureError(
-            f"task {name!r}: forward fails on its example batch: {type(error).__name__}: {error}",
-            where=_user_frame(error),
-            help="call spec.tasks[name].forward(model, **inputs) yourself and make it run first",
-        ) from error
+        raise does_not_run(name, error, wrapper.task.forward, wrapper.model) from error
     split_outputs(result)
 
 
@@ -191,18 +191,7 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
             log.info("task %s: named dimensions do not fit the model, inferring them", name)
             return _export_once(wrapper, inputs, named=False)
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        branch = "data-dependent" in str(error) or "DataDependent" in type(error).__name__
-        raise CaptureError(
-            f"task {name!r}: torch.export cannot trace its forward: {type(error).__name__}: {first_line}",
-            where=_user_frame(error),
-            help=(
-                "the forward branches on the value of a tensor: replace the branch by torch.where or torch.cond, or pass "
-                "the value as a plain Python input"
-                if branch
-                else "dimensions that a model fixes must not be dynamic; run torch.export.export on the forward to debug"
-            ),
-        ) from error
+        raise not_traceable(name, error, wrapper.task.forward, wrapper.model) from error
 
 
 def _sizes_asked_for(violation: str) -> dict[str, tuple[int, bool]]:
@@ -239,7 +228,8 @@ def _export_once(
     shapes = ({key: dims_of(key, value) for key, value in inputs.items()},) if dynamic else None
     with torch.no_grad(), warnings.catch_warnings(), _quiet_torch():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
+        with keeping_checks():
+            exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         _rename_tensors(exported, target_of)
         functional: ExportedProgram = exported.run_decompositions(row_losses())
         return functional
@@ -248,7 +238,7 @@ def _export_once(
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
     """Keep what torch.export prints on failure (a partial graph, advice on its own code) out of the user's way."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     printed = io.StringIO()
     try:
@@ -261,17 +251,6 @@ def _quiet_torch() -> Iterator[None]:
             logger.setLevel(level)
         if printed.getvalue():
             log.debug("torch.export: %s", printed.getvalue())
-
-
-def _user_frame(error: BaseException) -> Where | None:
-    """The innermost frame of the traceback that is not inside an installed package."""
-    found, trace = None, error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "site-packages" not in file and not file.startswith("<") and file != __file__ and "/lib/python" not in file:
-            found = f"{file}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return Where(source=found) if found else None
 
 
 def _rename_tensors(exported: ExportedProgram, target: Callable[[str], str]) -> None:

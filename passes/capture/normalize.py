@@ -1,5 +1,5 @@
-"""Passes that make a freshly exported graph plain: no assertions, no slices or writes that do nothing, one operator for
-one meaning.
+"""Passes that make a freshly exported graph plain: no assertions but on values, no slices or writes that do nothing, one
+operator for one meaning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, axis_argument, call, dims, same_size, tensor
+from tokgraph.ir.node import argument, axis_argument, call, dims, module_path, same_size, tensor, where
 
 from ..contract import GraphPass
 from ..rules.indexing import is_whole_slice_scatter
@@ -21,10 +21,12 @@ from ..rules.registry import first_input
 from ..rules.shape import is_whole_slice
 
 aten = torch.ops.aten
-_CHECKS = (
-    "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "_assert", "sym_constrain_range",
-    "sym_constrain_range_for_size", "_check_is_size",
+check = torch.ops.tokgraph.check.default
+_STATIC = (
+    "_assert_tensor_metadata", "_assert_scalar", "_assert", "sym_constrain_range", "sym_constrain_range_for_size",
+    "_check_is_size",
 )  # fmt: skip
+"""Assertions about types and sizes: what they say holds for the graph, or an operator that needs it says it again."""
 
 _FUSED = {
     aten.addcmul.default: aten.mul.Tensor, aten.addcdiv.default: aten.div.Tensor, aten.lerp.Scalar: aten.mul.Scalar,
@@ -33,24 +35,35 @@ _FUSED = {
 """Operator -> the product or quotient in it."""
 
 
-def _is_check(node: fx.Node) -> bool:
+def _is_static(node: fx.Node) -> bool:
     if node.op == "call_module":
         return str(node.target).endswith("_guards_fn")
     name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
-    return node.op == "call_function" and name in _CHECKS
+    return node.op == "call_function" and name in _STATIC
 
 
 @dataclass(frozen=True)
 class RemoveAssertions(GraphPass):
-    """Removes run-time assertions that export leaves (metadata, sizes, image counts); they have no value anyone reads."""
+    """Removes assertions that export leaves on types and sizes; those on values become checks that say where they are from."""
 
     name: ClassVar[str] = "remove-assertions"
 
     def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
-        """Erase every assertion and what only assertions needed."""
-        for node in reversed([node for node in graph_module.graph.nodes if _is_check(node)]):
-            graph_module.graph.erase_node(node)
-        graph_module.graph.eliminate_dead_code()
+        """Erase every assertion on types and sizes, and what only they needed; turn the others into ``tokgraph.check``."""
+        graph = graph_module.graph
+        for node in reversed(list(graph.nodes)):
+            if _is_static(node):
+                graph.erase_node(node)
+            elif node.target in (aten._assert_async.default, aten._assert_async.msg):
+                place = where(node)
+                message = argument(node, "assert_msg", "an assertion is false")
+                with graph.inserting_before(node):
+                    said: tuple[Any, ...] = (message, place.source or "", place.module or "", [], [])
+                    call(graph, check, first_input(node), *said, origin=node, made_by=self.name)
+                graph.erase_node(node)
+            elif node.target is check and not argument(node, "module"):
+                node.update_arg(3, module_path(node))
+        graph.eliminate_dead_code()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import refresh_value
 
 from ..contract import GraphPass
-from ..emitter import Emitter, is_selection, remove_dead_code, selection
+from ..emitter import Emitter, is_check, is_selection, remove_dead_code, selection
 from ..rules import traits
 from .wants import Along, Chain, Selections, Want, selections, through_restore, through_selection
 
@@ -75,12 +75,12 @@ class _Rebuild:
         """Find every live node's new arguments, then set them (restores are looked through as they were)."""
         new: dict[fx.Node, tuple[Any, Any]] = {}
         for node in list(self._graph.nodes):
-            cancelled = node.target is tokgraph.restore.default and node not in self._found.kept_restores
-            if node.op != "output" and (node not in self._found.live or is_selection(node) or cancelled):
+            follows = node in self._found.followers
+            if not (follows or node.op == "output" or is_check(node) or self._stays(node)):
                 continue
             wants = self._found.inputs.get(node, {})
-            if any(wants.get(x) or self._found.own.get(x) or not is_plain(x) for x in node.all_input_nodes):
-                narrow = partial(self._input, wants)
+            if follows or any(wants.get(x) or self._found.own.get(x) or not is_plain(x) for x in node.all_input_nodes):
+                narrow = self._left if follows else partial(self._input, wants)
                 new[node] = fx.node.map_arg(node.args, narrow), fx.node.map_arg(node.kwargs, narrow)
         for node, (args, kwargs) in new.items():
             node.args, node.kwargs = args, kwargs
@@ -89,8 +89,19 @@ class _Rebuild:
             if self._found.own.get(node):
                 node.meta[NARROWED] = True
 
+    def _stays(self, node: fx.Node) -> bool:
+        """Whether a value is needed, and is neither a selection nor a restore that selections cancel."""
+        cancelled = node.target is tokgraph.restore.default and node not in self._found.kept_restores
+        return node in self._found.live and not is_selection(node) and not cancelled
+
     def _input(self, wants: Mapping[fx.Node, Want], x: fx.Node) -> fx.Node:
         return self._narrowed(x, wants.get(x, {}))
+
+    def _left(self, x: fx.Node) -> fx.Node:
+        """``x`` at the rows that are left of it: of a restore that nobody else reads, those that it put back."""
+        while x.target is tokgraph.restore.default and x not in self._found.kept_restores:
+            x = x.args[1]  # type: ignore[assignment]
+        return self._narrowed(x, {})
 
     def _narrowed(self, x: fx.Node, want: Want) -> fx.Node:
         """``x`` at the rows of ``want``: from where its own selections leave it, through the gathers that are left."""

@@ -18,9 +18,10 @@ from torch import fx
 
 from tokgraph.ir.node import argument, rank, tensor
 
-from ..emitter import is_selection, selection
+from ..emitter import is_check, is_selection, selection
 from ..rules import axis_map, traits
 from ..rules.registry import is_one
+from .checks import followers, told
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -73,6 +74,7 @@ class Selections:
         inputs: node -> input -> chains it then wants of that input.
         live: values that are needed at all.
         kept_restores: restores that some user reads whole.
+        followers: what is computed on the rows that its inputs have in the end (:mod:`~tokgraph.passes.rewrite.checks`).
         declined: what operators did not pass on (:func:`~tokgraph.passes.rewrite.stops.stops` has all that stopped).
     """
 
@@ -81,6 +83,7 @@ class Selections:
     inputs: dict[fx.Node, dict[fx.Node, Want]] = field(default_factory=dict)
     live: set[fx.Node] = field(default_factory=set)
     kept_restores: set[fx.Node] = field(default_factory=set)
+    followers: set[fx.Node] = field(default_factory=set)
     declined: list[Declined] = field(default_factory=list)
 
 
@@ -122,12 +125,18 @@ def through_restore(node: fx.Node, want: Mapping[Along, Chain]) -> tuple[fx.Node
 
 def selections(graph: fx.Graph) -> Selections:
     """Find what selections every value's users share, and where each stops."""
-    found = Selections()
+    found = Selections(followers=followers(graph))
     for node in reversed(graph.nodes):
-        if node.op == "output":
+        if node in found.followers:
+            for x in told(node):
+                found.uses[x].append((node, {}))
+            continue
+        if node.op == "output" or is_check(node):
             for x in node.all_input_nodes:
                 found.uses[x].append((node, {}))
             continue
+        if node not in found.uses and (check := next((x for x in node.users if x in found.followers), None)):
+            found.uses[node].append((check, {}))  # nothing else reads it
         if node not in found.uses:
             continue
         found.live.add(node)

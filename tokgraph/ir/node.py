@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tokgraph.errors import InternalError, Where
 
+from .frames import places, source_of
+
 Dim = int | sympy.Expr
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _NO_MODULE = "_empty_nn_module_stack"
 """What torch.export calls the module of nodes that it makes itself."""
 
@@ -103,19 +104,15 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str | None:
-    """``file:line`` of the innermost recorded frame outside installed packages, else of the innermost frame."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    if not frames:
-        return None
-    own = [f for f in frames if "site-packages" not in f[0] and "/torch/" not in f[0]]
-    file, line = (own or frames)[-1]
-    return f"{file}:{line}"
+    """``file:line`` of the innermost recorded line of the model's code."""
+    return where(node).source
 
 
 def where(node: fx.Node) -> Where:
     """The node's place in the user's program, for a diagnostic."""
     op = str(node.target) if node.op == "call_function" else node.op
-    return Where(node=node.name, op=op, module=module_path(node) or None, source=source_line(node))
+    recorded = source_of(places(node.meta.get("stack_trace") or ""))
+    return replace(recorded, node=node.name, op=op, module=module_path(node) or None)
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

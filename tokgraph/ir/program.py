@@ -86,11 +86,20 @@ class TaskGraph:
             if spec == self.in_spec and type(leaves[leaf]) in (int, float):
                 leaves[leaf] = number_tensor(leaves[leaf], model_device(self.graph_module))
         if spec != self.in_spec:
+            same = inputs.keys() == self.task.inputs.keys()
             raise BatchError(
-                f"task {self.name!r} takes the inputs {', '.join(self.task.inputs)}; got {', '.join(inputs) or 'none'}",
+                self._nested_otherwise(inputs)
+                if same
+                else f"task {self.name!r} takes the inputs {', '.join(self.task.inputs)}; got {', '.join(inputs) or 'none'}",
                 help="pass every input of the task's example batch by name, with the same nesting",
             )
         return leaves
+
+    def _nested_otherwise(self, inputs: Mapping[str, Any]) -> str:
+        """Which inputs hold other numbers of tensors, or hold them otherwise, than in the example batch."""
+        structures = ((key, *map(pytree.tree_structure, (inputs[key], x))) for key, x in self.task.inputs.items())
+        names = [repr(key) for key, given, expected in structures if given != expected]
+        return f"task {self.name!r}: {', '.join(names)}: nested otherwise than in the example batch"
 
     def unflatten(self, outputs: Any) -> Any:
         """What the task's forward returns, from the graph's flat outputs."""

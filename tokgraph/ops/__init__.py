@@ -8,12 +8,13 @@ batch that the width is right: a :class:`BatchError` on the CPU, ``torch._assert
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import indices, masks, moving, scores, unread
+from . import checks, indices, masks, moving, scores, unread
 from .base import NAMESPACE, expand_index
+from .checks import check
 from .indices import drop_counts, keep_rows, lost_rows, ragged_rows, range_rows, ranks, rows, select_targets
 from .masks import demand_mask, prompt_mask, range_mask
 from .moving import drop, merge, restore, select
@@ -22,6 +23,7 @@ from .unread import check_unread
 
 __all__ = [
     "NAMESPACE",
+    "check",
     "check_unread",
     "decompositions",
     "demand_mask",
@@ -49,6 +51,6 @@ __all__ = [
 ]
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Tensor]]:
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out."""
-    return moving.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED | unread.LOWERED
+    return moving.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED | unread.LOWERED | checks.LOWERED

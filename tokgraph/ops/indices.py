@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tokgraph.errors import BatchError
+
 from .base import NAMESPACE, rank_of, require, true_rows
 from .unread import READS_HELP
 
@@ -65,6 +67,8 @@ def rows(mask: Tensor, count: int, exact: bool) -> Tensor:
         BatchError: a sample of the batch has another number of true positions.
     """
     found = mask.sum(1)
+    if count < 0:  # symbolic sizes: the token axis less the rows of the example batch that go
+        raise BatchError("the batch has fewer tokens than the plan drops", help="make the batch longer, or plan for it")
     require(
         (found == count).all() if exact else (found <= count).all(),
         f"a sample has {'another number of' if exact else 'more'} such tokens than the {count} of the example batch "

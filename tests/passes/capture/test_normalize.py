@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -126,7 +127,7 @@ def test_views_become_reshapes() -> None:
     assert run(ViewToReshape(), traced(lambda x: (x.t() + 1,), torch.randn(2, 3))) == ""
 
 
-def test_assertions_are_removed() -> None:
+def test_assertions_on_values_become_checks() -> None:
     def checked(x: Tensor) -> tuple[Tensor]:
         torch._assert_async((x > -100).all(), "small")
         return (x + 1,)
@@ -134,11 +135,18 @@ def test_assertions_are_removed() -> None:
     before = traced(checked, torch.randn(2))
     assert calls(before, aten._assert_async.msg)
     assert_expected_inline(
-        run(RemoveAssertions(), before),
+        re.sub(r"/\S*tools.py:\d+", "tools.py", run(RemoveAssertions(), before)),
         """\
--%gt = gt.Scalar(%args, -100)  # bool[2]
--%all = all(%gt)  # bool[]
 -%_assert_async = _assert_async.msg(%all, small)
++%check = check(%all, small, tools.py, , [], [])
 """,
     )
     assert run(RemoveAssertions(), traced(lambda x: (x + 1,), torch.randn(2))) == ""
+
+
+def test_assertions_on_types_and_sizes_are_removed() -> None:
+    before = traced(lambda x: (x.to(torch.float64) + 1,), torch.randn(2))
+    assert calls(before, aten._assert_tensor_metadata.default)
+    lines = run(RemoveAssertions(), before).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("-%_assert_tensor_metadata")
