@@ -88,7 +88,7 @@ def fixed() -> tg.Accelerated:
             lambda b: {**b, "patches": b["patches"][0]},
             r"'patches' has the shape \(4, 6\); the task was captured for 3 dimensions",
         ),
-        (lambda b: {**b, "ids": b["ids"].tolist()}, "takes the inputs"),
+        (lambda b: {**b, "ids": b["ids"].tolist()}, "ids"),
         (lambda b: {**b, "labels": None}, "takes the inputs|must be a tensor"),
         (lambda b: {k: x for k, x in b.items() if k != "labels"}, "takes the inputs"),
     ],
