@@ -46,6 +46,8 @@ def _print_tasks(tasks: dict[str, Any], console: Console) -> None:
         "fixed by the model": [
             ", ".join(f"{k} = {v}" for k, v in t["dimensions"].items() if isinstance(v, int)) or "-" for t in each
         ],
+        "held against eager": [_check(t["capture_check"]) for t in each],
+        "the graph does not": ["; ".join((t["capture_check"] or {}).get("notes", [])) or "-" for t in each],
         "right where": [_guards(t["taken_for_granted"]["guards"]) for t in each],
         "constants": [_constants(t["taken_for_granted"]["constants"]) for t in each],
         "visual tokens": [f"{t['visual']['count']} of {t['demand']['tokens']}" for t in each],
@@ -86,6 +88,17 @@ def why_not_table(task: str, groups: list[dict[str, Any]]) -> Table:
 
 def _source(visual: dict[str, Any]) -> str:
     return str(visual["kind"] if visual["source"] is None else f"{visual['kind']} of {visual['source']}")
+
+
+def _check(found: dict[str, Any] | None) -> str:
+    """What of a capture was compared with the user's own forward."""
+    if found is None or found["skipped"]:
+        return "no" if found is None else f"no: {found['skipped']}"
+    gradients = f"{found['gradients']} gradients ({found['without_gradient']} parameters without one)"
+    buffers = f", {len(found['buffers'])} changed buffers" if found["buffers"] else ""
+    random = {"none": "", "equal": ", the same random numbers"}.get(found["random"], ", other random numbers")
+    outputs = f"{found['outputs']} outputs"
+    return f"{found['batches']} batches: loss, {outputs}, {gradients}{buffers}{random}; worst {found['error']:.0e}"
 
 
 def _guards(guards: list[dict[str, Any]]) -> str:

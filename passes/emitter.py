@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokgraph.ir.node import Dim, ancestors, call, dims, fake_mode, rank, refresh_value, same_size, tensor, value
+from tokgraph.ir.node import (
+    Dim,
+    ancestors,
+    call,
+    dims,
+    fake_mode,
+    is_write,
+    rank,
+    refresh_value,
+    same_size,
+    tensor,
+    value,
+)
 from tokgraph.ir.tensors import hold, read, target_of
 from tokgraph.passes.rules.registry import is_one
 
@@ -171,8 +183,11 @@ def hoist(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def remove_dead_code(graph: fx.Graph) -> None:
-    """Remove calls that nothing reads, random ones as well: torch keeps a dead attention, whose dropout may draw numbers."""
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or is_check(node))
+    """Remove calls that nothing reads, random ones as well: torch keeps a dead attention, whose dropout may draw numbers.
+
+    What writes into a buffer stays.
+    """
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or is_check(node) or is_write(node))
 
 
 def refresh_after(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:

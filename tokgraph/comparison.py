@@ -13,7 +13,7 @@ from tokgraph.ir.program import is_meta
 from tokgraph.ir.spec import ModelSpec
 from tokgraph.passes.capture.export import capture
 from tokgraph.planning.search import checked_mix
-from tokgraph.report.report import make_report
+from tokgraph.report.report import make_report, ratio
 from tokgraph.verification.judge import verify as run_verification
 
 from .errors import TokgraphError
@@ -96,9 +96,8 @@ def _mixed(tasks: Mapping[str, Any], weights: Mapping[str, float], what: str, pa
         found = tasks[task][what][when]
         return float(found if part is None else found[part])
 
-    return sum(w * amount(t, "after") for t, w in weights.items()) / sum(
-        w * amount(t, "before") for t, w in weights.items()
-    )
+    after, before = (sum(w * amount(t, when) for t, w in weights.items()) for when in ("after", "before"))
+    return ratio(after, before)
 
 
 def diff(a: Plan, b: Plan) -> dict[str, Any]:

@@ -27,19 +27,22 @@ from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.names import check_tensor_names
 from tokgraph.ir.node import value
 from tokgraph.ir.program import TIED, Dimension, Program, TaskGraph, is_training, model_device, tied_names
-from tokgraph.ir.spec import ModelSpec, Task, split_outputs
+from tokgraph.ir.spec import ModelSpec, Task
 from tokgraph.ir.tensors import CONSTANTS, constants_prefix, named_tensors, read, target_of, tensor_name
 
 from ..contract import GraphPass
 from ..pipeline import Observer, Pipeline
-from .autocast import MergeParameterCasts, in_autocast
+from .autocast import MergeParameterCasts
 from .batch_axis import KeepBatchAxis
+from .buffers import read_before_written, rebound_buffers
 from .checks import keeping_checks
 from .conditions import conditions_of
-from .failures import does_not_run, not_traceable
+from .eager import held_against_eager
+from .failures import not_traceable
+from .grad_mode import keep_grad_modes, noted_modes
 from .normalize import FusedToPlain, RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
 from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
-from .reads import Reads, recorded_reads
+from .reads import Reads
 from .row_losses import row_losses
 
 log = logging.getLogger(__name__)
@@ -68,8 +71,9 @@ def capture(
 ) -> Program:
     """Capture every task of a model.
 
-    Each task's forward runs once on the example batch (models build tables lazily), then ``torch.export`` traces it, non
-    strict, with the dimensions of ``Task.dynamic`` symbolic where the model allows it.
+    Each task's forward runs on the example batch (models build tables lazily), then ``torch.export`` traces it, non strict,
+    with the dimensions of ``Task.dynamic`` symbolic where the model allows it. What the graph computes is then compared with
+    the forward (:class:`~tokgraph.ir.fidelity.CaptureCheck`). The model is left as it was.
 
     Args:
         spec: the model and its tasks.
@@ -78,18 +82,21 @@ def capture(
         autocast: capture what the forward does in such a region; a region around this call does not count.
 
     Raises:
-        CaptureError: a forward fails on its example batch, or cannot be traced, or a submodule has a name that PyTorch
-            cannot look up.
+        CaptureError: a forward fails on its example batch, or cannot be traced, or does what a graph would lose, or the
+            graph computes something else; or a submodule has a name that PyTorch cannot look up.
         SpecError: a forward returns no scalar loss, or a tensor of the model has a name that is reserved.
     """
     _check_names(spec.model)
-    cleanups = CLEANUPS if autocast is None else (*CLEANUPS, MergeParameterCasts)
+    cleanups: tuple[type[GraphPass], ...] = CLEANUPS if autocast is None else (*CLEANUPS, MergeParameterCasts)
     clean = Pipeline([cleanup() for cleanup in cleanups], observer, stop_after=stop_after)
-    with in_autocast(autocast, model_device(spec.model).type):
-        graphs = {
-            name: clean.run_task(_capture_task(spec.model, name, task, autocast)) for name, task in spec.tasks.items()
-        }
-    return Program(spec, graphs)
+
+    def captured(name: str, task: Task) -> TaskGraph:
+        def make(reads: Reads) -> TaskGraph:
+            return clean.run_task(_capture_task(spec.model, name, task, reads, autocast))
+
+        return held_against_eager(spec.model, name, task, make, autocast, stop_after is None)
+
+    return Program(spec, {name: captured(name, task) for name, task in spec.tasks.items()})
 
 
 def _check_names(model: nn.Module) -> None:
@@ -115,25 +122,24 @@ class _Forward(nn.Module):
         self.training = is_training(model)
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
-        return self.task.forward(self.model, **inputs)
+        with rebound_buffers(self.model):
+            return self.task.forward(self.model, **inputs)
 
 
-def _capture_task(model: nn.Module, name: str, task: Task, autocast: Autocast | None) -> TaskGraph:
+def _capture_task(model: nn.Module, name: str, task: Task, reads: Reads, autocast: Autocast | None) -> TaskGraph:
     device = model_device(model)
-    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(device), dict(task.inputs))
-    reads = Reads()
-    if device.type != "meta":  # nothing to run without storage; lazily built tables are then traced with the rest
-        with recorded_reads(model) as reads:
-            _warm_up(_Forward(model, task), name, inputs)
-        numbers = numbers_of(inputs)
-        if numbers:
-            try:
-                graph = _trace(model, name, task, inputs, numbers, reads, autocast)
-            except CaptureError:  # the forward needs a number, not a tensor
-                pass
-            else:
-                if only_computed_with(graph, model, task, inputs):
-                    return graph
+    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to(device, copy=True), dict(task.inputs))
+    numbers = (
+        numbers_of(inputs) if device.type != "meta" else {}
+    )  # without storage, no loss tells whether they may be tensors
+    if numbers:
+        try:
+            graph = _trace(model, name, task, inputs, numbers, reads, autocast)
+        except CaptureError:  # the forward needs a number, not a tensor
+            pass
+        else:
+            if only_computed_with(graph, model, task, inputs):
+                return graph
     return _trace(model, name, task, inputs, {}, reads, autocast)
 
 
@@ -155,6 +161,7 @@ def _trace(
     if out_spec is None:
         raise CaptureError(f"task {name!r}: forward returns nothing")
     module = _plain_module(model, exported, inputs)
+    read_before_written(module)
     graph = TaskGraph(name, task, module, pytree.tree_structure(dict(task.inputs)), out_spec)
     dimensions = _dimensions(graph)
     fixed = [f"{d.input}[{d.dim}] ({d.name} = {d.size})" for d in dimensions if d.symbol is None]
@@ -162,18 +169,6 @@ def _trace(
         log.warning("task %s: the model fixes %s to the example batch", name, ", ".join(fixed))
     graph = replace(graph, dimensions=dimensions, numbers=leaves_of(task.inputs, numbers))
     return replace(graph, conditions=conditions_of(graph, exported, model, reads, autocast))
-
-
-def _warm_up(wrapper: _Forward, name: str, inputs: Mapping[str, Any]) -> None:
-    """Run the forward once, so that models which build tables lazily have built them."""
-    try:
-        with torch.no_grad():
-            result = wrapper(inputs)
-    except TokgraphError:
-        raise
-    except Exception as error:
-        raise does_not_run(name, error, wrapper.task.forward, wrapper.model) from error
-    split_outputs(result)
 
 
 def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedProgram:
@@ -190,6 +185,8 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
                     return _export_once(wrapper, inputs, named=True, sizes=sizes)
             log.info("task %s: named dimensions do not fit the model, inferring them", name)
             return _export_once(wrapper, inputs, named=False)
+    except TokgraphError:
+        raise
     except Exception as error:
         raise not_traceable(name, error, wrapper.task.forward, wrapper.model) from error
 
@@ -226,10 +223,16 @@ def _export_once(
         return pytree.tree_map(lambda _: None, value)
 
     shapes = ({key: dims_of(key, value) for key, value in inputs.items()},) if dynamic else None
-    with torch.no_grad(), warnings.catch_warnings(), _quiet_torch():
+    with (
+        torch.inference_mode(False),
+        noted_modes(),
+        warnings.catch_warnings(),
+        _quiet_torch(),
+    ):  # which records gradients
         warnings.simplefilter("ignore")
         with keeping_checks():
             exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
+        keep_grad_modes(exported)
         _rename_tensors(exported, target_of)
         functional: ExportedProgram = exported.run_decompositions(row_losses())
         return functional

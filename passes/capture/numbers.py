@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 from tokgraph.ir.program import TaskGraph, number_tensor
 from tokgraph.ir.spec import Task, split_outputs
 
+from .buffers import rebound_buffers
+
 
 def numbers_of(inputs: Mapping[str, Any]) -> dict[str, type]:
     """Input -> type, of those that are Python numbers: counts and weights that a loss is divided by or multiplied with."""
@@ -51,7 +53,8 @@ def only_computed_with(graph: TaskGraph, model: nn.Module, task: Task, inputs: M
             seed = torch.seed()
             mine = graph.unflatten(graph.graph_module(*graph.flatten(given)))
             torch.manual_seed(seed)
-            eager = task.forward(model, **given)
+            with rebound_buffers(model):
+                eager = task.forward(model, **given)
     except Exception:  # the number is one that a branch, a shape or an operator's setting depends on
         return False
     a, b = split_outputs(mine)[0], split_outputs(eager)[0]

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tokgraph.errors import ExportError, InternalError
 from tokgraph.ir.names import STEP
-from tokgraph.ir.node import fake_mode, output_args, value
+from tokgraph.ir.node import fake_mode, is_write, output_args, value, where
 from tokgraph.ir.program import COMPACT_OUTPUTS, TIED, TaskGraph, loss_node
 from tokgraph.ir.spec import LOSS_KEY
 from tokgraph.ir.tensors import CONSTANTS, read, tensor_name
@@ -146,6 +146,8 @@ class Tracer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's result."""
+        if is_write(n):  # into an input: there is no one to see it
+            return None
         place = self._source.places.get(n.name)
         with fx_traceback.set_current_meta(n), self._origins.recording(place):
             fx_traceback.current_meta["custom"] = carried(place, "forward") if place else {}
@@ -182,7 +184,8 @@ def _tracing(source: Source, training: bool) -> Iterator[None]:
     """The modes of a trace: values without storage, symbolic sizes, and for training the attention that has gradients."""
     attention = sdpa_kernel(SDPBackend.MATH) if training else nullcontext()
     grad = torch.enable_grad() if training else torch.no_grad()
-    with attention, fx_traceback.preserve_node_meta(), source.mode, enable_python_dispatcher(), grad:
+    inference = torch.inference_mode(False)  # that of a caller, in which nothing is recorded
+    with inference, attention, fx_traceback.preserve_node_meta(), source.mode, enable_python_dispatcher(), grad:
         yield
 
 
@@ -207,7 +210,11 @@ def trace(
 
     Returns:
         The graph module, and its state: that of ``source`` and the constants that the trace met.
+
+    Raises:
+        ExportError: the graph changes a buffer.
     """
+    _check_writes(source.graph)
     state = {name: source.fake(x).requires_grad_(training and name in trained) for name, x in source.state.items()}
     inputs = [value(node) for node in source.tensors]
     more = {name: source.fake(x).requires_grad_(training and name in trained) for name, x in extra.items()}
@@ -305,6 +312,21 @@ def _lift_constants(module: fx.GraphModule, states: int, source: Source) -> dict
         module.graph.erase_node(node)
     module.recompile()
     return found
+
+
+def _check_writes(graph: TaskGraph) -> None:
+    """Refuse graphs that write into buffers: a file holds no tensor that a call may change.
+
+    Raises:
+        ExportError: the graph does.
+    """
+    for node in graph.graph.nodes:
+        if is_write(node) and node.args[0].op == "get_attr":
+            raise ExportError(
+                f"task {graph.name!r} changes the buffer {tensor_name(node.args[0])!r}, which a graph in a file cannot",
+                where=where(node),
+                help="export it with the model in eval mode, or with what changes the buffer left out of the forward",
+            )
 
 
 def step_counter(source: Source) -> dict[str, torch.Tensor]:

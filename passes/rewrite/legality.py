@@ -10,7 +10,7 @@ from torch import fx
 
 from tokgraph.errors import IllegalRewriteError
 from tokgraph.ir.facts import Block, TaskFacts
-from tokgraph.ir.node import by_name, tensor, tensor_inputs, where
+from tokgraph.ir.node import ancestors, by_name, is_write, module_path, output_args, tensor, tensor_inputs, where
 
 from ..analysis.axes import AxisClasses
 from ..analysis.blocks import token_mixes
@@ -52,9 +52,11 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
 
     Raises:
         IllegalRewriteError: an operator there has no rule, mixes tokens other than by attention, or mixes samples; or the
-            axes of an attention, or the keys of frozen rows, are not what dropping needs.
+            axes of an attention, or the keys of frozen rows, are not what dropping needs; or a buffer is written from rows
+            there.
     """
     nodes = by_name(graph)
+    _check_writes(graph, facts, blocks)
     classes = AxisClasses(graph)
     tokens, samples = (nodes[facts.entry], 1), (nodes[facts.entry], 0)
     for block in blocks:
@@ -78,6 +80,28 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
             )
         _check_followed(facts, block, [nodes[block.start], *inside], classes, (tokens, samples))
         _check_attention(facts, block, nodes, block.index in frozen)
+
+
+def _check_writes(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block]) -> None:
+    """Check that no buffer is written from rows of the given blocks: a forward that has fewer of them writes another value.
+
+    What only a write needs is computed beside the blocks; it matters what it reads of them.
+    """
+    writes = [node for node in graph.nodes if is_write(node)]
+    owners = {name: block for block in blocks for name in (block.start, *block.nodes, block.end)}
+    reached = ancestors(output_args(graph)) if writes else set()
+    last = {block.end for block in blocks} - {block.start for block in blocks}
+    for write in writes:
+        beside = {node for node in ancestors([write]) if node not in reached}
+        for reader, read in ((node, x) for node in beside for x in node.all_input_nodes if x.name in owners):
+            block = owners[read.name]
+            put_back = read.name in last and not module_path(reader).startswith(block.module or " ")
+            if read not in beside and not put_back:
+                raise IllegalRewriteError(
+                    f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: a buffer is written from its rows",
+                    where=where(reader),
+                    help="choose a span without this block, or capture the model in eval mode",
+                )
 
 
 def _check_rules(facts: TaskFacts, block: Block, inside: list[fx.Node]) -> None:

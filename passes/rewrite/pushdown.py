@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import refresh_value
+from tokgraph.ir.node import is_write, refresh_value
 
 from ..contract import GraphPass
 from ..emitter import Emitter, is_check, is_selection, remove_dead_code, selection
@@ -76,7 +76,7 @@ class _Rebuild:
         new: dict[fx.Node, tuple[Any, Any]] = {}
         for node in list(self._graph.nodes):
             follows = node in self._found.followers
-            if not (follows or node.op == "output" or is_check(node) or self._stays(node)):
+            if not (follows or node.op == "output" or is_check(node) or is_write(node) or self._stays(node)):
                 continue
             wants = self._found.inputs.get(node, {})
             if follows or any(wants.get(x) or self._found.own.get(x) or not is_plain(x) for x in node.all_input_nodes):

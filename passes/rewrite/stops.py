@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from tokgraph.ir.node import rank, tensor
+from tokgraph.ir.node import is_write, rank, tensor
 from tokgraph.ir.printer import operator_name
 
 from ..emitter import is_selection, selection
@@ -51,7 +51,7 @@ def stops(graph: fx.Graph) -> list[Stop]:
     declined = {d.node: d for d in found.declined}
     stopped: list[Stop] = []
     for node in graph.nodes:
-        if node not in found.live or is_selection(node):
+        if node not in found.live or is_selection(node) or is_write(node):
             continue
         if node.target is tokgraph.restore.default:
             if any(want and through_restore(node, want) is None for _, want in found.uses[node]):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from tokgraph.ir.node import argument, rank, tensor
+from tokgraph.ir.node import argument, is_write, rank, tensor
 
 from ..emitter import is_check, is_selection, selection
 from ..rules import axis_map, traits
@@ -131,7 +131,7 @@ def selections(graph: fx.Graph) -> Selections:
             for x in told(node):
                 found.uses[x].append((node, {}))
             continue
-        if node.op == "output" or is_check(node):
+        if node.op == "output" or is_check(node) or is_write(node):  # a buffer is written from all rows
             for x in node.all_input_nodes:
                 found.uses[x].append((node, {}))
             continue

@@ -75,7 +75,7 @@ def _twice(x: torch.Tensor, dim: int, position: int) -> torch.Tensor:
 def _runs(graph: TaskGraph, batch: Mapping[str, Any]) -> bool:
     with torch.no_grad():
         try:
-            graph.graph_module(*graph.flatten(batch))
+            graph.graph_module(*(x.clone() if isinstance(x, torch.Tensor) else x for x in graph.flatten(batch)))
         except (BatchError, RuntimeError):
             return False
     return True

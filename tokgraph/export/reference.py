@@ -87,7 +87,9 @@ class Reference:
     def _run(self, batch: Mapping[str, Any], dtype: torch.dtype | None) -> tuple[list[Any], dict[str, Any]]:
         module, leaves = self._graph.graph_module, self._graph.flatten(batch)
         device = model_device(module)
-        leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
+        leaves = [
+            x.to(device, copy=True) if isinstance(x, torch.Tensor) else x for x in leaves
+        ]  # the graph may write them
         if dtype is None:
             return list(module(*leaves)), dict(self._graph.named_parameters())
         interpreter = GraphInterpreter(module, *in_dtype(dtype, device))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .node import argument
+from .node import argument, is_write
 from .tensors import target_of, tensor_name
 
 aten = torch.ops.aten
@@ -38,13 +38,14 @@ class GraphInterpreter(fx.Interpreter):
         self._tensors = tensors
         self._constants = constants
         self.attributes: dict[str, Any] = {}
+        self._written = {node.args[0].target for node in module.graph.nodes if is_write(node)}
 
     def fetch_attr(self, target: str) -> Any:
         """The mapped attribute, one object for all its uses and for the names of one tied parameter."""
         name = tensor_name(target)
         if name not in self.attributes:
             found = super().fetch_attr(target)
-            self.attributes[name] = self._tensors(found) if isinstance(found, torch.Tensor) else found
+            self.attributes[name] = self._mapped(target, found)
         return self.attributes[name]
 
     def fetch_tensor(self, name: str) -> Any:
@@ -53,8 +54,18 @@ class GraphInterpreter(fx.Interpreter):
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The mapped input."""
-        found = super().placeholder(target, args, kwargs)
-        return self._tensors(found) if isinstance(found, torch.Tensor) else found
+        return self._mapped(target, super().placeholder(target, args, kwargs))
+
+    def _mapped(self, target: Any, x: Any) -> Any:
+        """The mapped tensor, on its own where the graph writes it: the user's stays as it is."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        mapped = self._tensors(x)
+        return mapped.clone() if target in self._written or x.is_inference() else mapped
+
+    def written(self) -> dict[str, torch.Tensor]:
+        """Name -> value after a run, of the tensors held by the module that the graph writes."""
+        return {name: x for name, x in self.attributes.items() if target_of(name) in self._written}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call without dropout, its constants mapped."""

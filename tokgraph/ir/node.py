@@ -92,6 +92,11 @@ def axis_arguments(node: fx.Node, of: fx.Node, *names: str) -> list[int]:
     return [axis % (rank(of) or 1) for axis in found]
 
 
+def is_write(node: fx.Node) -> bool:
+    """Whether the node writes a value into a tensor that outlives the call: a buffer, or an input."""
+    return node.target is torch.ops.aten.copy_.default
+
+
 def by_name(graph: fx.Graph) -> dict[str, fx.Node]:
     """Name -> node of a graph."""
     return {node.name: node for node in graph.nodes}
@@ -170,13 +175,17 @@ def refresh_value(node: fx.Node) -> None:
 
 @contextmanager
 def entered(mode: FakeTensorMode | None) -> Iterator[None]:
-    """Run in a fake mode, without its cache: over symbolic sizes, finding what is in it takes longer than computing it."""
+    """Run in a fake mode, without its cache: over symbolic sizes, finding what is in it takes longer than computing it.
+
+    Values are made outside of the caller's ``torch.inference_mode()``: they could not be differentiated.
+    """
     if mode is None:
-        yield
+        with torch.inference_mode(False):
+            yield
         return
     cached, mode.cache_enabled = mode.cache_enabled, False
     try:
-        with mode:
+        with torch.inference_mode(False), mode:
             yield
     finally:
         mode.cache_enabled = cached

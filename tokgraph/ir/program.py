@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from tokgraph.errors import AnalysisError, BatchError
 
 from .conditions import Conditions
+from .fidelity import CaptureCheck
 from .names import OWN, input_name
 from .node import output_args, tensor
 from .spec import ModelSpec, Task
@@ -57,6 +58,7 @@ class TaskGraph:
         dimensions: the dimensions asked to be dynamic, and what became of them.
         numbers: leaf of the inputs -> type, of Python numbers that the graph takes as tensors; ``task`` holds them as such.
         conditions: what the graph takes for granted of a call.
+        check: how capture held the graph against the user's forward; ``None`` for a graph that it did not make, or not whole.
     """
 
     name: str
@@ -67,6 +69,7 @@ class TaskGraph:
     dimensions: tuple[Dimension, ...] = ()
     numbers: Mapping[int, type] = field(default_factory=dict)
     conditions: Conditions = field(default_factory=Conditions)
+    check: CaptureCheck | None = None
 
     @property
     def graph(self) -> fx.Graph:

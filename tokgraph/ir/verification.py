@@ -23,7 +23,8 @@ class TaskVerification:
         worst_output: the output leaf with the largest error.
         worst_parameter: the parameter with the largest error.
         identity_error: the plan with every keep ratio set to 1, against the captured graph (outputs and gradients).
-        capture_error: the captured graph's loss against that of the user's forward; ``None`` with dropout.
+        capture_error: the captured graph against the user's forward, as capture compared them: loss, outputs, gradients,
+            buffers (:class:`~tokgraph.ir.fidelity.CaptureCheck`); ``None`` where it could not.
     """
 
     output_error: float
@@ -77,7 +78,7 @@ class Verification:
                     f"the gradient of {task.worst_parameter} differs from the oracle",
                 ),
                 (task.identity_error, self.tolerance, "the plan with keep 1.0 differs from the captured graph"),
-                (task.capture_error or 0.0, self.capture_tolerance, "the captured loss differs from the forward's"),
+                (task.capture_error or 0.0, self.capture_tolerance, "the captured graph differs from the forward"),
             ):
                 if not error <= limit:  # a NaN fails as well
                     found.append((error / limit, f"task {name!r}: {what} by {error:.1e} (tolerance {limit:.0e})"))

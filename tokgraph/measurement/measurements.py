@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+import torch
+
 from tokgraph.errors import AnalysisError
 from tokgraph.ir.facts import Facts, facts_before
 from tokgraph.ir.program import Program, is_meta
@@ -87,10 +89,11 @@ def measure(
     of_tasks = {name: list(of_task) for name, of_task in (batches or {}).items()}
     check_tasks(of_tasks, program)
     tasks, splits = {}, {}
-    for name, graph in program.items():
-        forward = measure_forward(graph, facts[name], of_tasks.get(name), max_bytes=max_bytes)
-        splits[name] = measure_gradients(graph, facts[name], of_tasks.get(name))
-        tasks[name] = TaskMeasures(forward.allocation, forward.redundancy, splits[name].norms())
+    with torch.inference_mode(False):  # gradients are measured, whatever the caller's mode
+        for name, graph in program.items():
+            forward = measure_forward(graph, facts[name], of_tasks.get(name), max_bytes=max_bytes)
+            splits[name] = measure_gradients(graph, facts[name], of_tasks.get(name))
+            tasks[name] = TaskMeasures(forward.allocation, forward.redundancy, splits[name].norms())
     return Measurements(tasks, gradient_cosines(splits, facts))
 
 

@@ -13,6 +13,7 @@ from tokgraph.errors import DependencyError, ExportError, TokgraphError
 from tokgraph.export.files import BASELINE, ExportedFile, find_exported
 from tokgraph.export.session import Device
 from tokgraph.ir.program import Program, is_meta, model_device
+from tokgraph.passes.capture.state import State
 
 from .eager import TorchSubject
 from .events import RunProfile, spread, summarise_runs
@@ -116,7 +117,11 @@ def profile_programs(
         for variant, program in programs.items()
         for name, graph in program.items()
     ]
-    found, profiles = measure(subjects, runs, warmup, progress)
+    state = State(model)
+    try:
+        found, profiles = measure(subjects, runs, warmup, progress)
+    finally:
+        state.restore()  # runs that train may write buffers
     return {**found, "runtime": "torch", "device": where.type, "threads": torch.get_num_threads()}, profiles
 
 

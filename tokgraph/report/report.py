@@ -76,11 +76,16 @@ def _task_report(captured: TaskGraph, accelerated: Accelerated, facts: Facts, af
         "visual_tokens": task.visual.count,
         "tokens_per_block": {"before": [task.visual.mean] * len(task.blocks), "after": list(after.tokens_per_block)},
         "flops": {"before": _flops(before), "after": _flops(now), "ratio": now.flops / before.flops},
-        "activation_bytes": {"before": before.saved, "after": now.saved, "ratio": now.saved / before.saved},
+        "activation_bytes": {"before": before.saved, "after": now.saved, "ratio": ratio(now.saved, before.saved)},
         "cost": {when: cost.rollups() for when, cost in costs.items()},
         "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},
         "passes": [p.to_data() for p in rewrite_passes(task, plan.for_task(task.name), plan.exact)],
     }
+
+
+def ratio(now: float, before: float) -> float:
+    """``now / before``; 1 where both are 0: a model that is frozen keeps no activations."""
+    return now / before if before else 1.0 if not now else float("inf")
 
 
 def _flops(work: Work) -> dict[str, int]:

@@ -101,6 +101,7 @@ def _task(task: TaskFacts, graph: TaskGraph, model: nn.Module) -> dict[str, Any]
         ],
         "exits": list(task.exits),
         "taken_for_granted": taken_for_granted(graph, model),
+        "capture_check": None if graph.check is None else graph.check.to_data(),
         "operators_without_rule": sorted({op for _, op in task.unruled}),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +29,12 @@ class Results:
     Args:
         outputs: the graph's flat outputs.
         gradients: parameter name -> gradient of the loss, zero where the loss does not depend on it.
+        buffers: buffer name -> value afterwards, of those that the graph writes.
     """
 
     outputs: list[Any]
     gradients: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,19 +94,27 @@ def _prompt_ends(graph: TaskGraph, facts: TaskFacts) -> list[int]:
 
 
 def _run(interpreter: GraphInterpreter, graph: TaskGraph) -> Results:
-    outputs = list(interpreter.run(*example_leaves(graph)))
+    devices = [device] if (device := model_device(graph.graph_module)).type == "cuda" else []
+    with torch.random.fork_rng(devices):  # what a model draws itself (noise), it draws alike in every run
+        torch.manual_seed(0)
+        outputs = list(interpreter.run(*example_leaves(graph)))
     loss = outputs[output_args(graph.graph).index(loss_node(graph))]
     names = [name for name, x in interpreter.attributes.items() if isinstance(x, torch.Tensor) and x.requires_grad]
-    found = torch.autograd.grad(loss, [interpreter.attributes[name] for name in names], allow_unused=True)
+    found: Sequence[torch.Tensor | None] = [None] * len(names)  # of a loss that nothing trains
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, [interpreter.attributes[name] for name in names], allow_unused=True)
     gradients = {
         name: torch.zeros_like(interpreter.attributes[name]) if g is None else g
         for name, g in zip(names, found, strict=True)
     }
-    return Results([x.detach() if isinstance(x, torch.Tensor) else x for x in outputs], gradients)
+    return Results(
+        [x.detach() if isinstance(x, torch.Tensor) else x for x in outputs], gradients, interpreter.written()
+    )
 
 
 def compare_outputs(rewritten: TaskGraph, mine: Results, reference: Results) -> Difference:
-    """The largest relative difference over the task's outputs, at the rows that the rewritten graph returns.
+    """The largest relative difference over the task's outputs, at the rows that the rewritten graph returns, and over the
+    buffers that it writes.
 
     Outputs that are no floating-point numbers must be equal.
     """
@@ -117,6 +127,10 @@ def compare_outputs(rewritten: TaskGraph, mine: Results, reference: Results) -> 
             rows = mine.outputs[rewritten.compact_outputs[leaf]]
             b = b[torch.arange(len(b), device=b.device).unsqueeze(1), rows]
         worst = max(worst, Difference(_relative(a, b), f"output {leaf}"), key=badness)
+    for name, b in reference.buffers.items():
+        a = mine.buffers.get(name)
+        error = float("inf") if a is None else _relative(a.double(), b.double())
+        worst = max(worst, Difference(error, f"buffer {name}"), key=badness)
     return worst
 
 

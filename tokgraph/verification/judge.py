@@ -9,12 +9,10 @@ import torch
 
 from tokgraph.errors import VerificationError
 from tokgraph.ir.facts import Facts, TaskFacts
-from tokgraph.ir.interpreter import trains_with_dropout
 from tokgraph.ir.names import STEP
 from tokgraph.ir.node import output_args, where
 from tokgraph.ir.plan import DropSite, Plan
 from tokgraph.ir.program import Program, TaskGraph, is_meta, loss_node, model_device
-from tokgraph.ir.spec import no_forward, split_outputs
 from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import TOLERANCE, TaskVerification, Verification
 from tokgraph.passes.analyze import analyze
@@ -50,15 +48,19 @@ def verify(
             help="build the model with storage, or skip verification (--no-verify) and verify a smaller size",
         )
     dtype = torch.float64 if dtype is None else dtype
+    with torch.inference_mode(False):  # gradients are compared, whatever the caller's mode
+        return _verify(found, program, dtype)
+
+
+def _verify(found: Accelerated, program: Program | Accelerated, dtype: torch.dtype) -> Verification:
     facts, plan = _facts_for(found, program), found.plan
     captured = facts.program
     with in_autocast(None, model_device(found.model).type):
         tasks = {
-            name: _verify_task(captured[name], graph, facts[name], plan, captured, dtype)
-            for name, graph in found.program.items()
+            name: _verify_task(captured[name], graph, facts[name], plan, dtype) for name, graph in found.program.items()
         }
-    own = next((p.dtype for p in captured.model.parameters() if p.is_floating_point()), torch.float32)
-    return Verification(tasks, dtype, TOLERANCE[dtype], TOLERANCE[own])
+    limits = [graph.check.tolerance for graph in captured.values() if graph.check is not None]
+    return Verification(tasks, dtype, TOLERANCE[dtype], max(limits, default=TOLERANCE[dtype]))
 
 
 def _facts_for(accelerated: Accelerated, captured: Program | Accelerated) -> Facts:
@@ -77,7 +79,7 @@ def _facts_for(accelerated: Accelerated, captured: Program | Accelerated) -> Fac
 
 
 def _verify_task(
-    captured: TaskGraph, rewritten: TaskGraph, facts: TaskFacts, plan: Plan, program: Program, dtype: torch.dtype
+    captured: TaskGraph, rewritten: TaskGraph, facts: TaskFacts, plan: Plan, dtype: torch.dtype
 ) -> TaskVerification:
     sites = plan.for_task(facts.name)
     plain = run_rewritten(captured, dtype)
@@ -93,7 +95,7 @@ def _verify_task(
     errors = [compare_outputs(kept, whole, plain).error, compare_gradients(whole, plain).error]
     identity = float(torch.tensor(errors, dtype=torch.float64).max())  # unlike Python's max, a NaN stays
     return TaskVerification(
-        output.error, gradient.error, output.where, gradient.where, identity, _capture_error(captured, program)
+        output.error, gradient.error, output.where, gradient.where, identity, _capture_error(captured)
     )
 
 
@@ -118,12 +120,6 @@ def _by_oracle(
     return run_oracle(captured, facts, sites, dtype, step, rewritten.own_parameters())
 
 
-def _capture_error(graph: TaskGraph, program: Program) -> float | None:
-    """Relative difference of the losses of the user's forward and of the captured graph, where both can be had."""
-    if trains_with_dropout(graph.graph_module) or graph.task.forward is no_forward:
-        return None
-    task, inputs = graph.task, graph.example()
-    with torch.no_grad():
-        eager, _ = split_outputs(task.forward(program.model, **inputs))
-        captured, _ = split_outputs(graph.unflatten(graph.graph_module(*graph.flatten(inputs))))
-    return float((eager - captured).abs() / eager.abs().clamp_min(torch.finfo(eager.dtype).tiny))
+def _capture_error(graph: TaskGraph) -> float | None:
+    """How far the captured graph is from the user's forward, as capture found it; ``None`` where it did not compare them."""
+    return graph.check.error if graph.check is not None and not graph.check.skipped else None
