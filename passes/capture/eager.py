@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -29,6 +26,7 @@ from .check import Run, Runner, compare, copied
 from .failures import does_not_run
 from .reads import Reads, recorded_reads
 from .state import Change, RandomState, State
+from .uses import tracked
 from .watch import Seen, check_hooks, place_of, watching
 
 log = logging.getLogger(__name__)
@@ -226,7 +224,7 @@ class _Eager:
             return ()
         self._runner.run(lambda: self._call(**self._inputs), restore=False)
         self.settled.restore(lambda path, table, name: not table)
-        with _tracked(self._model, changes) as uses:
+        with tracked(self._model, changes) as uses:
             again = self._runner.run(lambda: self._call(**self._inputs))
         moved = not torch.equal(again.loss, self._reference.loss)
         left = []
@@ -323,60 +321,3 @@ class _ParameterWrites(torch.utils._python_dispatch.TorchDispatchMode):
                             help="change parameters outside of the forward: after a step, or before one",
                         )
         return func(*args, **(kwargs or {}))
-
-
-@dataclass
-class _Use:
-    """How a forward uses one attribute.
-
-    Args:
-        before: whether it reads it before it sets it.
-        after: whether it reads it after it set it.
-        reads: lines that read it.
-        writes: lines that set it.
-    """
-
-    before: bool = False
-    after: bool = False
-    reads: dict[str, None] = field(default_factory=dict)
-    writes: dict[str, None] = field(default_factory=dict)
-
-    @property
-    def elsewhere(self) -> list[str]:
-        """Lines that read it and do not set it."""
-        return [line for line in self.reads if line not in self.writes]
-
-    def depends(self, container: bool) -> bool:
-        """Whether more than the attribute itself follows from what the call before left in it.
-
-        ``self.step += 1`` reads it, and nothing else need; a container is read by the very line that adds to it.
-        """
-        return self.before and len(self.elsewhere) > (1 if container and not self.writes else 0)
-
-
-@contextmanager
-def _tracked(model: nn.Module, changes: Sequence[Change]) -> Iterator[dict[tuple[int, str], _Use]]:
-    """Watch how the attributes that a forward changes are used."""
-    modules = dict(model.named_modules())
-    uses = {(id(modules[c.path]), c.name): _Use() for c in changes}
-    get, assign = nn.Module.__getattribute__, nn.Module.__setattr__
-
-    def line(frame: FrameType) -> str:
-        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-    def tracking_get(self: nn.Module, name: str) -> Any:
-        if (use := uses.get((id(self), name))) is not None:
-            use.before, use.after = use.before or not use.writes, use.after or bool(use.writes)
-            use.reads[line(sys._getframe(1))] = None
-        return get(self, name)
-
-    def tracking_set(self: nn.Module, name: str, value: Any) -> None:
-        if (use := uses.get((id(self), name))) is not None:
-            use.writes[line(sys._getframe(1))] = None
-        assign(self, name, value)
-
-    with (
-        mock.patch.object(nn.Module, "__getattribute__", tracking_get),
-        mock.patch.object(nn.Module, "__setattr__", tracking_set),
-    ):
-        yield uses
