@@ -28,7 +28,7 @@ _STATIC = (
 )  # fmt: skip
 """Assertions about types and sizes: what they say holds for the graph, or an operator that needs it says it again."""
 
-_FUSED = {
+_FUSED: dict[object, Callable[..., Any]] = {
     aten.addcmul.default: aten.mul.Tensor, aten.addcdiv.default: aten.div.Tensor, aten.lerp.Scalar: aten.mul.Scalar,
     aten.lerp.Tensor: aten.mul.Tensor,
 }  # fmt: skip

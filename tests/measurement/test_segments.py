@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,8 @@ def test_labelled_text_before_the_image_is_output() -> None:
     """A loss on all text, as in pretraining: nothing is left for system or instruction but the first token, unpredicted."""
     model = tiny.build(layers=1)
     task = model.tasks["understanding"]
+    labels = task.inputs["ids"].masked_fill(task.inputs["ids"] == tiny.IMAGE_ID, -100)
+    task = replace(task, inputs={**task.inputs, "labels": labels})
     found = Captured.of(tg.ModelSpec(model.model, {"t": task}))
     assert of(found, "t") == ["siiiiiioooo", "soiiiiiiooo"]
 
