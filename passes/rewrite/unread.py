@@ -22,6 +22,7 @@ from tokgraph.ir.node import argument, axis_argument, output_args, rank, tensor,
 from ..emitter import Emitter
 from ..rules import AxisMap, Group, axis_map, traits
 from ..rules.registry import first_input, is_one
+from .checks import followers
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -96,8 +97,9 @@ class RowReaders:
         Raises:
             IllegalRewriteError: an operator reads all rows, whatever the batch.
         """
+        passed_over = {*self._narrowed, *followers(self._emit.graph)}
         for node in list(self._emit.graph.nodes):
-            if node.name not in inside and node.op == "call_function" and node not in self._narrowed:
+            if node.name not in inside and node.op == "call_function" and node not in passed_over:
                 self._visit(node, [x for x in node.all_input_nodes if x in sources and sources[x] is None])
             if (axes := sources.get(node)) is not None:
                 self._rows[node] = self._begin(node, *axes)
@@ -331,10 +333,11 @@ def outside_readers(
         first: the first block in which rows may be gone.
     """
     inside = {name for block in facts.blocks for name in block.nodes}
+    passed_over = {node.name for node in followers(nodes[facts.entry].graph)}
     sources: dict[fx.Node, tuple[int, int] | None] = {}
     for name in dict.fromkeys(name for block in facts.blocks[first:] for name in block.nodes):
         node = nodes[name]
-        if any(user.name not in inside for user in node.users) and tensor(node) is not None:
+        if any(user.name not in inside | passed_over for user in node.users) and tensor(node) is not None:
             sources[node] = _axes(node, facts)
     return sources, inside
 

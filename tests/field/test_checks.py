@@ -78,6 +78,12 @@ def counted(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -
     return _on_the_stream(model, lambda x: torch._assert((x == x).sum() == x.numel(), "rows"), ids, patches, labels)
 
 
+def finite_logits(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> Any:
+    loss, logits = tiny.understand(model, ids, patches, labels)
+    torch._assert(torch.isfinite(logits).all(), "not finite")
+    return loss
+
+
 def _on_the_stream(model: tiny.Unified, checks: Callable[[Tensor], None], *inputs: Tensor) -> Any:
     handles = [layer.register_forward_hook(lambda module, args, x: checks(x)) for layer in model.layers]
     try:
@@ -149,6 +155,16 @@ def test_checks_in_a_span(forward: Callable[..., Any], mode: str) -> None:
     assert found.verification is not None
     assert found.verification.passed
     found["understanding"](**example())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forward", [finite, finite_logits])
+def test_rows_that_are_gone_for_good_are_not_checked(forward: Callable[..., Any]) -> None:
+    found = tg.optimize(spec_of(forward, 4), "fastv")
+    assert found.verification is not None
+    assert found.verification.passed
+    with pytest.raises(tg.BatchError):  # of the selector, where it comes first: it cannot rank by NaN
+        found["understanding"](**example(patches=example()["patches"] * torch.nan))
 
 
 def test_a_saved_program_checks_and_a_runtime_does_not(tmp_path: Path) -> None:
