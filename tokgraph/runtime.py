@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,12 +26,14 @@ from tokgraph.passes.capture.export import capture
 from tokgraph.passes.lower.places import mark_places
 from tokgraph.planning.check import check_plan
 
+from .calls.diagnosis import explain
 from .calls.draws import Draws
 from .calls.rewritten import rewritten, task_anew
 from .calls.variants import Variants, share_own
-from .diagnosis import explain
 from .errors import FileError, InternalError, StaleError, TokgraphError
-from .trainable import TrainableTask
+
+if TYPE_CHECKING:
+    from .trainable import TrainableTask
 
 
 class TaskModule(nn.Module):
@@ -286,6 +288,9 @@ class Accelerated(Mapping[str, TaskModule]):
 
     def trainable(self, task: str) -> TrainableTask:
         """A task as a model for trainers, such as that of ``transformers``: it returns a mapping with the loss."""
+
+        from .trainable import TrainableTask
+
         return TrainableTask(self, task)
 
     def variants(self, with_baseline: bool) -> dict[str, Program]:

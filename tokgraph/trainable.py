@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from tokgraph.ir.program import tied_names
 from tokgraph.ir.spec import LOSS_KEY
-
-if TYPE_CHECKING:
-    from .runtime import Accelerated
+from tokgraph.runtime import Accelerated
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +60,14 @@ class TrainableTask(nn.Module):
 
     gradient_checkpointing_enable = activation_checkpointing_enable
 
-    def state_dict(
+    def state_dict(  # type: ignore[override]
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """The program's ``state_dict``, without further names of tied weights."""
         again = tied_names(self.model)
         state = {} if destination is None else destination
         state.update({f"{prefix}{k}": x for k, x in self._program[0].state_dict().items() if k not in again})
-        return state  # type: ignore[no-any-return]
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what :meth:`state_dict` gave."""

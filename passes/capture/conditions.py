@@ -96,8 +96,10 @@ def _guards(exported: ExportedProgram, names: Mapping[sympy.Symbol, str]) -> tup
     environment = next(
         (x.fake_mode.shape_env for node in exported.graph.nodes if isinstance(x := value(node), FakeTensor)), None
     )
+    if environment is None:
+        return ()
     found: dict[str, Guard] = {}
-    for guard in environment.guards if environment is not None else ():
+    for guard in environment.guards:
         relation = environment.replace(guard.expr)
         if relation.free_symbols and relation.free_symbols <= names.keys():
             code = _code(relation, names)
@@ -109,4 +111,4 @@ def _line(place: Any) -> str | None:
     """``file:line`` of a guard, unless it is in PyTorch: an operator needs the relation then."""
     frame = getattr(place, "framework_loc", None)
     file = getattr(frame, "filename", None)
-    return None if file is None or "/torch/" in file else f"{file}:{frame.lineno}"
+    return None if frame is None or file is None or "/torch/" in file else f"{file}:{frame.lineno}"

@@ -50,7 +50,7 @@ def recorded_reads(model: nn.Module) -> Iterator[Reads]:
         return x
 
     before = nn.Module.__dict__.get("__getattribute__")
-    nn.Module.__getattribute__ = read  # type: ignore[method-assign]
+    nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
     try:
         yield found
     finally:

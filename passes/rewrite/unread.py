@@ -260,7 +260,7 @@ class RowReaders:
         if target in _SUMS and others and _is_bool(others[0]):
             return others[0]
         if target in _WHERE and node.args[0] not in read:
-            mask, (taken, left) = node.args[0], _WHERE[target]  # type: ignore[index]
+            mask, (taken, left) = node.args[0], _WHERE[target]
             sides = [side is not None and node.args[side] is x for side in (taken, left)]
             if sides == [True, False]:
                 return self._call(aten.logical_not.default, mask)

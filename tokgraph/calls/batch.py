@@ -18,7 +18,9 @@ def compiled_check(conditions: Conditions) -> Callable[[Sequence[Any]], bool]:
 
     It may raise ``AttributeError`` or ``ValueError`` where they are not even tensors, or have another rank.
     """
-    lines, tests, names = [], [], {"tensor": torch.Tensor}
+    lines: list[str] = []
+    tests: list[str] = []
+    names: dict[str, Any] = {}
     for i, found in enumerate(conditions.inputs):
         if isinstance(found, ConstantInput):
             names[f"v{i}"] = found.value

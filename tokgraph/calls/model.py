@@ -120,7 +120,7 @@ class ModelCheck:
             replace(slot, expected=tensors[slot.path]) if slot.kind == "tensor" and slot.path in tensors else slot
             for slot in self._slots
         ]
-        self._types = [(path, tensors.get(path, x), *rest) for path, x, *rest in self._types]
+        self._types = [(path, tensors.get(path, x), dtype, device) for path, x, dtype, device in self._types]
         self._unchanged = _compiled(self._slots, self._types)
 
     def changes(self) -> list[Change]:
@@ -139,7 +139,7 @@ class ModelCheck:
 
 def _change(slot: _Slot) -> Change:
     now = slot.of.get(slot.key)
-    if slot.kind == "tensor" and _converted(slot.expected, now):
+    if slot.kind == "tensor" and isinstance(now, torch.Tensor) and _converted(slot.expected, now):
         text = f"{slot.path} was {slot.expected.dtype} on {slot.expected.device}, it is {now.dtype} on {now.device}"
         return Change("type", slot.path, text, now)
     if slot.kind == "tensor":
@@ -155,7 +155,7 @@ def _change(slot: _Slot) -> Change:
     return Change(slot.kind, slot.path, text, now)
 
 
-def _converted(before: torch.Tensor, now: Any) -> bool:
+def _converted(before: torch.Tensor, now: torch.Tensor) -> bool:
     """Whether a tensor is one converted to another type or device: so modules replace their buffers."""
     return (
         type(now) is type(before)
@@ -180,16 +180,16 @@ def _slots(model: nn.Module, graph: TaskGraph) -> Iterator[_Slot]:
             used.add(path)
             yield _Slot("tensor", name, of, leaf, held_as(graph, name))
     for path, training in conditions.modes.items():
-        if path in modules and "training" in vars(modules[path]):
+        if path in modules and "training" in modules[path].__dict__:
             used.add(path)
-            yield _Slot("mode", path, vars(modules[path]), "training", training)
+            yield _Slot("mode", path, modules[path].__dict__, "training", training)
     for path, constants in conditions.constants.items():
         if path in modules:
             used.add(path)
-            yield from _settings(path, vars(modules[path]), constants)
+            yield from _settings(path, modules[path].__dict__, constants)
     yield from _chain(modules, used)
-    if _CALLED not in vars(model):
-        yield _Slot("constant", "", vars(model), _CALLED, None, "not in")
+    if _CALLED not in model.__dict__:
+        yield _Slot("constant", "", model.__dict__, _CALLED, None, "not in")
 
 
 def _tensor_names(graph: TaskGraph) -> list[str]:
@@ -214,7 +214,7 @@ def held_as(graph: TaskGraph, name: str) -> torch.Tensor | None:
 
 def _table(module: nn.Module, leaf: str) -> dict[str, Any] | None:
     """The dictionary of a module that holds a tensor of it; ``None`` for a constant that export lifted out of the code."""
-    tables = (module._parameters, module._buffers, vars(module))
+    tables = (module._parameters, module._buffers, module.__dict__)
     return next((table for table in tables if isinstance(table.get(leaf), torch.Tensor)), None)
 
 
@@ -254,15 +254,21 @@ def _sampled(model: nn.Module, names: set[str]) -> list[tuple[str, torch.Tensor,
 
 def _hooks(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Path -> its hooks, of the modules that have some; ``"*"``: those of all modules; replaced forwards among them."""
-    found = {"*": tuple(id(hook) for name in _GLOBAL_HOOKS for hook in getattr(torch_module, name, {}).values())}
+    everywhere = (hook for name in _GLOBAL_HOOKS for hook in getattr(torch_module, name, {}).values())
+    found = {"*": tuple(id(hook) for hook in everywhere if not _of_torch(hook))}
     for path, module in model.named_modules():
-        attributes = vars(module)
+        attributes = module.__dict__
         hooks = tuple(id(hook) for name in _HOOKS for hook in attributes[name].values())
         if _CALLED in attributes:
             hooks = (*hooks, id(attributes[_CALLED]))
         if hooks:
             found[path] = hooks
     return found
+
+
+def _of_torch(hook: object) -> bool:
+    """Whether a hook is PyTorch's own: counters and profilers follow modules, and change nothing."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
 
 
 def _compiled(
