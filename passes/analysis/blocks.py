@@ -24,6 +24,7 @@ from .projections import find_projections, projection_weights
 from .stream import Segment
 
 aten = torch.ops.aten
+_PLACING = ("order", "layout")  # what puts rows somewhere makes no layer: image features that come in again
 _PRODUCTS = (aten.matmul.default,)  # not bmm: it merges batch and heads
 
 
@@ -77,7 +78,10 @@ def find_blocks(segments: Sequence[Segment], classes: AxisClasses, tokens: Axis)
     them where the module stack says so, and those before the first mix (what is added to embeddings) to none. Neighbours
     that both mix tokens are one block when the module stack says that one module holds both (self- and cross-attention).
     """
-    mixing = [bool(token_mixes(segment.nodes, classes, tokens)) for segment in segments]
+    mixing = [
+        any(found.mix.kind not in _PLACING for found in token_mixes(segment.nodes, classes, tokens))
+        for segment in segments
+    ]
     groups: list[list[Segment]] = []
     for number, segment in enumerate(segments):
         following = next((s for s, mixes in zip(segments[number:], mixing[number:], strict=True) if mixes), None)
@@ -177,7 +181,7 @@ def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis)
         if (attention := _attention(mixing, classes, tokens)) is not None
     )
     found = _with_direct(found, nodes, [segment.end for segment in group[:-1]])
-    module = min((s.module for s in group), key=len)
+    module = min((s.module for s in group if s.module), key=len, default="")
     names = tuple(n.name for n in nodes)
     read = {tensor_name(x) for node in nodes for x in node.all_input_nodes if x.op == "get_attr"}
     projections = find_projections(found, nodes)
