@@ -26,8 +26,8 @@ def check_placed(facts: Facts, tasks: Iterable[str]) -> None:
                 f"task {name!r}: no site can be placed by depth: {undivided(task)}, so block numbers are not layer numbers",
                 where=Where(first.node, module=first.module or None, source=first.source),
                 help="layers cannot be told apart where something passes by the residual stream between them (an early exit, a "
-                "loss of the routers, its beginning added to every layer), or where one module is used several times; the policies "
-                "none and exact place no sites",
+                "loss of the routers, its beginning added to every layer), or where one module is used several times; the "
+                "policies none and exact place no sites",
             )
 
 
