@@ -262,6 +262,8 @@ def _relative(a: torch.Tensor | None, b: torch.Tensor | None, floor: float = 0.0
     same = (a == b) | (a.isnan() & b.isnan())
     error = (a.double() - b.double()).abs().masked_fill(same, 0.0).max()
     size = max(float(b.double().abs().nan_to_num(0.0, 0.0, 0.0).max()), floor)
+    if not error:
+        return 0.0
     return float(error) / size if size and not error.isnan() else float("inf")
 
 
