@@ -261,6 +261,8 @@ def _relative(a: torch.Tensor | None, b: torch.Tensor | None, floor: float = 0.0
         return float("inf") if not a.is_complex() else _relative(torch.view_as_real(a), torch.view_as_real(b), floor)
     same = (a == b) | (a.isnan() & b.isnan())
     error = (a.double() - b.double()).abs().masked_fill(same, 0.0).max()
+    if error == 0:  # of NaNs alone there is no size to divide by
+        return 0.0
     size = max(float(b.double().abs().nan_to_num(0.0, 0.0, 0.0).max()), floor)
     if not error:
         return 0.0

@@ -33,6 +33,10 @@ _OTHER_VALUES = (
     "the forward needs the value of a tensor to go on, as a size, an index or for a branch: work it out before the forward "
     "and pass it as a plain Python input, or use torch.where or torch.cond"
 )
+_OTHER_SIZES = (
+    "how many rows a tensor of this line has depends on values, by a boolean index, nonzero or unique before it: keep all rows "
+    "and weigh them instead, as (loss_of_rows * mask).sum() / mask.sum(), or use torch.where"
+)
 _BY_MESSAGE: Mapping[str, str] = {
     r"\.numpy\(\)": "the forward leaves PyTorch for NumPy: compute with tensors, or do it before the forward and "
     "pass the result",
@@ -93,5 +97,6 @@ def _help(error: Exception, where: Where | None) -> str:
         if any(_GRID & frame.f_locals.keys() for frame, _ in traceback.walk_tb(error.__traceback__)):
             return _GRID_HELP
         line = text_of(where.source if where is not None else None)
-        return next((help for pattern, help in _BY_LINE.items() if re.search(pattern, line)), _OTHER_VALUES)
+        other = _OTHER_SIZES if re.search(r"Size-like symbols: u\d", said) else _OTHER_VALUES
+        return next((help for pattern, help in _BY_LINE.items() if re.search(pattern, line)), other)
     return next((help for pattern, help in _BY_MESSAGE.items() if re.search(pattern, said)), _ELSE)

@@ -352,6 +352,16 @@ def test_an_example_without_labels_is_refused_as_such() -> None:
     assert "report" not in str(raised.value)
 
 
+def test_rows_that_a_boolean_index_takes_are_refused_with_what_to_do_instead() -> None:
+    def forward(model, ids, patches, labels):
+        taken = model.backbone(embedded(model, ids, patches))[ids == IMAGE_ID]
+        return F.mse_loss(model.code_head(taken)[:, :4], patches.flatten(0, 1)) + 0 * labels.sum()
+
+    with pytest.raises(tg.CaptureError) as raised:
+        tg.capture(task(forward))
+    assert "boolean index" in str(raised.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 def test_label_smoothing_reaches_onnx(tmp_path, weighted: bool) -> None:

@@ -58,7 +58,8 @@ def test_where_the_batch_is_fixed_the_encoder_grows_in_proportion() -> None:
 def test_a_slice_leaves_out_as_many_as_now() -> None:
     """Rows 1 to 6, or 2 to 7, are image rows: from row 3 on there is one fewer at least, also where the image is longer."""
     cost = cost_of(replace(tiny.build(dynamic=True).tasks[U], forward=sliced))
-    (text,) = assumed(cost)  # the images have a symbol of their own here
+    images, text = assumed(cost)
+    assert images == GROWS + "an image for every 6 visual tokens of a sample"
     assert re.fullmatch(r"slice slice_\d+ of the sequence leaves out 1 visual tokens at any size", text)
     head = [n for n in cost.at(visual=12, tokens=17).nodes if n.region == "head" and n.work.flops]
     assert head
