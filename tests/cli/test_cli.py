@@ -301,16 +301,16 @@ def test_a_bad_plan_file_is_refused(run, tmp_path, case):
 
 
 def test_a_failed_verification_exits_3_and_writes_nothing(run, tmp_path, monkeypatch):
-    from tokgraph import stages
+    from tokgraph.calls import rewritten
 
-    broken = stages.rewrite_passes
+    broken = rewritten.rewrite_passes
 
     def keep_too_few(facts, sites, exact):
         from dataclasses import replace
 
         return broken(facts, [replace(site, keep=site.keep / 2) for site in sites], exact)
 
-    monkeypatch.setattr(stages, "rewrite_passes", keep_too_few)
+    monkeypatch.setattr(rewritten, "rewrite_passes", keep_too_few)
     result = run("optimize", TINY, *FOUR, "-o", "results")
     assert result.exit_code == 3
     assert "differs from the oracle" in result.stderr
