@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from .trainable import TrainableTask
 
 
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What operators raise; others are signals, as that of ``torch.utils.checkpoint`` that it has recomputed enough."""
+
+
 class TaskModule(nn.Module):
     """One task's graph, called like the task's forward without its model.
 
@@ -111,7 +115,7 @@ class TaskModule(nn.Module):
                 return graph, graph.graph_module(*leaves)
             except (TokgraphError, InternalError, torch.OutOfMemoryError):
                 raise
-            except Exception as failure:
+            except _FAILURES as failure:
                 raise explain(graph, leaves, failure) from failure
 
     def forward(self, named: Mapping[str, Any] = MappingProxyType({}), /, **inputs: Any) -> Any:
