@@ -12,7 +12,7 @@ from tokgraph.ir.plan import Plan, Ragged
 from tokgraph.ir.program import Program
 from tokgraph.ir.spec import ModelSpec
 from tokgraph.passes.analyze import analyze
-from tokgraph.passes.capture.export import CLEANUPS, capture
+from tokgraph.passes.capture.export import CLEANUPS, IN_AUTOCAST, capture
 from tokgraph.passes.cost.attribution import task_cost
 from tokgraph.passes.pipeline import Observer
 from tokgraph.passes.rewrite.realise import REWRITE
@@ -29,7 +29,7 @@ Progress = Callable[[str], None]
 __all__ = ["PASSES", "STAGES", "Progress", "analyze", "apply", "capture", "costs", "make_plan", "optimize", "run_until"]
 
 STAGES = ("capture", "analyse", "plan", "rewrite", "verify", "report")
-PASSES = tuple(found.name for found in (*CLEANUPS, *REWRITE))
+PASSES = tuple(found.name for found in (*CLEANUPS, *IN_AUTOCAST, *REWRITE))
 """Names of the passes that the stages run, in order: those of ``capture``, then those of ``rewrite``."""
 
 
@@ -176,7 +176,7 @@ def run_until(
         raise PlanError(f"no stage runs a pass that is named {last!r}", help=f"the passes are {', '.join(PASSES)}")
     tell = progress or (lambda stage: None)
     tell("capture")
-    if last in {cleanup.name for cleanup in CLEANUPS}:
+    if last in {cleanup.name for cleanup in (*CLEANUPS, *IN_AUTOCAST)}:
         return capture(spec, observer=observer, stop_after=last)
     facts, plan = _planned(capture(spec, observer=observer), policy, tell, options)
     tell("rewrite")

@@ -50,6 +50,8 @@ CLEANUPS: tuple[type[GraphPass], ...] = (
     RemoveAssertions, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, KeepBatchAxis,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
+IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)
+"""The passes after them where a task is captured in a region of autocast."""
 _TENSORS = (
     InputKind.PARAMETER,
     InputKind.BUFFER,
@@ -87,7 +89,7 @@ def capture(
         SpecError: a forward returns no scalar loss, or a tensor of the model has a name that is reserved.
     """
     _check_names(spec.model)
-    cleanups: tuple[type[GraphPass], ...] = CLEANUPS if autocast is None else (*CLEANUPS, MergeParameterCasts)
+    cleanups = CLEANUPS if autocast is None else (*CLEANUPS, *IN_AUTOCAST)
     clean = Pipeline([cleanup() for cleanup in cleanups], observer, stop_after=stop_after)
 
     def captured(name: str, task: Task) -> TaskGraph:
