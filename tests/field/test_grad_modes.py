@@ -99,8 +99,8 @@ class Average(Tower):
 
 
 KEPT = [
-    Frozen, Nested, InAutocast, Average, Data,
-    *(pytest.param(tower, marks=pytest.mark.slow) for tower in (Inference, Switched, DetachedInPlace)),
+    Frozen, Nested, InAutocast,
+    *(pytest.param(tower, marks=pytest.mark.slow) for tower in (Inference, Switched, DetachedInPlace, Average, Data)),
 ]  # fmt: skip
 
 
@@ -114,6 +114,7 @@ def test_no_gradient_flows_where_there_is_none(tower: type[Tower]) -> None:
         assert_same(model, lambda: understanding(model, **b), lambda a=accelerated: a["u"](**b))
 
 
+@pytest.mark.slow
 def test_a_detached_tower_has_no_backward_pass_in_the_costs() -> None:
     costs = {}
     for tower in (Tower, Frozen):
@@ -229,10 +230,10 @@ REFUSED = [
     (TensorHook, "registers a hook on the gradient"),
     (NodeHook, "the gradient of .* differs"),
     (ByMode, r"something else under torch.no_grad\(\)"),
-    (ByRequirement, r"something else under torch.no_grad\(\)"),
+    pytest.param(ByRequirement, r"something else under torch.no_grad\(\)", marks=pytest.mark.slow),
     (Clamped, "in place, past autograd"),
     (ClampedData, "in place, past autograd"),
-    (AssignedData, r"assigns to .data"),
+    pytest.param(AssignedData, r"assigns to .data", marks=pytest.mark.slow),
 ]
 
 
@@ -247,7 +248,7 @@ def test_what_a_graph_would_lose_is_refused_by_name(tower: type[Tower], message:
         assert Path(str(raised.value.where.source).rpartition(":")[0]) == Path(__file__)
 
 
-@pytest.mark.parametrize("tower", [Unscaled, ByHand])
+@pytest.mark.parametrize("tower", [pytest.param(Unscaled, marks=pytest.mark.slow), ByHand])
 def test_what_does_the_same_in_plain_operators_is_kept(tower: type[Tower]) -> None:
     model, b = seeded(lambda: VLM(tower=tower())), batch(seed=3)
     accelerated = tg.apply(tg.capture(spec(model)), tg.Plan(exact=True))
@@ -294,6 +295,7 @@ def test_the_mode_around_capture_does_not_count(mode: Any) -> None:
     assert_same(model, lambda: understanding(model, **b), lambda: accelerated["u"](**b))
 
 
+@pytest.mark.slow
 def test_parameters_made_in_inference_mode_are_refused() -> None:
     with torch.inference_mode():
         model = VLM()

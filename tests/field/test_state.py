@@ -54,7 +54,9 @@ class Spectral(Tower):
         self.one = nn.utils.spectral_norm(self.one)
 
 
-@pytest.mark.parametrize("tower", [Normed, Counting, Rebinding, pytest.param(Spectral, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tower", [Normed, Rebinding, *(pytest.param(tower, marks=pytest.mark.slow) for tower in (Counting, Spectral))]
+)
 def test_buffers_are_written_as_eager_does_call_after_call(tower: type[Tower]) -> None:
     model = seeded(lambda: VLM(tower=tower()))
     before = {name: (x, x.clone()) for name, x in model.named_buffers()}
@@ -118,6 +120,7 @@ def test_a_buffer_that_rows_of_a_span_are_written_to_is_refused_there() -> None:
     assert [float(block.calls) for block in counted.model.blocks] == [2.0] * 3
 
 
+@pytest.mark.slow
 def test_files_hold_no_buffer_that_a_call_changes(tmp_path: Path) -> None:
     accelerated = tg.apply(tg.capture(spec(seeded(lambda: VLM(tower=Normed())))), tg.Plan(exact=True))
     for write in (lambda: accelerated.save(tmp_path / "a"), lambda: accelerated.export_onnx(tmp_path / "b")):
@@ -201,14 +204,14 @@ class Outside(Tower):
 
 REFUSED = [
     (Stepping, "reads the attribute tower.step"),
-    (Recurrent, "reads the attribute tower.last"),
+    pytest.param(Recurrent, "reads the attribute tower.last", marks=pytest.mark.slow),
     (Listing, "reads the attribute tower.history"),
     (Unregistered, "changes the tensor tower.table"),
     (Clipping, "changes the parameter tower.one.weight in place"),
-    (Replacing, "changes the parameter tower.one.weight"),
-    (Growing, "binds a tensor of another shape or type to the buffer 'average'"),
+    pytest.param(Replacing, "changes the parameter tower.one.weight", marks=pytest.mark.slow),
+    pytest.param(Growing, "binds a tensor of another shape or type to the buffer 'average'", marks=pytest.mark.slow),
     (Drawing, "draws from Python's random"),
-    (DrawingNumPy, "draws from numpy.random"),
+    pytest.param(DrawingNumPy, "draws from numpy.random", marks=pytest.mark.slow),
     (Outside, "does not compute the same twice"),
 ]
 
@@ -259,6 +262,7 @@ def test_activations_in_attributes_are_fine_and_told_where_nothing_reads_them(ca
     assert_same(model, lambda: understanding(model, **b), lambda: accelerated["u"](**b))
 
 
+@pytest.mark.slow
 def test_tables_built_by_the_first_call_stay() -> None:
     model, b = seeded(lambda: VLM(tower=Lazy())), batch(seed=3)
     accelerated = tg.apply(tg.capture(spec(model)), tg.Plan(exact=True))
@@ -272,6 +276,7 @@ class Doubling(Tower):
         return self.features(x.mul_(2))
 
 
+@pytest.mark.slow
 def test_a_batch_is_changed_as_eager_changes_it() -> None:
     model, b = seeded(lambda: VLM(tower=Doubling())), batch(seed=3)
     example = batch()
@@ -289,6 +294,7 @@ class Noisy(Tower):
         return y + 0.1 * torch.randn_like(y)
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_numbers() -> None:
     model, b = seeded(lambda: VLM(tower=Noisy(), dropout=0.25)), batch(seed=3)
     accelerated = tg.optimize(spec(model), "none")
