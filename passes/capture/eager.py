@@ -130,7 +130,7 @@ class _Eager:
         self._notes = self._attributes([c for c in changes if not c.table])
         self._check_grad_mode(without)
 
-    def _call(self, **inputs: Any) -> Any:
+    def _call(self, /, **inputs: Any) -> Any:
         region = (
             nullcontext() if self._autocast is None else torch.autocast(self._autocast.device, self._autocast.dtype)
         )
