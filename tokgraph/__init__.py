@@ -108,7 +108,10 @@ _LATER = {
 }
 """Module -> names that are imported from it when they are first asked for."""
 _MODULES = {name: module for module, names in _LATER.items() for name in names}
-_ROOMS = ("cli", "comparison", "export", "files", "passes", "profile", *dict.fromkeys(m.split(".")[0] for m in _LATER))
+_ROOMS = (
+    "cli", "comparison", "export", "files", "passes", "profile", "trainable",
+    *dict.fromkeys(m.split(".")[0] for m in _LATER),
+)  # fmt: skip
 """Modules and packages that ``tokgraph.NAME`` imports."""
 
 

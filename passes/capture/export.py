@@ -124,8 +124,20 @@ class _Forward(nn.Module):
         self.training = is_training(model)
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
+        for sizes in _sizes_of_one_name(self.task, inputs):
+            for size in sizes[1:]:  # where dimensions are inferred, one of them may have a symbol for each input
+                torch._check(size == sizes[0])
         with rebound_buffers(self.model):
             return self.task.forward(self.model, **inputs)
+
+
+def _sizes_of_one_name(task: Task, inputs: Mapping[str, Any]) -> list[list[Any]]:
+    """The sizes of the inputs that the user gave one name."""
+    found: dict[str, list[Any]] = {}
+    for key, dims in (task.dynamic or {}).items():
+        for dim, name in dims.items():
+            found.setdefault(name, []).append(inputs[key].shape[dim])
+    return list(found.values())
 
 
 def _capture_task(model: nn.Module, name: str, task: Task, reads: Reads, autocast: Autocast | None) -> TaskGraph:

@@ -17,6 +17,7 @@ TINY = str(Path(tiny.__file__))
 SMALL = (TINY, "--set", "layers=2", "--set", "dynamic=False")
 OPTIMIZE = ("optimize", *SMALL, "--policy", "exact", "--no-verify", "--no-save", "-o", "results")
 TASKS = ("understanding", "generation")
+RAN = [name for name in PASSES if name != "merge-parameter-casts"]  # that one runs in a region of autocast
 
 
 def printed(text: str) -> list[tuple[str, str]]:
@@ -38,7 +39,7 @@ def test_print_after_prints_to_standard_error(run, tmp_path):
 
 def test_print_after_all(run):
     stderr = run(*OPTIMIZE, "--print-after", "all").stderr
-    *cleanups, masks, seed, push = PASSES
+    *cleanups, masks, seed, push = RAN
     expected = [(name, task) for task in TASKS for name in cleanups]
     assert printed(stderr) == [*expected, *((name, task) for task in TASKS for name in (masks, seed, push))]
     assert "--- after remove-no-ops, exact, no change\n" in stderr
@@ -70,7 +71,7 @@ def test_stop_after_prints_the_graphs_as_they_are_then(run, tmp_path, name):
     assert whole.exit_code == 0, whole.output
     stopped = run(*OPTIMIZE[:-2], "-o", "other", "--stop-after", name)
     assert stopped.exit_code == 0, stopped.output
-    number = f"{PASSES.index(name):02d}"
+    number = f"{RAN.index(name):02d}"
     dumps = [(tmp_path / f"dump/{task}.{number}.{name}.txt").read_text() for task in TASKS]
     assert stopped.stdout == "".join(dumps)
     assert not (tmp_path / "other").exists()
@@ -82,7 +83,7 @@ def test_stop_after_as_json(run, tmp_path):
     assert (found["schema"], found["stopped_after"], list(found["ir"])) == (1, "explicit-causal-mask", list(TASKS))
     assert "tril(" in found["ir"]["generation"]
     assert [p.name for p in tmp_path.iterdir()] == ["dump"]
-    assert len(list((tmp_path / "dump").glob("generation.*"))) == len(PASSES) - 2
+    assert len(list((tmp_path / "dump").glob("generation.*"))) == len(RAN) - 2
     assert "seed-sites" not in result.stderr
 
 
@@ -90,9 +91,9 @@ def test_dump_ir_writes_a_file_a_pass(run, tmp_path):
     """Numbered in order, capture's passes first."""
     assert run(*OPTIMIZE, "--dump-ir", "dump").exit_code == 0
     names = sorted(p.name for p in (tmp_path / "dump").iterdir())
-    numbered = [f"{number:02d}.{name}" for number, name in enumerate(PASSES)]
+    numbered = [f"{number:02d}.{name}" for number, name in enumerate(RAN)]
     assert names == [f"{task}.{p}.txt" for task in sorted(TASKS) for p in numbered]
-    assert (tmp_path / "dump/generation.08.push-down.txt").read_text() == (
+    assert (tmp_path / "dump/generation.09.push-down.txt").read_text() == (
         tmp_path / "results/ir/generation.after.txt"
     ).read_text()
 
@@ -105,7 +106,7 @@ def test_time_passes_has_every_stage_and_pass(run, monkeypatch):
     table = text[text.index("time by stage and pass") :]
     for stage in ("load", "capture", "analyse", "plan", "rewrite", "report", "all"):
         assert re.search(rf"│ +\d+\.\d{{3}} │ +\d+\.\d% │ +│ {stage} +│", table), stage
-    for name in PASSES:
+    for name in RAN:
         kind = "approximate" if name == "seed-sites" else "exact"
         for task in TASKS:
             assert re.search(rf"│ +\d+\.\d{{3}} │ +\d+\.\d% │ [ \d>-]+ │ +{name}, {task}, {kind} +│", table), (

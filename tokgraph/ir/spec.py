@@ -148,6 +148,21 @@ class Task:
                     shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                     raise SpecError(f"task {name!r}: dynamic dimension {dim} of input {key!r} ({shape}) does not exist")
 
+        self._check_sizes(name)
+
+    def _check_sizes(self, name: str) -> None:
+        """Refuse one name for dimensions of several sizes."""
+        seen: dict[str, tuple[str, int, int]] = {}
+        for key, dims in (self.dynamic or {}).items():
+            for dim, dimension in dims.items():
+                size = self.inputs[key].shape[dim]
+                other, at, first = seen.setdefault(dimension, (key, dim, size))
+                if size != first:
+                    raise SpecError(
+                        f"task {name!r}: dimension {dimension!r} is {first} in {other!r}[{at}] and {size} in {key!r}[{dim}]",
+                        help="a name stands for one size: give the other dimension another name",
+                    )
+
     def _check_signature(self, name: str) -> None:
         self._check_call(
             name,
