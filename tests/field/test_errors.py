@@ -67,7 +67,7 @@ def misfits(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -
         (divides, "takes values of a tensor into Python"),
         (asserts_values, "torch._assert(condition, message) stays a check"),
         (loops, "branches on the value of a tensor"),
-        (keeps_labelled_rows, "needs the value of a tensor to go on"),
+        (keeps_labelled_rows, "by a boolean index, nonzero or unique"),
         (leaves_pytorch, "leaves PyTorch for NumPy"),
         pytest.param(
             nests, "no rule for this operator", marks=pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
