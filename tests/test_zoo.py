@@ -80,6 +80,10 @@ def check_found(zoo: ZooModel, model: Captured) -> None:
             continue
         declared, graph = model.facts[name], model.program[name]
         asking = replace(graph, task=task_of(task, found=True))
+        if (zoo.name, name) == ("emu3", "understanding"):  # each line of codes ends in a row of the model's own
+            with pytest.raises(tg.TokgraphError, match="joined with rows of the model's own"):
+                tg.analyze(tg.Program(model.spec, {name: asking}))
+            continue
         found = tg.analyze(tg.Program(model.spec, {name: asking}))[name]
         entry = next(node for node in graph.graph.nodes if node.name == declared.entry)
         assert found.visual.source != declared.visual.source, name

@@ -20,7 +20,7 @@ from tokgraph.errors import CaptureError, Where
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parents[1])
-_TRANSPARENT = ("torch._library", "torch._functorch", "torch._higher_order_ops")
+_TRANSPARENT = ("torch._library", "torch._functorch", "torch._higher_order_ops", "torch._dynamo")
 """Modules whose functions PyTorch makes of operators, which a graph holds as they are."""
 _STRAIGHT = (
     "write what it computes in plain operators, with detach() where the gradient shall be another one: y + (x - x.detach()) "

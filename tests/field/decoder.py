@@ -109,12 +109,11 @@ def batch(at: Sequence[int] = (2, 3), tokens: int = 12, image: int = 4, seed: in
 
 
 def spec(
-    model: nn.Module, inputs: dict[str, Tensor], forward: Callable[..., Any] = loss, dynamic: bool = False, **task: Any
+    model: nn.Module, inputs: dict[str, Tensor], forward: Callable[..., Any] = loss, dynamic: Any = False, **task: Any
 ) -> tg.ModelSpec:
+    dynamic = DYNAMIC if dynamic is True else dynamic or None
     task = {"visual": tg.VisualTokens.ids(input="ids", equal=IMAGE_ID), "reads": "text", **task}
-    return tg.ModelSpec(
-        model, {TASK: tg.Task(forward=forward, inputs=inputs, dynamic=DYNAMIC if dynamic else None, **task)}
-    )
+    return tg.ModelSpec(model, {TASK: tg.Task(forward=forward, inputs=inputs, dynamic=dynamic, **task)})
 
 
 def dropped(ids: Tensor) -> Tensor:

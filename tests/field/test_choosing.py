@@ -86,8 +86,7 @@ SELECTORS = ("uniform", "random", "norm", "similarity", "attention")
 def test_a_batch_shorter_than_the_most_visual_tokens(selector: str, ragged: str) -> None:
     """The example has up to 12 visual tokens in a sample; all later samples of 10 lose what is planned."""
     model = m.model(layers=3)
-    spec = m.spec(model, several((4, 12), 16), dynamic=True)
-    spec.tasks[TASK].dynamic["patches"] = {0: "features"}  # type: ignore[index]
+    spec = m.spec(model, several((4, 12), 16), dynamic={**m.DYNAMIC, "patches": {0: "features"}})
     site = tg.DropSite(TASK, 1, 2, 0.5, selector, ragged=ragged)  # type: ignore[arg-type]
     accelerated = tg.optimize(spec, tg.Plan((site,)))
     for tokens in (10, 11, 12, 13, 20):
