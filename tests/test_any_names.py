@@ -237,7 +237,7 @@ def test_onnx_graphs_have_the_users_names(hostile: Captured, tmp_path: Path) -> 
     own = {f"grad/{name}" for name, _ in hostile.spec.model.named_parameters()}
     assert set(step["outputs"]) == {"loss", *own}
     assert [check["sizes"] for check in step["checks"]] == [{"lambda": 2}, {"lambda": 3}]
-    assert files["%2E%2E.forward.onnx"]["inputs"] == ["lambda", "model", "%2F.0", "%2F.1"]
+    assert files["%2E%2E.forward.onnx"]["inputs"] == ["lambda", "model", "a b", "%2F.0", "%2F.1"]
 
 
 @pytest.mark.parametrize(
