@@ -264,8 +264,6 @@ def _relative(a: torch.Tensor | None, b: torch.Tensor | None, floor: float = 0.0
     if error == 0:  # of NaNs alone there is no size to divide by
         return 0.0
     size = max(float(b.double().abs().nan_to_num(0.0, 0.0, 0.0).max()), floor)
-    if not error:
-        return 0.0
     return float(error) / size if size and not error.isnan() else float("inf")
 
 
