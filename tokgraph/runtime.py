@@ -292,7 +292,6 @@ class Accelerated(Mapping[str, TaskModule]):
 
     def trainable(self, task: str) -> TrainableTask:
         """A task as a model for trainers, such as that of ``transformers``: it returns a mapping with the loss."""
-
         from .trainable import TrainableTask
 
         return TrainableTask(self, task)

@@ -1,17 +1,15 @@
-"""Why a task's graph does not run on a batch: what of the batch differs from the example batch, and where the graph fails."""
+"""Why a task's graph fails on a batch that passed the checks of a call: what else of the batch differs, and where it fails."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from tokgraph.errors import BatchError, InternalError, Where
-from tokgraph.ir.node import dims, tensor, where
+from tokgraph.ir.node import where
 from tokgraph.ir.program import TaskGraph, model_device
 
 _VALUES = ("out of range", "out of bounds", "number of elements of source")
@@ -61,50 +59,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _differences(graph: TaskGraph, leaves: Sequence[Any]) -> Iterator[str]:
-    """In what a batch differs from the example batch, of all that the graph may depend on."""
-    examples, names = pytree.tree_leaves(dict(graph.task.inputs)), graph.leaf_names()
+    """In what a batch that has the types and sizes of the capture differs from the example batch."""
     device = model_device(graph.graph_module)
-    sizes: dict[sympy.Symbol, tuple[str, int]] = {}
-    for (node, name), example, given in zip(names.items(), examples, leaves, strict=True):
-        if not isinstance(example, torch.Tensor):
-            if type(given) is not type(example) or given != example:
-                yield f"input {name!r} is {_kind(given)}, and was {example!r} when the task was captured"
-        elif not isinstance(given, torch.Tensor):
-            yield f"input {name!r} is {_kind(given)}, and must be a tensor"
-        else:
-            if given.dtype is not example.dtype:
-                yield f"input {name!r} is of type {_dtype(given)}, not {_dtype(example)}"
+    for name, given in zip(graph.leaf_names().values(), leaves, strict=True):
+        if isinstance(given, torch.Tensor):
             if given.device != device:
                 yield f"input {name!r} is on {given.device}, and the model on {device}"
             if given.is_inference() and torch.is_grad_enabled():
                 yield f"input {name!r} was made under torch.inference_mode, and has no gradients"
-            yield from _other_sizes(node, name, given, sizes)
-
-
-def _other_sizes(
-    node: fx.Node, name: str, given: torch.Tensor, sizes: dict[sympy.Symbol, tuple[str, int]]
-) -> Iterator[str]:
-    """Sizes of an input that the graph does not have, or that contradict those of inputs before."""
-    if tensor(node) is None or len(dims(node)) != given.dim():
-        yield f"input {name!r} has {given.dim()} dimensions {tuple(given.shape)}, not {len(dims(node))}"
-        return
-    for axis, (expected, size) in enumerate(zip(dims(node), given.shape, strict=True)):
-        if isinstance(expected, int):
-            if expected != size:
-                yield f"input {name!r} has size {size} in dimension {axis}, which the capture fixed to {expected}"
-        elif isinstance(expected, sympy.Symbol):
-            other, known = sizes.setdefault(expected, (f"dimension {axis} of {name!r}", size))
-            if known != size:
-                yield f"dimension {axis} of {name!r} is {size}, and {other} is {known}; the model takes them to be equal"
-
-
-def _kind(x: object) -> str:
-    kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
-    return f"{x!r}" if isinstance(x, (bool, int, float, str, type(None))) else f"a {kind}"
-
-
-def _dtype(x: torch.Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
 
 
 class _Traced(fx.Interpreter):
