@@ -113,8 +113,8 @@ def check(acc: tg.Accelerated, seed: int, samples: int, region: str) -> None:
     assert_same(model, within(lambda: understanding(model, **b)), within(lambda: acc["u"](**b)), tolerance)
 
 
-def property_of(examples: int) -> Callable[[], None]:
-    @settings(max_examples=examples, deadline=None, derandomize=examples < 5, suppress_health_check=list(HealthCheck))
+def property_of(examples: int, repeatable: bool = True) -> Callable[[], None]:
+    @settings(max_examples=examples, deadline=None, derandomize=repeatable, suppress_health_check=list(HealthCheck))
     @given(
         st.lists(
             st.tuples(
