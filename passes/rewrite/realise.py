@@ -8,10 +8,19 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass
+from ..simplify import CausalAttention, MergeRestores, ShareDuplicates, UniformRows
 from .pushdown import PushDown
 from .seed import ExplicitCausalMask, SeedSites, only_projects
 
-REWRITE: tuple[type[GraphPass], ...] = (ExplicitCausalMask, SeedSites, PushDown)
+REWRITE: tuple[type[GraphPass], ...] = (
+    ExplicitCausalMask,
+    SeedSites,
+    UniformRows,
+    PushDown,
+    ShareDuplicates,
+    MergeRestores,
+    CausalAttention,
+)
 """The passes of :func:`rewrite_passes`, in order."""
 
 
@@ -33,5 +42,7 @@ def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[Grap
 
 
 def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
-    """The passes that turn a captured graph into the one that a plan asks for; none for an empty plan."""
-    return [*seeds(facts, sites, exact), PushDown(facts.name)] if sites or exact else []
+    """The passes that turn a captured graph into the one that a plan asks for; an empty plan asks for a simpler one."""
+    name = facts.name
+    thinned = [*seeds(facts, sites, exact), UniformRows(name), PushDown(name)] if sites or exact else []
+    return [*thinned, ShareDuplicates(name), MergeRestores(name), CausalAttention(name)]

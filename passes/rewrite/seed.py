@@ -16,7 +16,7 @@ from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.facts import Attention, Block, TaskFacts
-from tokgraph.ir.node import argument, by_name, output_args, rank, refresh_value
+from tokgraph.ir.node import argument, by_name, output_args, rank, refresh_value, set_argument
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass, Numerics
@@ -65,17 +65,8 @@ def _make_mask_explicit(emit: Emitter, node: fx.Node) -> None:
     device = node.meta["val"].device
     ones = emit.call(aten.ones.default, sizes, dtype=torch.bool, device=device, origin=node)
     mask = emit.call(aten.tril.default, ones, origin=node)
-    _set_argument(node, "attn_mask", mask)
-    _set_argument(node, "is_causal", False)
-
-
-def _set_argument(node: fx.Node, name: str, new: object) -> None:
-    """Set an argument by its schema name."""
-    position = [a.name for a in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
-    if position < len(node.args):
-        node.update_arg(position, new)  # type: ignore[arg-type]
-    else:
-        node.update_kwarg(name, new)  # type: ignore[arg-type]
+    set_argument(node, "attn_mask", mask)
+    set_argument(node, "is_causal", False)
 
 
 @dataclass(frozen=True)
@@ -239,12 +230,12 @@ def _hide_keys(
     if attention.kind == "sdpa":
         for role in ("key", "value"):
             x = emit.with_batch(argument(node, role), rank(node), batch, hidden[0])
-            _set_argument(node, role, emit.chain(x, hidden, rank(x) - 2, batch))
+            set_argument(node, role, emit.chain(x, hidden, rank(x) - 2, batch))
         mask = argument(node, "attn_mask")
         if mask is not None and not is_one(mask, rank(mask) - 1):
             mask = emit.with_batch(mask, rank(node), batch, hidden[0])
             mask = emit.chain(mask, hidden, rank(node) - 1, batch)
-        _set_argument(node, "attn_mask", mask if seen is None else _masked(emit, mask, seen))
+        set_argument(node, "attn_mask", mask if seen is None else _masked(emit, mask, seen))
     else:
         scores, values = (next(k for k in attention.keys if k.role == role) for role in ("scores", "value"))
         assert scores.batch is not None

@@ -126,7 +126,8 @@ def test_passes_for_one_task_leave_the_others_alone() -> None:
     ran: list[tuple[str, str]] = []
     passes = [Counting(task="generation"), Counting(), *rewrite_passes(a.facts, (), exact=True)]
     after = Pipeline(passes, lambda delta, _: ran.append((delta.task, delta.name))).run(program, a.facts_of)
-    rewrite = [("understanding", name) for name in ("explicit-causal-mask", "seed-sites", "push-down")]
+    steps = "explicit-causal-mask seed-sites uniform-rows push-down share-duplicates merge-restores causal-attention"
+    rewrite = [("understanding", name) for name in steps.split()]
     assert [r for r in ran if r[0] == "generation"] == [("generation", "counting")] * 2
     assert [r for r in ran if r[0] == "understanding"] == [("understanding", "counting"), *rewrite]
     assert changes(program["generation"], after["generation"]) == ""

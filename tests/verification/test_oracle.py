@@ -18,7 +18,7 @@ import tokgraph as tg
 from tests.passes.tools import Captured, Run, calls, captured, site
 from tokgraph.errors import VerificationError
 from tokgraph.ir import interpreter as interpret
-from tokgraph.ir.node import call, dims, rank
+from tokgraph.ir.node import call, dims, rank, set_argument
 from tokgraph.ir.tensors import target_of, tensor_name
 from tokgraph.verification import compare, oracle
 from tokgraph.verification.compare import run_oracle
@@ -217,8 +217,9 @@ def see_hidden_keys(graph: tg.TaskGraph) -> None:
 
 def see_the_future(graph: tg.TaskGraph) -> None:
     """The mask of the thinned attention is lost."""
-    masked = [n for n in calls(graph, aten.scaled_dot_product_attention.default) if n.args[3] is not None]
-    masked[0].update_arg(3, None)
+    attention = calls(graph, aten.scaled_dot_product_attention.default)[0]
+    set_argument(attention, "attn_mask", None)
+    set_argument(attention, "is_causal", False)
 
 
 def mask_of_other_rows(graph: tg.TaskGraph) -> None:

@@ -77,6 +77,15 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     return default
 
 
+def set_argument(node: fx.Node, name: str, new: Any) -> None:
+    """Set an argument of an ATen call by its schema name, where the call has it."""
+    position = [a.name for a in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+    if position < len(node.args):
+        node.update_arg(position, new)
+    else:
+        node.update_kwarg(name, new)
+
+
 def axis_argument(node: fx.Node, of: fx.Node, name: str = "dim") -> int:
     """The axis of ``of`` that an argument of a call names, counted from the front; of a scalar 0."""
     (axis,) = axis_arguments(node, of, name)

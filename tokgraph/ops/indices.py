@@ -47,7 +47,7 @@ def _ragged_rows(mask: Tensor, most: int, least: int) -> Tensor:
 
 
 def _select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
-    return targets.gather(1, index)
+    return targets.gather(1, index.expand(targets.shape[0], -1))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rows", mutates_args=())
@@ -180,7 +180,7 @@ def select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
 
     Args:
         targets: ``[batch, tokens]`` int64 labels, already shifted.
-        index: ``[batch, rows]`` int64 demanded positions.
+        index: ``[batch, rows]`` int64 demanded positions, or ``[1, rows]`` for all samples.
         ignore_index: the label that the loss does not read.
 
     Returns:
@@ -189,6 +189,7 @@ def select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
     Raises:
         BatchError: a row outside ``index`` has a label, so the loss reads more than the task's ``reads=`` says.
     """
+    index = index.expand(targets.shape[0], -1)
     left_out = targets.scatter(1, index, ignore_index)
     require(
         (left_out == ignore_index).all(),
@@ -217,7 +218,7 @@ keep_rows.register_fake(
         (candidates.shape[0], tokens - (candidates.shape[1] - keep))
     )
 )
-select_targets.register_fake(lambda targets, index, ignore_index: targets.new_empty(index.shape))
+select_targets.register_fake(lambda targets, index, ignore_index: targets.new_empty((targets.shape[0], index.shape[1])))
 
 LOWERED: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
     torch.ops.tokgraph.rows.default: _rows,

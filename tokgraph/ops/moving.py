@@ -7,11 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .base import NAMESPACE, expand_index, true_rows
 
 
+def _for_all(index: Tensor) -> bool:
+    """Whether one row of an index serves all samples: whole slices of memory can then be moved."""
+    return statically_known_true(index.shape[0] == 1)
+
+
 def _select(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
+    if _for_all(index):
+        return x.index_select(dim, index.squeeze(0))
     return x.gather(dim, expand_index(index, x.shape, dim, batch_dim))
 
 
@@ -20,6 +28,8 @@ def _drop(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def _restore(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    if _for_all(index):
+        return x.index_copy(1, index.squeeze(0), rows)
     return x.scatter(1, expand_index(index, x.shape, 1, 0), rows)
 
 
@@ -41,7 +51,7 @@ def select(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
 
     Args:
         x: any tensor with a batch axis.
-        index: ``[batch, rows]`` int64, unique positions in each row.
+        index: ``[batch, rows]`` int64, unique positions in each row; ``[1, rows]``: those of all samples.
         dim: the token axis of ``x``.
         batch_dim: the batch axis of ``x``.
 
@@ -57,7 +67,7 @@ def drop(x: Tensor, keep: Tensor) -> Tensor:
 
     Args:
         x: the residual stream.
-        keep: ``[batch, rows]`` int64 positions that stay, ascending.
+        keep: ``[batch, rows]`` int64 positions that stay, ascending; ``[1, rows]``: those of all samples.
     """
     return _drop(x, keep)
 
@@ -69,7 +79,7 @@ def restore(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     Args:
         x: ``[batch, tokens, hidden]``, the residual stream at the start of the span; or ``[batch, tokens]``, a mask.
         rows: ``[batch, rows, hidden]``, the kept rows at its end; or ``[batch, rows]``.
-        index: ``[batch, rows]`` int64 positions of ``rows`` in ``x``.
+        index: ``[batch, rows]`` int64 positions of ``rows`` in ``x``; ``[1, rows]``: those of all samples.
     """
     return _restore(x, rows, index)
 
@@ -91,8 +101,10 @@ def merge(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
 
 def _select_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (index,) = ctx.saved_tensors
-    into = expand_index(index, ctx.shape, ctx.dim, ctx.batch_dim)
-    return grad.new_zeros(ctx.shape).scatter(ctx.dim, into, grad), None, None, None
+    into = grad.new_zeros(ctx.shape)  # filled in place: a scatter that returned another tensor would copy the zeros
+    if _for_all(index):
+        return into.index_copy_(ctx.dim, index.squeeze(0), grad), None, None, None
+    return into.scatter_(ctx.dim, expand_index(index, ctx.shape, ctx.dim, ctx.batch_dim), grad), None, None, None
 
 
 def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -115,8 +127,10 @@ def _restore_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _restore_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     (index,) = ctx.saved_tensors
-    at = expand_index(index, grad.shape, 1, 0)
-    return grad.scatter(1, at, 0.0), grad.gather(1, at), None
+    rows = _select(grad, index, 1, 0)
+    if _for_all(index):
+        return grad.index_fill(1, index.squeeze(0), 0.0), rows, None
+    return grad.scatter(1, expand_index(index, grad.shape, 1, 0), 0.0), rows, None
 
 
 def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

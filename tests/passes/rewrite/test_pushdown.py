@@ -30,13 +30,6 @@ def test_a_hidden_block() -> None:
     assert_expected_inline(
         block(captured(dynamic=True).rewritten(site(0, 1)), 0),
         """\
-%ones = ones([%sym_size_int.2, %sym_size_int.2], dtype=torch.bool, device=cpu)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
-%tril = tril(%ones)  # bool[tokens, tokens] layers.0.attention by explicit-causal-mask
-%unsqueeze = unsqueeze(%tril, 0)  # bool[1, tokens, tokens] layers.0.attention by seed-sites
-%unsqueeze.2 = unsqueeze(%unsqueeze, 0)  # bool[1, 1, tokens, tokens] layers.0.attention by seed-sites
-%expand = expand(%unsqueeze.2, [%sym_size_int, -1, -1, -1])  # bool[batch, 1, tokens, tokens] layers.0.attention by seed-sites
-%select = select(%expand, %keep_rows, 2, 0)  # bool[batch, 1, tokens - 3, tokens] layers.0.attention by push-down
-%select.2 = select(%select, %keep_rows, 3, 0)  # bool[batch, 1, tokens - 3, tokens - 3] layers.0.attention by push-down
 %layer_norm = layer_norm(%drop, [16], @layers.0.norm1.weight, @layers.0.norm1.bias, 1e-05, False)  # float64[batch, tokens - 3, 16] layers.0.norm1
 %linear.2 = linear(%layer_norm, @layers.0.attention.qkv.weight, @layers.0.attention.qkv.bias)  # float64[batch, tokens - 3, 48] layers.0.attention.qkv
 %slice_tensor = slice.Tensor(%linear.2, 2, 0, 16)  # float64[batch, tokens - 3, 16] layers.0.attention by split-to-slices
@@ -48,7 +41,7 @@ def test_a_hidden_block() -> None:
 %transpose.2 = transpose.int(%view.3, 1, 2)  # float64[batch, 2, tokens - 3, 8] layers.0.attention
 %view.4 = reshape(%slice_tensor.3, [%sym_size_int, %sym_size_int.3, 2, 8])  # float64[batch, tokens - 3, 2, 8] layers.0.attention
 %transpose.3 = transpose.int(%view.4, 1, 2)  # float64[batch, 2, tokens - 3, 8] layers.0.attention
-%scaled_dot_product_attention = scaled_dot_product_attention(%transpose, %transpose.2, %transpose.3, %select.2, 0.0, False)  # float64[batch, 2, tokens - 3, 8] layers.0.attention
+%scaled_dot_product_attention = scaled_dot_product_attention(%transpose, %transpose.2, %transpose.3, None, 0.0, True)  # float64[batch, 2, tokens - 3, 8] layers.0.attention
 %transpose.4 = transpose.int(%scaled_dot_product_attention, 1, 2)  # float64[batch, tokens - 3, 2, 8] layers.0.attention
 %view.5 = reshape(%transpose.4, [%sym_size_int, %sym_size_int.3, 16])  # float64[batch, tokens - 3, 16] layers.0.attention
 %linear.3 = linear(%view.5, @layers.0.attention.out.weight, @layers.0.attention.out.bias)  # float64[batch, tokens - 3, 16] layers.0.attention.out
@@ -110,7 +103,6 @@ def test_the_last_block_of_exact() -> None:
 %tril = tril(%ones)  # bool[tokens + 6, tokens + 6] layers.1.attention by explicit-causal-mask
 %unsqueeze = unsqueeze(%tril, 0)  # bool[1, tokens + 6, tokens + 6] layers.1.attention by push-down
 %unsqueeze.2 = unsqueeze(%unsqueeze, 0)  # bool[1, 1, tokens + 6, tokens + 6] layers.1.attention by push-down
-%expand = expand(%unsqueeze.2, [%sym_size_int, -1, -1, -1])  # bool[batch, 1, tokens + 6, tokens + 6] layers.1.attention by push-down
 %layer_norm.3 = layer_norm(%add.4, [16], @layers.1.norm1.weight, @layers.1.norm1.bias, 1e-05, False)  # float64[batch, tokens + 6, 16] layers.1.norm1
 %linear.5 = linear(%layer_norm.3, @layers.1.attention.qkv.weight, @layers.1.attention.qkv.bias)  # float64[batch, tokens + 6, 48] layers.1.attention.qkv
 %slice_tensor.4 = slice.Tensor(%linear.5, 2, 16, 32)  # float64[batch, tokens + 6, 16] layers.1.attention by split-to-slices
@@ -119,8 +111,8 @@ def test_the_last_block_of_exact() -> None:
 %transpose.5 = transpose.int(%view.5, 1, 2)  # float64[batch, 2, tokens + 6, 8] layers.1.attention
 %view.6 = reshape(%slice_tensor.5, [%sym_size_int, %add, 2, 8])  # float64[batch, tokens + 6, 2, 8] layers.1.attention
 %transpose.6 = transpose.int(%view.6, 1, 2)  # float64[batch, 2, tokens + 6, 8] layers.1.attention
-%select = select(%expand, %range_rows, 2, 0)  # bool[batch, 1, 6, tokens + 6] layers.1.attention by push-down
-%select.2 = select(%linear.5, %range_rows, 1, 0)  # float64[batch, 6, 48] layers.1.attention.qkv by push-down
+%select = select(%unsqueeze.2, %unsqueeze.3, 2, 0)  # bool[1, 1, 6, tokens + 6] layers.1.attention by push-down
+%select.2 = select(%linear.5, %unsqueeze.3, 1, 0)  # float64[batch, 6, 48] layers.1.attention.qkv by push-down
 %slice_tensor.6 = slice.Tensor(%select.2, 2, 0, 16)  # float64[batch, 6, 16] layers.1.attention by split-to-slices
 %view.7 = reshape(%slice_tensor.6, [%sym_size_int, 6, 2, 8])  # float64[batch, 6, 2, 8] layers.1.attention
 %transpose.7 = transpose.int(%view.7, 1, 2)  # float64[batch, 2, 6, 8] layers.1.attention

@@ -1,0 +1,8 @@
+"""Simplification: small exact passes over a graph whose selections have been pushed down, or that is only captured."""
+
+from .causal import CausalAttention
+from .duplicates import ShareDuplicates
+from .restores import MergeRestores
+from .uniform import UniformRows
+
+__all__ = ["CausalAttention", "MergeRestores", "ShareDuplicates", "UniformRows"]
