@@ -14,7 +14,7 @@ arXiv 2501.17811: SigLIP-L/16 at 384 px, 576 tokens an image, a VQ codebook of 1
 `transformers.models.janus`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,9 @@ def build(
     device: str | None = None,
     batch: int = 2,
     seed: int = 0,
+    image_pixels: int | None = None,
+    text_tokens: int | None = None,
+    padded: bool = True,
 ) -> tg.ModelSpec:
     """Return a randomly initialised Janus with its two tasks and an example batch for each.
 
@@ -94,13 +97,17 @@ def build(
             The example batches are always real CPU tensors.
         batch: Rows of the example batches.
         seed: Seed of the weights and of the example batches.
+        image_pixels: Height and width of an image, if other than the size's own.
+        text_tokens: Text tokens of a row, if other than the size's own.
+        padded: Whether understanding takes an `attention_mask`; without one, nothing is padded and attention is causal.
 
     Raises:
         ValueError: The size is unknown.
     """
     if size not in SIZES:
         raise ValueError(f"size is one of {', '.join(SIZES)}, not {size!r}")
-    dims = SIZES[size]
+    own = {"image_pixels": image_pixels, "text_tokens": text_tokens}
+    dims = replace(SIZES[size], **{name: number for name, number in own.items() if number is not None})
     config = janus_config(dims, dims.layers if layers is None else layers)
     with torch.random.fork_rng(devices=[]), torch.device(device or dims.device):
         torch.manual_seed(seed)
@@ -112,8 +119,9 @@ def build(
         tasks={
             "understanding": tg.Task(
                 forward=understanding_loss,
-                inputs=understanding_batch(dims, batch, getattr(torch, dtype), seed),
-                dynamic={"input_ids": rows, "pixel_values": {0: "batch"}, "attention_mask": rows, "labels": rows},
+                inputs=understanding_batch(dims, batch, getattr(torch, dtype), seed, padded),
+                dynamic={"input_ids": rows, "pixel_values": {0: "batch"}, "labels": rows}
+                | ({"attention_mask": rows} if padded else {}),
                 visual=tg.VisualTokens.ids(input="input_ids", equal=dims.image_token_id),
                 reads="text",
                 outputs="loss",
@@ -174,8 +182,8 @@ def understanding_loss(
     model: JanusForConditionalGeneration,
     input_ids: Tensor,
     pixel_values: Tensor,
-    attention_mask: Tensor,
     labels: Tensor,
+    attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the next-token loss on the answer, and the logits `[batch, tokens, vocabulary]`.
 
@@ -202,14 +210,14 @@ def generation_loss(
     return F.cross_entropy(logits.flatten(0, 1), image_codes.flatten()), logits
 
 
-def understanding_batch(dims: Size, batch: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Return random rows: some text, an image, a question, an answer and, in every second row, right padding.
+def understanding_batch(dims: Size, batch: int, dtype: torch.dtype, seed: int, padded: bool) -> dict[str, Tensor]:
+    """Return random rows: some text, an image, a question, an answer and, if asked for, padding in every second row.
 
     The image starts at another position in each of the first rows; token id 0 is the padding.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = dims.text_tokens + dims.image_tokens
-    answer, padding = dims.text_tokens // 3, dims.text_tokens // 6
+    answer, padding = dims.text_tokens // 3, dims.text_tokens // 6 if padded else 0
     input_ids = torch.randint(1, dims.image_token_id, (batch, tokens), generator=generator)
     attention_mask = torch.ones(batch, tokens, dtype=torch.long)
     labels = torch.full((batch, tokens), IGNORE)
@@ -221,7 +229,8 @@ def understanding_batch(dims: Size, batch: int, dtype: torch.dtype, seed: int) -
         input_ids[row, end:] = 0
         attention_mask[row, end:] = 0
     pixels = torch.randn(batch, 3, dims.image_pixels, dims.image_pixels, generator=generator).to(dtype)
-    return {"input_ids": input_ids, "pixel_values": pixels, "attention_mask": attention_mask, "labels": labels}
+    inputs = {"input_ids": input_ids, "pixel_values": pixels, "labels": labels}
+    return inputs | ({"attention_mask": attention_mask} if padded else {})
 
 
 def generation_batch(dims: Size, batch: int, seed: int) -> dict[str, Tensor]:
