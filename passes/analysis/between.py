@@ -32,7 +32,7 @@ class Part:
     after: Segment | None
 
     def side(self) -> str:
-        """Which layer has its number: ``"before"`` or ``"after"``; ``"neither"``, or ``"unknown"`` where numbers tell nothing."""
+        """Which layer has its number: ``"before"``, ``"after"``, ``"neither"``; ``"unknown"`` where numbers tell nothing."""
         mine, before, after = (_numbers(s) for s in (self.segment, self.before, self.after))
         if not mine or not (before or after) or (before and after and _match(before, after)):
             return "unknown"

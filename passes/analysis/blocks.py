@@ -15,10 +15,9 @@ from tokgraph.errors import AnalysisError
 from tokgraph.ir.facts import Attention, Between, Block, KeyOperand, Unplaced
 from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph
-from tokgraph.ir.tensors import tensor_name
 
 from ..rules import axis_map, has_rule, traits
-from ..rules.registry import Axis, AxisMap, Mix
+from ..rules.registry import Axis, Mix
 from .axes import AxisClasses
 from .between import Part, belong_after, parameters
 from .projections import find_projections, projection_weights
@@ -72,21 +71,30 @@ def _no_attention(graph: TaskGraph, segments: Sequence[Segment]) -> AnalysisErro
     """Why no attention was found: an operator that cannot be followed, or a softmax over an axis that is not the stream's."""
     inside = [node for segment in segments for node in segment.nodes]
     unruled = next((node for node in inside if tensor(node) is not None and not has_rule(node)), None)
-    mixes = (
-        node for node in inside for mix in (axis_map(node) or AxisMap(())).mixes if mix.kind in ("attention", "softmax")
-    )
-    lost = next(mixes, None)
+    lost = next((node for node in inside if _may_attend(node)), None)
+    beside = next((node for node in graph.graph.nodes if _may_attend(node)), None)
     what = ""
     if unruled is not None:
         what = f": {unruled.target} has no token-axis rule, so that tokens cannot be followed through it"
     elif lost is not None:
         what = f": {lost.target} works over an axis that was joined, cut or merged on its way from the stream's tokens"
+    elif beside is not None:
+        what = (
+            f": the longest run of additions, {segments[0].start.name} to {segments[-1].end.name}, does not lead past "
+            f"{beside.target}; a decoder whose layers gate, mix or replace their rows, or run several streams, has no stream"
+        )
     return AnalysisError(
         f"task {graph.name!r}: no attention over the residual stream was found{what}",
-        where=where(unruled or lost or segments[0].start),
+        where=where(unruled or lost or beside or segments[0].start),
         help="tokgraph understands scaled_dot_product_attention, and matmul, softmax, matmul over the stream's tokens; write "
         "the attention in these, or add a rule (CONTRIBUTING.md, 'How to add an op rule')",
     )
+
+
+def _may_attend(node: fx.Node) -> bool:
+    """Whether a node is, or may be part of, an attention."""
+    described = axis_map(node) if tensor(node) is not None else None
+    return described is not None and any(mix.kind in ("attention", "softmax") for mix in described.mixes)
 
 
 def find_blocks(

@@ -112,9 +112,9 @@ def _declared(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> Visual
             f"task {graph.name!r}: visual= names input {visual.input!r} of shape {shape}, which does not lie along the token "
             f"axis of the residual stream that was found, which begins at {_begins(stream)}",
             where=where(source),
-            help="name a [batch, tokens] input of the whole sequence, use VisualTokens.positions, or give visual_inputs=; where "
-            "the stream begins later than the decoder, something in between adds to no stream (a norm of the sum, an operator "
-            "without a rule)",
+            help="name a [batch, tokens] input of the whole sequence, use VisualTokens.positions, or give visual_inputs=; "
+            "where the stream begins later than the decoder, something in between adds to no stream (a norm of the sum, "
+            "an operator without a rule)",
         )
     if source.users and not is_one(source, 0) and not classes.same((source, 0), (stream, 0)):
         raise AnalysisError(

@@ -31,11 +31,11 @@ def check_placed(facts: Facts, tasks: Iterable[str]) -> None:
                 "policies none and exact place no sites",
             )
         if task.between:
-            first_between = task.between[0]
+            part = task.between[0]
             raise PlanError(
-                f"task {name!r}: no site can be placed by depth: {first_between.module} adds to the residual stream between two "
-                "layers, outside of their modules, and nothing tells to which of them it belongs",
-                where=Where(first_between.node, module=first_between.module or None, source=first_between.source),
+                f"task {name!r}: no site can be placed by depth: {part.module} adds to the residual stream between two layers, "
+                "outside of their modules, and nothing tells to which of them it belongs",
+                where=Where(part.node, module=part.module, source=part.source),
                 help="call it in the forward of the layer's module, or give it the layer's number; the policies none and exact "
                 "place no sites",
             )
