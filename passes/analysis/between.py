@@ -7,7 +7,7 @@ first, belongs to the layer after it. What says nothing belongs to the layer bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tokgraph.ir.facts import Between
@@ -41,7 +41,7 @@ class Part:
         return "after" if _match(mine, after) else "neither"
 
 
-def belong_after(parts: Sequence[Part]) -> tuple[set[Segment], tuple[Between, ...]]:
+def belong_after(parts: Iterable[Part]) -> tuple[set[Segment], tuple[Between, ...]]:
     """The segments that belong to the layer after them, and those of which it is not known.
 
     Args:
