@@ -10,7 +10,7 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from tokgraph.errors import DependencyError, ExportError
+from tokgraph.errors import DependencyError, ExportError, FileError
 from tokgraph.export.files import ACCELERATED, BASELINE, ExportedFile, find_exported
 from tokgraph.export.reference import Reference
 from tokgraph.export.session import Session
@@ -50,6 +50,11 @@ def run(
 
     The batch is a safetensors file of tensors TASK/0/INPUT, as tokgraph.save_batches writes it.
     """
+    if not holds_program(folder) and not holds_onnx(folder):
+        raise FileError(
+            f"{folder} holds no saved program and no exported graphs",
+            help="make them with `tokgraph optimize MODEL`, or `tokgraph export`",
+        )
     chosen = runtime or ("torch" if holds_program(folder) else "onnxruntime")
     batches = batches_in(batch) if batch is not None else example_of(folder)
     wanted = tasks or tuple(batches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
@@ -12,14 +12,14 @@ import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.facts import Attention, Block, KeyOperand, Unplaced
+from tokgraph.ir.facts import Attention, Between, Block, KeyOperand, Unplaced
 from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph
-from tokgraph.ir.tensors import tensor_name
 
-from ..rules import axis_map, traits
+from ..rules import axis_map, has_rule, traits
 from ..rules.registry import Axis, Mix
 from .axes import AxisClasses
+from .between import Part, belong_after, parameters
 from .projections import find_projections, projection_weights
 from .stream import Segment
 
@@ -56,11 +56,7 @@ def token_axis(graph: TaskGraph, segments: Sequence[Segment], classes: AxisClass
                 if mix.kind in ("attention", "softmax"):
                     votes.update(a for a in range(rank(entry)) if classes.same((entry, a), mix.axes[0]))
     if not votes:
-        raise AnalysisError(
-            f"task {graph.name!r}: no attention over the residual stream was found",
-            where=where(entry),
-            help="tokgraph understands scaled_dot_product_attention and softmax followed by matmul",
-        )
+        raise _no_attention(graph, segments)
     axis = 1 if votes[1] else votes.most_common(1)[0][0]  # attention over samples as well is refused in spans
     if rank(entry) != 3 or axis != 1:
         raise AnalysisError(
@@ -71,27 +67,83 @@ def token_axis(graph: TaskGraph, segments: Sequence[Segment], classes: AxisClass
     return entry, axis
 
 
-def find_blocks(segments: Sequence[Segment], classes: AxisClasses, tokens: Axis) -> tuple[Block, ...]:
+def _no_attention(graph: TaskGraph, segments: Sequence[Segment]) -> AnalysisError:
+    """Why no attention was found: an operator that cannot be followed, or a softmax over an axis that is not the stream's."""
+    inside = [node for segment in segments for node in segment.nodes]
+    unruled = next((node for node in inside if tensor(node) is not None and not has_rule(node)), None)
+    lost = next((node for node in inside if _may_attend(node)), None)
+    beside = next((node for node in graph.graph.nodes if _may_attend(node)), None)
+    what = ""
+    if unruled is not None:
+        what = f": {unruled.target} has no token-axis rule, so that tokens cannot be followed through it"
+    elif lost is not None:
+        what = f": {lost.target} works over an axis that was joined, cut or merged on its way from the stream's tokens"
+    elif beside is not None:
+        what = (
+            f": the longest run of additions, {segments[0].start.name} to {segments[-1].end.name}, does not lead past "
+            f"{beside.target}; a decoder whose layers gate, mix or replace their rows, or run several streams, has no stream"
+        )
+    return AnalysisError(
+        f"task {graph.name!r}: no attention over the residual stream was found{what}",
+        where=where(unruled or lost or beside or segments[0].start),
+        help="tokgraph understands scaled_dot_product_attention, and matmul, softmax, matmul over the stream's tokens; write "
+        "the attention in these, or add a rule (CONTRIBUTING.md, 'How to add an op rule')",
+    )
+
+
+def _may_attend(node: fx.Node) -> bool:
+    """Whether a node is, or may be part of, an attention."""
+    described = axis_map(node) if tensor(node) is not None else None
+    return described is not None and any(mix.kind in ("attention", "softmax") for mix in described.mixes)
+
+
+def find_blocks(
+    segments: Sequence[Segment], classes: AxisClasses, tokens: Axis
+) -> tuple[tuple[Block, ...], tuple[Between, ...]]:
     """Group residual segments into blocks.
 
     A block begins where tokens mix; segments that mix none (the FFN) belong to the block before them, or to the one after
-    them where the module stack says so, and those before the first mix (what is added to embeddings) to none. Neighbours
-    that both mix tokens are one block when the module stack says that one module holds both (self- and cross-attention).
+    them where the module stack or the number of their module says so, and those before the first mix (what is added to
+    embeddings) to none. Neighbours that both mix tokens are one block when the module stack says that one module holds both
+    (self- and cross-attention).
+
+    Returns:
+        The blocks, and the segments of which it is not known to which of two blocks they belong.
     """
     mixing = [
         any(found.mix.kind not in _PLACING for found in token_mixes(segment.nodes, classes, tokens))
         for segment in segments
     ]
+    following = [
+        next((s for s, mixes in zip(segments[number:], mixing[number:], strict=True) if mixes), None)
+        for number in range(len(segments))
+    ]
+    later, unsure = belong_after(_between(segments, mixing, following))
     groups: list[list[Segment]] = []
+    heading = False  # the last block holds no mix yet, only what belongs to it before that
     for number, segment in enumerate(segments):
-        following = next((s for s, mixes in zip(segments[number:], mixing[number:], strict=True) if mixes), None)
-        if groups and _together(groups[-1][0], segment):
+        mixes, after = mixing[number], following[number]
+        leads = not mixes and after is not None and (_together(segment, after) or segment in later)
+        if groups and (heading or _together(groups[-1][0], segment)):
             groups[-1].append(segment)
-        elif mixing[number] or (following is not None and _together(segment, following)):
+        elif mixes or leads:
             groups.append([segment])
         elif groups:
             groups[-1].append(segment)
-    return tuple(_block(index, group, classes, tokens) for index, group in enumerate(groups))
+        heading = not mixes and (heading or (leads and groups[-1] == [segment]))
+    return tuple(_block(index, group, classes, tokens) for index, group in enumerate(groups)), unsure
+
+
+def _between(
+    segments: Sequence[Segment], mixing: Sequence[bool], following: Sequence[Segment | None]
+) -> Iterator[Part]:
+    """The segments with parameters of their own that are in the module of neither layer beside them."""
+    before = None
+    for segment, mixes, after in zip(segments, mixing, following, strict=True):
+        if mixes:
+            before = segment
+        elif parameters(segment) and not any(s is not None and _together(segment, s) for s in (before, after)):
+            yield Part(segment, before, after)
 
 
 def find_unplaced(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> tuple[Unplaced, ...]:
@@ -183,7 +235,7 @@ def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis)
     found = _with_direct(found, nodes, [segment.end for segment in group[:-1]])
     module = min((s.module for s in group if s.module), key=len, default="")
     names = tuple(n.name for n in nodes)
-    read = {tensor_name(x) for node in nodes for x in node.all_input_nodes if x.op == "get_attr"}
+    read = set().union(*map(parameters, group))
     projections = find_projections(found, nodes)
     return Block(index, module, group[0].start.name, group[-1].end.name, names, found, projections, tuple(sorted(read)))
 

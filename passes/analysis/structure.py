@@ -25,7 +25,7 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
     segments = residual_segments(graph)
     nodes = by_name(graph.graph)
     tokens = token_axis(graph, segments, classes)
-    blocks = find_blocks(segments, classes, tokens)
+    blocks, between = find_blocks(segments, classes, tokens)
     entry, last = nodes[blocks[0].start], nodes[blocks[-1].end]
     flow = find_visual(graph, entry, classes)
     visual = visual_mask(graph, flow, entry)
@@ -45,4 +45,5 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
         dimensions=graph.dimensions,
         unruled=tuple((n.name, str(n.target)) for n in inside if tensor(n) is not None and not has_rule(n)),
         unplaced=find_unplaced(graph.graph, blocks, classes, tokens),
+        between=between,
     )

@@ -87,6 +87,14 @@ def range_bounds(flow: VisualFlow, tokens: int, offset: int) -> tuple[int, int]:
     return start, stop
 
 
+def _begins(stream: fx.Node) -> str:
+    """Where a stream begins, for a message."""
+    place = where(stream)
+    return " in ".join(filter(None, (place.node or stream.name, place.module))) + (
+        f" ({place.source})" if place.source else ""
+    )
+
+
 def _declared(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlow:
     visual = graph.task.visual
     assert visual is not None
@@ -102,9 +110,11 @@ def _declared(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> Visual
     if rank(source) != 2 or (source.users and not classes.same((source, 1), (stream, 1))):
         raise AnalysisError(
             f"task {graph.name!r}: visual= names input {visual.input!r} of shape {shape}, which does not lie along the token "
-            "axis of the residual stream",
+            f"axis of the residual stream that was found, which begins at {_begins(stream)}",
             where=where(source),
-            help="name a [batch, tokens] input of the whole sequence, use VisualTokens.positions, or give visual_inputs=",
+            help="name a [batch, tokens] input of the whole sequence, use VisualTokens.positions, or give visual_inputs=; "
+            "where the stream begins later than the decoder, something in between adds to no stream (a norm of the sum, "
+            "an operator without a rule)",
         )
     if source.users and not is_one(source, 0) and not classes.same((source, 0), (stream, 0)):
         raise AnalysisError(

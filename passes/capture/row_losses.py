@@ -28,8 +28,10 @@ def _cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Any:
-    if reduction != 0 or target.is_floating_point():
+    if reduction != 0:
         return NotImplemented
+    if target.is_floating_point():
+        return soft_rows(x, target, weight, label_smoothing)
     return cross_entropy_rows(x, target, weight, ignore_index, label_smoothing)
 
 
@@ -78,6 +80,24 @@ def cross_entropy_rows(
         return likely
     smooth = smooth_rows(logs, target, weight, ignore_index)
     return likely * (1 - label_smoothing) + smooth * (label_smoothing / x.shape[_classes(x)])
+
+
+def soft_rows(x: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """The cross entropy of every row with the probabilities of its classes.
+
+    Args:
+        x: logits, ``[rows, classes]`` or ``[batch, classes, rows...]``, or ``[classes]``.
+        target: probabilities, of the same shape.
+        weight: ``[classes]``.
+        label_smoothing: the share of the probability that all classes have alike.
+    """
+    axis = _classes(x)
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + label_smoothing / x.shape[axis]
+    losses = aten.log_softmax.int(x, axis) * target
+    if weight is not None:
+        losses = losses * weight.view([-1] + [1] * (x.dim() - 1 - axis))
+    return -losses.sum(axis)
 
 
 def likelihood_rows(logs: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

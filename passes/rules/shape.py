@@ -129,6 +129,21 @@ def repeat(node: fx.Node) -> AxisMap:
     return AxisMap(tuple(rows), tuple(Mix("layout", ((x, j),)) for j in repeated))
 
 
+@rule(aten.repeat_interleave.self_int, axes=("dim",))
+def repeat_interleave(node: fx.Node) -> AxisMap:
+    """Repeats the elements of one axis, as heads of grouped keys; of none: all axes are merged before."""
+    x = first_input(node)
+    if argument(node, "dim") is None:
+        return AxisMap((None,), tuple(Mix("layout", ((x, axis),)) for axis in range(rank(x))))
+    repeated = axis_argument(node, x)
+    rows: list[Rows] = [((x, axis),) for axis in range(rank(x))]
+    if is_one(x, repeated):
+        rows[repeated] = ()  # made anew
+    elif argument(node, "repeats") != 1:
+        rows[repeated] = None
+    return AxisMap(tuple(rows), () if rows[repeated] is not None else (Mix("layout", ((x, repeated),)),))
+
+
 @rule(aten.slice.Tensor, axes=("dim",))
 def slice_(node: fx.Node) -> AxisMap:
     """Cuts one axis; a slice of the whole axis is the identity."""

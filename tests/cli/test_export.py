@@ -120,7 +120,7 @@ def test_profile_prints_tables(run, saved: Path) -> None:
         (("export", "{saved}", "--onnx", ""), 2, "name at least one"),
         (("export", "{saved}", "--opset", "9"), 1, "too old"),
         (("export", "no/such.py",), 2, "no such file"),
-        (("run", "{empty}"), 1, "TG007"),
+        (("run", "{empty}"), 1, "TG011"),
         (("run", "{saved}", "--task", "translation"), 1, "there is no"),
         (("run", "{saved}", "--graph", "train-step", "--runtime", "onnxruntime"), 1, "no exported train-step"),
         (("run", "no/folder"), 2, "does not exist"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import tokgraph as tg
 from tests.field import decoder as m
@@ -214,3 +216,66 @@ def test_shared_wants_the_same_layers_in_all_tasks() -> None:
 @pytest.mark.slow
 def test_shared_takes_tasks_of_the_same_layers() -> None:
     assert len(tg.make_plan(two_tasks(first=0), "shared").sites) == 2
+
+
+class Looking(nn.Module):
+    """Cross-attention of tokens to image features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(m.HIDDEN, m.HIDDEN), nn.Linear(m.FEATURES, m.HIDDEN)
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        q, k = (m.heads(y).transpose(1, 2) for y in (self.query(x), self.key(features)))
+        return F.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+
+
+class Beside(Model):
+    """Cross-attentions in a list of their own, before or after their layers, and not before each."""
+
+    at: tuple[int, ...] = (0, 1, 2)
+    after = False
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.cross = nn.ModuleList(Looking() for _ in self.at)
+
+    def forward(self, ids: Tensor, patches: Tensor, span: range = range(0), hidden: m.Hidden = None) -> Tensor:
+        x = self.enter(ids, patches)
+        for number, layer in enumerate(self.layers):
+            before, here = x, hidden if number in span else None
+            looking = self.cross[self.at.index(number)] if number in self.at else None
+            if looking is not None and not self.after:
+                x = x + looking(x, patches)
+            x = layer(x, here)
+            if looking is not None and self.after:
+                x = x + looking(x, patches)
+            if here is not None:
+                x = torch.where(here.unsqueeze(-1), before, x)
+        return self.read(x)
+
+
+class BesideAfter(Beside):
+    after = True
+
+
+class BesideSome(Beside):
+    at = (0, 2)
+
+
+@pytest.mark.parametrize("cls", [Beside, pytest.param(BesideAfter, marks=pytest.mark.slow)])
+def test_what_a_list_of_its_own_adds_belongs_to_the_layer_of_its_number(cls: type[Beside]) -> None:
+    model = m.model(cls=cls)
+    accelerated = tg.optimize(m.spec(model, m.batch()), tg.Plan((tg.DropSite(TASK, 1, 2, 0.5),)))
+    for inputs in (m.batch(), m.batch((5, 1), seed=3)):
+        by_hand = m.loss(model, **inputs, span=range(1, 2), hidden=m.dropped(inputs["ids"]))
+        assert m.worst(accelerated[TASK](**inputs), by_hand, model) < 1e-10
+
+
+def test_no_site_is_placed_where_a_part_may_be_of_either_layer() -> None:
+    facts = tg.analyze(tg.capture(m.spec(m.model(cls=BesideSome), m.batch())))
+    tg.verify(tg.apply(facts, tg.make_plan(facts, "exact"))).raise_if_failed()
+    with pytest.raises(tg.PlanError, match=r"cross\.1 adds to the residual stream between two layers") as caught:
+        tg.apply(facts, tg.Plan((tg.DropSite(TASK, 1, 2, 0.5),)))
+    assert "test_depth.py" in str(caught.value.where)
+    assert summarise(facts)["tasks"][TASK]["between_blocks"][0]["module"] == "cross.1"

@@ -93,8 +93,16 @@ def masked_entropy(model, ids, patches, labels):
     return F.cross_entropy(z, labels) - 0.1 * ((logs.exp() * logs).sum(-1) * weight).sum() / weight.sum()
 
 
+def soft_labels(model, ids, patches, labels):
+    z, labels = scores(model, ids, patches), shifted(labels)
+    counts, soft = labels != IGNORED, F.one_hot(labels.clamp_min(0), VOCABULARY).to(z) * 0.9 + 0.1 / VOCABULARY
+    weight = torch.linspace(0.5, 2.0, VOCABULARY, dtype=z.dtype)
+    rows = F.cross_entropy(z.mT, soft.mT, weight=weight, reduction="none", label_smoothing=0.2)
+    return (rows * counts).sum() / counts.sum()
+
+
 LABELLED = [
-    log_likelihood, chosen_by_where, filled, every_row, every_sample, likelihood_loss, sliced, in_parts, masked_entropy,
+    soft_labels, log_likelihood, chosen_by_where, filled, every_row, every_sample, likelihood_loss, sliced, in_parts, masked_entropy,
 ]  # fmt: skip
 
 

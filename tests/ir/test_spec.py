@@ -196,6 +196,22 @@ def test_files_that_cannot_be_loaded(name: str, text: str | None, message: str, 
     assert "tokgraph_model_fails" not in sys.modules
 
 
+def test_modules_beside_the_file_are_found(tmp_path: Path) -> None:
+    (tmp_path / "beside_the_model.py").write_text("from tests import tiny\n")
+    (tmp_path / "model.py").write_text(
+        "import beside_the_model\n\ndef build():\n    return beside_the_model.tiny.build()\n"
+    )
+    searched = list(sys.path)
+    assert isinstance(tg.load(tmp_path / "model.py"), tg.ModelSpec)
+    assert sys.path == searched
+
+
+def test_a_script_that_ends_itself_is_no_model_file(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("raise SystemExit(3)\n")
+    with pytest.raises(tg.LoadError, match="SystemExit: 3"):
+        tg.load(tmp_path / "model.py")
+
+
 def test_a_folder_is_no_model_file(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="no such model file"):
         tg.load(tmp_path)

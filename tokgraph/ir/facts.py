@@ -120,6 +120,21 @@ class Unplaced:
 
 
 @dataclass(frozen=True)
+class Between:
+    """Something with parameters of its own that is added to the stream between two layers, and may be part of either.
+
+    Args:
+        node: its first operator with a parameter.
+        module: the path of its item in a list of modules (``cross.1``).
+        source: ``file:line`` of the call, where export kept it.
+    """
+
+    node: str
+    module: str
+    source: str | None = None
+
+
+@dataclass(frozen=True)
 class Projection:
     """A linear map by which an attention gets its queries, keys or values from the residual stream.
 
@@ -264,6 +279,7 @@ class TaskFacts:
         unruled: ``(node, operator)`` of operators inside blocks that have no rule.
         unplaced: attentions over the token axis whose layers are no blocks. Where there are some, block numbers are no
             layer numbers, and no drop site can be placed by them.
+        between: what is added between two blocks and may be part of either; then, too, no drop site can be placed.
     """
 
     name: str
@@ -279,6 +295,7 @@ class TaskFacts:
     dimensions: tuple[Dimension, ...] = ()
     unruled: tuple[tuple[str, str], ...] = ()
     unplaced: tuple[Unplaced, ...] = ()
+    between: tuple[Between, ...] = ()
 
     @property
     def stream(self) -> tuple[str, ...]:

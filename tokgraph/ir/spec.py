@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -212,6 +213,8 @@ class ModelSpec:
 def load(path: str | Path, **kwargs: Any) -> ModelSpec:
     """Run the ``build`` function of a model file.
 
+    As under ``python model.py``, the file's own folder is searched first for modules, until ``build`` has returned.
+
     Args:
         path: ``model.py`` or ``model.py:function``.
         kwargs: arguments of the function.
@@ -221,29 +224,41 @@ def load(path: str | Path, **kwargs: Any) -> ModelSpec:
     """
     file, _, name = str(path).partition(":")
     function_name = name or "build"
-    module = _import_file(Path(file))
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise LoadError(
-            f"{file} defines no function {function_name!r}",
-            help=f"define `def {function_name}(...) -> tokgraph.ModelSpec`, or name another as {file}:function",
-        )
-    try:
-        inspect.signature(function).bind(**kwargs)
-    except TypeError as error:
-        raise LoadError(
-            f"{function_name}() of {file} cannot be called: {error}",
-            help=f"its signature is {function_name}{inspect.signature(function)}; pass arguments with --set name=value",
-        ) from None
-    try:
-        spec = function(**kwargs)
-    except TokgraphError:
-        raise
-    except Exception as error:
-        raise LoadError(f"{function_name}() of {file} failed: {type(error).__name__}: {error}") from error
+    with _folder_of(Path(file)):
+        module = _import_file(Path(file))
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            raise LoadError(
+                f"{file} defines no function {function_name!r}",
+                help=f"define `def {function_name}(...) -> tokgraph.ModelSpec`, or name another as {file}:function",
+            )
+        try:
+            inspect.signature(function).bind(**kwargs)
+        except TypeError as error:
+            raise LoadError(
+                f"{function_name}() of {file} cannot be called: {error}",
+                help=f"its signature is {function_name}{inspect.signature(function)}; pass arguments with --set name=value",
+            ) from None
+        try:
+            spec = function(**kwargs)
+        except TokgraphError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise LoadError(f"{function_name}() of {file} failed: {type(error).__name__}: {error}") from error
     if not isinstance(spec, ModelSpec):
         raise LoadError(f"{function_name}() of {file} returned {type(spec).__name__}, not a tokgraph.ModelSpec")
     return spec
+
+
+@contextmanager
+def _folder_of(path: Path) -> Iterator[None]:
+    """The folder of a model file as the first place to look for modules."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -258,7 +273,7 @@ def _import_file(path: Path) -> ModuleType:
         module_spec.loader.exec_module(module)
     except TokgraphError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself is no model file
         del sys.modules[module_spec.name]
         raise LoadError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module

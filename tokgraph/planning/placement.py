@@ -16,7 +16,8 @@ def check_placed(facts: Facts, tasks: Iterable[str]) -> None:
         tasks: names of the tasks that get sites.
 
     Raises:
-        PlanError: attentions over the token axis of such a task are in no block, or in one block with those of other layers.
+        PlanError: attentions over the token axis of such a task are in no block, or in one block with those of other
+            layers; or something that is added between two blocks may be part of either.
     """
     for name in tasks:
         task = facts[name]
@@ -28,6 +29,15 @@ def check_placed(facts: Facts, tasks: Iterable[str]) -> None:
                 help="layers cannot be told apart where something passes by the residual stream between them (an early exit, a "
                 "loss of the routers, its beginning added to every layer), or where one module is used several times; the "
                 "policies none and exact place no sites",
+            )
+        if task.between:
+            part = task.between[0]
+            raise PlanError(
+                f"task {name!r}: no site can be placed by depth: {part.module} adds to the residual stream between two layers, "
+                "outside of their modules, and nothing tells to which of them it belongs",
+                where=Where(part.node, module=part.module, source=part.source),
+                help="call it in the forward of the layer's module, or give it the layer's number; the policies none and exact "
+                "place no sites",
             )
 
 

@@ -99,6 +99,7 @@ def _task(task: TaskFacts, graph: TaskGraph, model: nn.Module) -> dict[str, Any]
         "attention_outside_blocks": [
             {"node": found.node, "module": found.module, "block": found.block} for found in task.unplaced
         ],
+        "between_blocks": [{"node": found.node, "module": found.module} for found in task.between],
         "exits": list(task.exits),
         "taken_for_granted": taken_for_granted(graph, model),
         "capture_check": None if graph.check is None else graph.check.to_data(),

@@ -149,6 +149,7 @@ CASES: dict[Any, list[tuple[Any, ...]]] = {
         (numbers(1, S, S), [1, S, S]),
         (numbers(B, 1, S), [-1, S, -1]),
     ],
+    aten.repeat_interleave.self_int: [(stream, 2, 1), (stream, 1, 1), (stream, 3, -1), (numbers(1, S), 2, 0), (numbers(B, S), 2)],
     aten.repeat.default: [(stream, [1, 1, 1]), (square, [1, 2, 1]), (numbers(1, S), [B, 1, 1]), (numbers(S, 1), [2, 1, S])],
     aten.slice.Tensor: [
         (square, 1, 1, 3), (stream, 2, 0, 2), (stream, 1, 0, S), (stream, 1, 0, 2**63 - 1, 2), (stream, -2, -2),

@@ -1,0 +1,100 @@
+"""What is added to the stream between two layers, outside of their modules: to which of the two it belongs.
+
+A cross-attention in a list of its own (``cross[i]`` before ``layers[i]``) lies in no module of a layer. Its number says
+which layer it is part of, if all parts of its list agree; a module that is used between all layers, and already before the
+first, belongs to the layer after it. What says nothing belongs to the layer before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tokgraph.ir.facts import Between
+from tokgraph.ir.node import source_line
+from tokgraph.ir.tensors import tensor_name
+
+from .stream import Segment
+
+
+@dataclass(frozen=True)
+class Part:
+    """A segment between two layers, with parameters of its own.
+
+    Args:
+        segment: the segment.
+        before: the segment that mixes tokens before it, ``None`` before the first layer.
+        after: the one that mixes tokens after it, ``None`` behind the last layer.
+    """
+
+    segment: Segment
+    before: Segment | None
+    after: Segment | None
+
+    def side(self) -> str:
+        """Which layer has its number: ``"before"``, ``"after"``, ``"neither"``; ``"unknown"`` where numbers tell nothing."""
+        mine, before, after = (_numbers(s) for s in (self.segment, self.before, self.after))
+        if not mine or not (before or after) or (before and after and _match(before, after)):
+            return "unknown"
+        if _match(mine, before):
+            return "before"
+        return "after" if _match(mine, after) else "neither"
+
+
+def belong_after(parts: Iterable[Part]) -> tuple[set[Segment], tuple[Between, ...]]:
+    """The segments that belong to the layer after them, and those of which it is not known.
+
+    Args:
+        parts: all parts between layers, those before the first and behind the last among them.
+    """
+    lists: dict[str, list[Part]] = {}
+    for part in parts:
+        lists.setdefault(_list_name(part.segment), []).append(part)
+    after: set[Segment] = set()
+    unsure: list[Between] = []
+    for mine in lists.values():
+        sides = {part.side() for part in mine} - {"unknown"}
+        if sides <= {"after"}:
+            ends = {part.after is None for part in mine}
+            if sides or (len(mine) > 1 and any(part.before is None for part in mine) and ends == {False}):
+                after.update(part.segment for part in mine if part.after is not None)
+        elif sides != {"before"}:
+            unsure.extend(_told(part) for part in mine if part.before is not None and part.after is not None)
+    return after, tuple(unsure)
+
+
+def parameters(segment: Segment) -> set[str]:
+    """Names of the parameters and buffers that a segment reads."""
+    return {tensor_name(x) for node in segment.nodes for x in node.all_input_nodes if x.op == "get_attr"}
+
+
+def _told(part: Part) -> Between:
+    node = next(n for n in part.segment.nodes if any(x.op == "get_attr" for x in n.all_input_nodes))
+    item = [*_list_name(part.segment).split("."), *map(str, _numbers(part.segment)[:1])]
+    return Between(node.name, ".".join(item), source_line(node))
+
+
+def _path(segment: Segment | None) -> str:
+    """What the names of a segment's parameters have in common."""
+    names = [name.split(".") for name in sorted(parameters(segment))] if segment is not None else []
+    shared = []
+    for level in zip(*names, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
+def _numbers(segment: Segment | None) -> tuple[int, ...]:
+    return tuple(int(part) for part in _path(segment).split(".") if part.isdigit())
+
+
+def _list_name(segment: Segment) -> str:
+    """The path up to the first number: the list that a segment's module is an item of; its whole path where there is none."""
+    path = _path(segment).split(".")
+    number = next((i for i, part in enumerate(path) if part.isdigit()), len(path))
+    return ".".join(path[:number])
+
+
+def _match(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return bool(a) and bool(b) and all(x == y for x, y in zip(a, b, strict=False))
