@@ -122,8 +122,11 @@ class _Eager:
         self.settled.restore()
         for path, _, attribute in changing:  # what the forward sets itself is none of its settings
             self._reads.constants.get(path, {}).pop(attribute, None)
-        self.built = {
-            key for c in first.changes() if (key := (c.path, c.table, c.name)) not in changing and c.name != "training"
+            self._reads.absent.get(path, set()).discard(attribute)
+        self.built = {  # running statistics that come out the same twice (a momentum of 1) are not built, but kept up
+            key
+            for c in first.changes()
+            if (key := (c.path, c.table, c.name)) not in changing and c.name != "training" and not c.unversioned
         }
         self._check_generators()
         self._check_changes(changes)
