@@ -201,6 +201,17 @@ class _Eager:
                 help="draw with torch (torch.rand, torch.randint) and use the result in tensors, or draw outside of the forward"
                 " and pass it as an input",
             )
+        if self._reference.random.same_tensors(self._runner.random):
+            return
+        elsewhere = Runner(self._model, self.settled, self._runner.random.elsewhere())
+        again = elsewhere.run(lambda: self._call(**self._inputs), grad=False)
+        if torch.equal(again.random.cpu, self._reference.random.cpu) and not torch.equal(
+            again.random.cpu, self._runner.random.cpu
+        ):
+            raise CaptureError(
+                f"task {self._name!r}: the forward seeds PyTorch's random generator: a graph draws from it as it is",
+                help="seed before the call, or draw outside of the forward and pass what was drawn as an input",
+            )
 
     def _check_changes(self, changes: Sequence[Change]) -> None:
         """Refuse changes that no call of a graph makes."""

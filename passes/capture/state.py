@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -199,6 +199,10 @@ class RandomState:
             torch.cuda.set_rng_state_all(list(self.devices))
         random.setstate(self.python)
         np.random.set_state(self.numpy)
+
+    def elsewhere(self) -> RandomState:
+        """Another state of PyTorch's generator on the CPU."""
+        return replace(self, cpu=torch.Generator().manual_seed(int(self.cpu.sum()) + 1).get_state())
 
     def same_tensors(self, other: RandomState) -> bool:
         """Whether PyTorch's generators are in the same state."""

@@ -144,6 +144,45 @@ def test_what_the_forward_does_not_look_for_may_come(acc: tg.Accelerated) -> Non
         acc["u"](**batch())
 
 
+def test_an_attribute_that_says_what_the_class_says_is_no_change() -> None:
+    class Flagged(VLM):
+        scale = 1.0
+
+        def forward(self, ids: Tensor, patches: Tensor | None = None) -> Tensor:
+            return super().forward(ids, patches) * self.scale
+
+    model = seeded(Flagged)
+    program = tg.optimize(spec(model), "none", verify=False)
+    model.scale = 1.0
+    assert_same(model, lambda: understanding(model, **batch(seed=3)), lambda: program["u"](**batch(seed=3)))
+    model.scale = 2.0
+    with pytest.raises(tg.StaleError, match=r"scale was 1.0, it is 2.0"):
+        program["u"](**batch())
+
+
+def reseeded() -> None:
+    torch.manual_seed(9)
+
+
+def forked() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+
+
+def by_the_generator() -> None:
+    torch.default_generator.manual_seed(9)
+
+
+@pytest.mark.parametrize("seeds", [reseeded, forked, by_the_generator])
+def test_a_forward_that_seeds_the_generator_is_refused(seeds: Callable[[], None]) -> None:
+    def forward(model: nn.Module, ids: Tensor, patches: Tensor, labels: Tensor) -> Tensor:
+        seeds()
+        return understanding(model, ids, patches + torch.randn_like(patches), labels)
+
+    with pytest.raises(tg.CaptureError, match="random generator"):
+        tg.capture(spec(seeded(VLM), forward))
+
+
 class Root(nn.Module):
     """A norm that returns its input's type whatever the type of its weight is."""
 

@@ -35,8 +35,8 @@ class _Slot:
     relation: Literal["is", "==", "not in"] = "is"
 
     def holds(self) -> bool:
-        if self.relation == "not in":
-            return self.key not in self.of
+        if self.relation == "not in":  # one of the instance that says the same is none either
+            return self.key not in self.of or _equal(self.of[self.key], self.expected)
         if self.key not in self.of:
             return False
         now = self.of[self.key]
@@ -278,6 +278,11 @@ def _compiled(
         f"{name(slot.of)}[{slot.key!r}] {slot.relation} {name(slot.expected)}"
         for slot in slots
         if slot.relation != "not in" and slot.kind != "module"
+    ]
+    tests += [
+        f"{name(slot.of)}.get({slot.key!r}) is {name(slot.of[slot.key])}"
+        for slot in slots
+        if slot.relation == "not in" and slot.key in slot.of
     ]
     tests += [f"{name(structure.tables)} == {name(structure.expected)}"]
     tests += [f"sum(map(len, {name(structure.attributes)})) == {structure.count}"]
