@@ -52,6 +52,7 @@ class Run:
         outputs: path -> tensor, of all tensors that it returns.
         gradients: parameter -> gradient, ``None`` where the loss does not depend on it.
         buffers: buffer -> value afterwards, of those that it changed.
+        before: buffer -> value before, of those.
         random: the state of the random generators afterwards.
     """
 
@@ -60,6 +61,7 @@ class Run:
     gradients: Mapping[str, torch.Tensor | None]
     buffers: Mapping[str, torch.Tensor]
     random: RandomState
+    before: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,20 +112,23 @@ class Runner:
                 with without_parameter_hooks(self._model):
                     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             leaves = pytree.tree_flatten_with_path(result)[0]
+            written = self._written()
             return Run(
                 loss.detach(),
                 {pytree.keystr(path): x.detach() for path, x in leaves if isinstance(x, torch.Tensor)},
                 dict(zip(parameters, found, strict=True)),
-                self._buffers(),
+                {name: now.detach().clone() for name, (_, now) in written.items()},
                 after,
+                {name: then for name, (then, _) in written.items()},
             )
         finally:
             if restore:
                 self._state.restore()
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
+    def _written(self) -> dict[str, tuple[Any, torch.Tensor]]:
+        """Buffer -> its value before and the buffer itself, of those that were written."""
         return {
-            change.whole: change.after.detach().clone()
+            change.whole: (self._state.content(change), change.after)
             for change in self._state.changes()
             if change.table == "_buffers" and isinstance(change.after, torch.Tensor)
         }
@@ -235,7 +240,8 @@ def differences(mine: Run, reference: Run, limit: float, rounding: float) -> Ite
     for path, x in reference.outputs.items():
         yield Difference(f"the output {path or 'that is the loss'}", _relative(mine.outputs.get(path), x))
     for name in dict.fromkeys((*reference.buffers, *mine.buffers)):
-        found, expected = mine.buffers.get(name), reference.buffers.get(name)
+        found = mine.buffers.get(name, reference.before.get(name))  # written with what it was: one run may not show it
+        expected = reference.buffers.get(name, mine.before.get(name))
         yield Difference(f"the buffer {name} after a call", _relative(found, expected), _BUFFER)
     scale = max(
         (float(g.abs().max()) for g in reference.gradients.values() if g is not None and g.numel()), default=0.0

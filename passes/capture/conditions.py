@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -60,12 +60,14 @@ def conditions_of(
     for i, kind in graph.numbers.items():
         inputs[i] = NumberInput(kind)
     constants = {path: _settings(model.get_submodule(path), of_module) for path, of_module in reads.constants.items()}
-    return Conditions(tuple(inputs), _guards(exported, names), dict(reads.modes), constants, autocast)
+    absent, methods = ({path: frozenset(names) for path, names in of.items()} for of in (reads.absent, reads.methods))
+    return Conditions(tuple(inputs), _guards(exported, names), dict(reads.modes), constants, absent, methods, autocast)
 
 
 def _settings(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """The plain attributes of a module as they are now, copied where they can change in place."""
-    return {name: copy.copy(getattr(module, name)) for name in names if hasattr(module, name)}
+    found = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    return {name: copy.deepcopy(x) if isinstance(x, Collection) else x for name, x in found.items()}
 
 
 def _names_of_symbols(shapes: Iterable[Sequence[Any]]) -> dict[sympy.Symbol, str]:

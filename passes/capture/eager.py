@@ -122,8 +122,11 @@ class _Eager:
         self.settled.restore()
         for path, _, attribute in changing:  # what the forward sets itself is none of its settings
             self._reads.constants.get(path, {}).pop(attribute, None)
-        self.built = {
-            key for c in first.changes() if (key := (c.path, c.table, c.name)) not in changing and c.name != "training"
+            self._reads.absent.get(path, set()).discard(attribute)
+        self.built = {  # running statistics that come out the same twice (a momentum of 1) are not built, but kept up
+            key
+            for c in first.changes()
+            if (key := (c.path, c.table, c.name)) not in changing and c.name != "training" and not c.unversioned
         }
         self._check_generators()
         self._check_changes(changes)
@@ -197,6 +200,17 @@ class _Eager:
                 f"task {self._name!r}: the forward draws from {' and '.join(drawn)}: a graph would hold what it drew once",
                 help="draw with torch (torch.rand, torch.randint) and use the result in tensors, or draw outside of the forward"
                 " and pass it as an input",
+            )
+        if self._reference.random.same_tensors(self._runner.random):
+            return
+        elsewhere = Runner(self._model, self.settled, self._runner.random.elsewhere())
+        again = elsewhere.run(lambda: self._call(**self._inputs), grad=False)
+        if torch.equal(again.random.cpu, self._reference.random.cpu) and not torch.equal(
+            again.random.cpu, self._runner.random.cpu
+        ):
+            raise CaptureError(
+                f"task {self._name!r}: the forward seeds PyTorch's random generator: a graph draws from it as it is",
+                help="seed before the call, or draw outside of the forward and pass what was drawn as an input",
             )
 
     def _check_changes(self, changes: Sequence[Change]) -> None:

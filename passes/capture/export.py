@@ -85,7 +85,7 @@ def capture(
 
     Raises:
         CaptureError: a forward fails on its example batch, or cannot be traced, or does what a graph would lose, or the
-            graph computes something else; or a submodule has a name that PyTorch cannot look up.
+            graph computes something else; or a submodule has a name that PyTorch cannot look up, or is of ``torch.jit``.
         SpecError: a forward returns no scalar loss, or a tensor of the model has a name that is reserved.
     """
     _check_names(spec.model)
@@ -102,8 +102,14 @@ def capture(
 
 
 def _check_names(model: nn.Module) -> None:
-    """Refuse names of tensors that are tokgraph's, and of modules that attributes of their parents' classes hide."""
+    """Refuse names of tensors that are tokgraph's, modules that attributes of their parents' classes hide, and those of jit."""
     for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{path or 'the model'} is a module of torch.jit ({type(module).__name__}), which torch.export cannot trace",
+                where=Where(module=path) if path else None,
+                help="use the Python module that it was scripted or traced from; functions under torch.jit.script are fine",
+            )
         for name, child in module.named_children():
             if getattr(module, name, child) is not child:
                 raise CaptureError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class Change:
         table: ``"_parameters"``, ``"_buffers"`` or ``"_modules"``; ``""`` for plain attributes.
         before: what it was.
         after: what it is.
+        unversioned: a kernel wrote the tensor without a new version, as batch norm's does running statistics.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Change:
     table: str
     before: Any
     after: Any
+    unversioned: bool = False
 
     @property
     def whole(self) -> str:
@@ -80,7 +82,12 @@ class State:
             for name in dict.fromkeys((*before, *_mine(table, held))):
                 old, now = before.get(name, _MISSING), held.get(name, _MISSING)
                 if now is _MISSING or old is _MISSING or _differs(old, now):
-                    yield Change(path, name, table, old.value, None if now is _MISSING else now)
+                    by_kernel = now is old.value and isinstance(now, torch.Tensor) and _version(now) == old.version
+                    yield Change(path, name, table, old.value, None if now is _MISSING else now, by_kernel)
+
+    def content(self, change: Change) -> Any:
+        """What was in a tensor or container that changed, where it was copied."""
+        return self._entries[change.path, change.table].get(change.name, _MISSING).content
 
     def restore(self, stays: Callable[[str, str, str], bool] = lambda *_: False) -> None:
         """Put everything back.
@@ -192,6 +199,10 @@ class RandomState:
             torch.cuda.set_rng_state_all(list(self.devices))
         random.setstate(self.python)
         np.random.set_state(self.numpy)
+
+    def elsewhere(self) -> RandomState:
+        """Another state of PyTorch's generator on the CPU."""
+        return replace(self, cpu=torch.Generator().manual_seed(int(self.cpu.sum()) + 1).get_state())
 
     def same_tensors(self, other: RandomState) -> bool:
         """Whether PyTorch's generators are in the same state."""

@@ -29,6 +29,10 @@ _STRAIGHT = (
 )
 
 
+_SEEDS = ("manual_seed", "seed", "set_rng_state", "fork_rng")
+"""Functions of ``torch.random`` that set PyTorch's generator."""
+
+
 @dataclass
 class Seen:
     """What was noted.
@@ -68,7 +72,8 @@ def watching(model: nn.Module) -> Iterator[Seen]:
         model: whose modules are named in errors.
 
     Raises:
-        CaptureError: the forward calls a ``torch.autograd.Function``, registers a hook on a gradient, or assigns ``.data``.
+        CaptureError: the forward calls a ``torch.autograd.Function``, registers a hook on a gradient, assigns ``.data``, or
+            seeds a generator.
     """
     seen = Seen()
     paths = {id(module): path for path, module in model.named_modules()}
@@ -130,6 +135,22 @@ def _replacements(
         seen.checkpoints.append(_place(paths))
         return recompute(*args, **kwargs)
 
+    def seeds(name: str) -> Callable[..., Any]:
+        original = getattr(torch.random, name)
+
+        def seeding(*args: Any, **kwargs: Any) -> Any:
+            if _is_users(sys._getframe(1)):
+                raise refused(
+                    f"the forward sets PyTorch's random generator ({name}): a graph draws from it as it is",
+                    "seed before the call, or draw outside of the forward and pass what was drawn as an input",
+                )
+            return original(*args, **kwargs)
+
+        return seeding
+
+    for name in _SEEDS:
+        yield torch.random, name, seeds(name)
+        yield torch, name, seeds(name)
     yield torch.autograd.Function, "apply", classmethod(function_apply)
     yield torch.Tensor, "register_hook", register_hook
     yield torch.Tensor, "register_post_accumulate_grad_hook", register_hook

@@ -128,7 +128,7 @@ def tensors(val: Any) -> list[torch.Tensor]:
 
 
 def _plain(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
 
 
 def _shape(x: Any) -> tuple[Any, ...]:
@@ -184,7 +184,7 @@ def _key(x: Any, needs_grad: Callable[[fx.Node], bool]) -> Any:
         return tuple(_key(item, needs_grad) for item in x)
     if isinstance(x, dict):
         return tuple((name, _key(item, needs_grad)) for name, item in x.items())
-    return (type(x).__name__, _plain(x) if isinstance(x, torch.SymInt) else x)
+    return (type(x).__name__, _plain(x))
 
 
 def _fresh(val: Any, needs_grad: bool, sizes: Callable[[Iterable[Any]], list[Any]]) -> Any:
@@ -209,6 +209,7 @@ def _observe(node: fx.Node, make: Callable[[fx.Node], Any]) -> Probe:
         return x
 
     with (
+        torch.autograd.set_detect_anomaly(False),  # it would look for NaN in tensors that have no values
         sdpa_kernel(SDPBackend.MATH),
         Parts() as parts,
         FlopCounterMode(display=False, custom_mapping=dict(MORE)) as counter,

@@ -56,7 +56,7 @@ def misfit(graph: TaskGraph, leaves: Sequence[Any]) -> BatchError:
     for i, found in enumerate(conditions.inputs):
         text = _misfit_of_leaf(conditions, names, i, leaves[i], sizes)
         if text:
-            return _error(graph, text, found)
+            return _error(graph, text, found, leaves[i])
     for guard in conditions.guards:
         if not eval(guard.relation, {"math": math, "min": min, "max": max}, sizes):
             return BatchError(
@@ -100,7 +100,12 @@ def _misfit_of_leaf(conditions: Conditions, names: dict[int, str], i: int, x: An
     return None
 
 
-def _error(graph: TaskGraph, text: str, found: Any) -> BatchError:
+def _error(graph: TaskGraph, text: str, found: Any, given: Any) -> BatchError:
+    if isinstance(found, TensorInput) and isinstance(given, torch.Tensor) and given.dtype is not found.dtype:
+        return BatchError(
+            f"task {graph.name!r}: {text}",
+            help=f"convert the input with .to({found.dtype}), or capture the task with an example batch of the other type",
+        )
     if isinstance(found, TensorInput):
         return BatchError(
             f"task {graph.name!r}: {text}",

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokgraph.errors import BatchError, InternalError, Where
-from tokgraph.ir.node import where
+from tokgraph.errors import BatchError, InternalError, StaleError, Where
+from tokgraph.ir.node import value, where
 from tokgraph.ir.program import TaskGraph, model_device
+from tokgraph.ir.tensors import read, tensor_name
 
 _VALUES = ("out of range", "out of bounds", "number of elements of source")
 """What torch says of ids, labels and masks that ask for more than there is."""
 
 
-def explain(graph: TaskGraph, leaves: Sequence[Any], error: Exception) -> BatchError | InternalError:
+def explain(graph: TaskGraph, leaves: Sequence[Any], error: Exception) -> BatchError | StaleError | InternalError:
     """The error to raise for one that a task's graph raised.
 
     Args:
@@ -25,7 +26,8 @@ def explain(graph: TaskGraph, leaves: Sequence[Any], error: Exception) -> BatchE
         error: what running the graph on it raised.
 
     Returns:
-        A :class:`BatchError` that says in what the batch differs from the example batch, or which values it cannot have; an
+        A :class:`StaleError` where a tensor of the model was converted, which the checks of a call look at for some only; a
+        :class:`BatchError` that says in what the batch differs from the example batch, or which values it cannot have; an
         :class:`InternalError` where the batch looks right.
     """
     said = f"{type(error).__name__}: {_first_line(error)}"
@@ -35,6 +37,13 @@ def explain(graph: TaskGraph, leaves: Sequence[Any], error: Exception) -> BatchE
             help="run the batch on the CPU, which names the check",
         )
     differing, place = list(_differences(graph, leaves)), _failing(graph, leaves)
+    converted = next(_converted(graph), None)
+    if converted:
+        return StaleError(
+            f"task {graph.name!r}: the model is not the captured one: {converted} ({said})",
+            where=place,
+            help="accelerated.refresh() captures it as it is now, with the same plan; convert it back if that was not meant",
+        )
     if differing:
         return BatchError(
             f"task {graph.name!r} does not run on this batch: {'; '.join(differing)} ({said})",
@@ -67,6 +76,16 @@ def _differences(graph: TaskGraph, leaves: Sequence[Any]) -> Iterator[str]:
                 yield f"input {name!r} is on {given.device}, and the model on {device}"
             if given.is_inference() and torch.is_grad_enabled():
                 yield f"input {name!r} was made under torch.inference_mode, and has no gradients"
+
+
+def _converted(graph: TaskGraph) -> Iterator[str]:
+    """Tensors of the model that have another type, or are on another device, than at capture."""
+    for node in graph.graph.find_nodes(op="get_attr"):
+        then, now = value(node), read(graph.graph_module, node)
+        if not isinstance(then, torch.Tensor) or not isinstance(now, torch.Tensor):
+            continue
+        if (then.dtype, then.device) != (now.dtype, now.device):
+            yield f"{tensor_name(node)} was {then.dtype} on {then.device}, it is {now.dtype} on {now.device}"
 
 
 class _Traced(fx.Interpreter):

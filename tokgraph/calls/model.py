@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,32 +12,15 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from tokgraph.ir.conditions import shown
 from tokgraph.ir.names import OWN, STEP
 from tokgraph.ir.program import TIED, TaskGraph
 from tokgraph.ir.tensors import held, tensor_name
 
+from .structure import Change, Kind, Structure
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-_CALLED = "forward"
-"""What an instance gets an attribute of when its forward is replaced."""
-Kind = Literal["tensor", "module", "mode", "constant", "type", "hook"]
-
-
-@dataclass(frozen=True)
-class Change:
-    """One way in which a model differs from the captured one.
-
-    Args:
-        kind: what changed.
-        path: its name in the model.
-        text: what it was and what it is.
-        now: the tensor or attribute as it is, where there is one.
-    """
-
-    kind: Kind
-    path: str
-    text: str
-    now: Any = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +35,8 @@ class _Slot:
     relation: Literal["is", "==", "not in"] = "is"
 
     def holds(self) -> bool:
-        if self.relation == "not in":
-            return self.key not in self.of
+        if self.relation == "not in":  # one of the instance that says the same is none either
+            return self.key not in self.of or _equal(self.of[self.key], self.expected)
         if self.key not in self.of:
             return False
         now = self.of[self.key]
@@ -77,9 +60,15 @@ class ModelCheck:
         self._model = model
         self._slots = list(_slots(model, graph))
         self._types = _sampled(model, {slot.path for slot in self._slots if slot.kind == "tensor"})
+        on_the_way = [slot.of for slot in self._slots if slot.kind == "module"]
+        self._structure = Structure(model, graph.conditions, on_the_way)
         self._hooks = _hooks(model)
         self._hooked = RemovableHandle.next_id
-        self._unchanged = _compiled(self._slots, self._types)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Make the quick check for what is expected now."""
+        self._unchanged = _compiled(self._slots, self._types, self._structure)
 
     def holds(self) -> bool:
         """Whether nothing that the graph takes for granted changed."""
@@ -87,20 +76,20 @@ class ModelCheck:
             same = self._unchanged()
         except KeyError:
             return False
-        return (same or self._equal()) and (RemovableHandle.next_id == self._hooked or self._same_hooks())
+        if not same:
+            same = self._equal()
+        elif self._structure.registered():
+            same = self._structure.holds()
+        return same and (RemovableHandle.next_id == self._hooked or self._same_hooks())
 
     def _equal(self) -> bool:
-        """Whether what is another object is an equal one; the quick check then looks for that one."""
-        changed = [
-            i
-            for i, slot in enumerate(self._slots)
-            if slot.relation == "is" and slot.of.get(slot.key) is not slot.expected
-        ]
-        if not changed or not all(self._slots[i].holds() for i in changed):
+        """Whether what is another object is an equal one, or none that is looked at; the quick check then expects it."""
+        if not all(slot.holds() for slot in self._slots) or not self._structure.holds():
             return False
-        for i in changed:
-            self._slots[i] = replace(self._slots[i], expected=self._slots[i].of[self._slots[i].key])
-        self._unchanged = _compiled(self._slots, self._types)
+        self._slots = [
+            replace(slot, expected=slot.of[slot.key]) if slot.relation == "is" else slot for slot in self._slots
+        ]
+        self._compile()
         return self._unchanged()
 
     def _same_hooks(self) -> bool:
@@ -121,11 +110,12 @@ class ModelCheck:
             for slot in self._slots
         ]
         self._types = [(path, tensors.get(path, x), dtype, device) for path, x, dtype, device in self._types]
-        self._unchanged = _compiled(self._slots, self._types)
+        self._compile()
 
     def changes(self) -> list[Change]:
         """What changed, if anything."""
         found = [_change(slot) for slot in self._slots if not slot.holds()]
+        found += self._structure.changes()
         for path, tensor, dtype, device in self._types:
             if tensor.dtype is not dtype or tensor.device != device:
                 text = f"{path} was {dtype} on {device}, it is {tensor.dtype} on {tensor.device}"
@@ -148,10 +138,8 @@ def _change(slot: _Slot) -> Change:
         text = f"the module {slot.path} was " + ("replaced" if slot.key in slot.of else "removed")
     elif slot.kind == "mode":
         text = f"{slot.path or 'the model'} was in {_mode(slot.expected)} mode, it is in {_mode(now)} mode"
-    elif slot.key == _CALLED:
-        text = f"the forward of {slot.path or 'the model'} was replaced"
     else:
-        text = f"{slot.path} was {slot.expected!r}, it is {now!r}"
+        text = f"{slot.path} was {shown(slot.expected)}, it is {shown(now)}"
     return Change(slot.kind, slot.path, text, now)
 
 
@@ -188,8 +176,6 @@ def _slots(model: nn.Module, graph: TaskGraph) -> Iterator[_Slot]:
             used.add(path)
             yield from _settings(path, modules[path].__dict__, constants)
     yield from _chain(modules, used)
-    if _CALLED not in model.__dict__:
-        yield _Slot("constant", "", model.__dict__, _CALLED, None, "not in")
 
 
 def _tensor_names(graph: TaskGraph) -> list[str]:
@@ -225,7 +211,7 @@ def _settings(path: str, attributes: dict[str, Any], constants: Any) -> Iterator
             yield _Slot("constant", where, attributes, name, x, "not in")
         else:
             now = attributes[name]
-            by_value = isinstance(x, (list, dict, set)) or not _equal(now, x)
+            by_value = not isinstance(x, Hashable) or not _equal(now, x)
             yield _Slot("constant", where, attributes, name, x if by_value else now, "==" if by_value else "is")
 
 
@@ -254,14 +240,12 @@ def _sampled(model: nn.Module, names: set[str]) -> list[tuple[str, torch.Tensor,
 
 
 def _hooks(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Path -> its hooks, of the modules that have some; ``"*"``: those of all modules; replaced forwards among them."""
+    """Path -> its hooks, of the modules that have some; ``"*"``: those of all modules."""
     everywhere = (hook for name in _GLOBAL_HOOKS for hook in getattr(torch_module, name, {}).values())
     found = {"*": tuple(id(hook) for hook in everywhere if not _of_torch(hook))}
     for path, module in model.named_modules():
         attributes = module.__dict__
         hooks = tuple(id(hook) for name in _HOOKS for hook in attributes[name].values())
-        if _CALLED in attributes:
-            hooks = (*hooks, id(attributes[_CALLED]))
         if hooks:
             found[path] = hooks
     return found
@@ -273,9 +257,12 @@ def _of_torch(hook: object) -> bool:
 
 
 def _compiled(
-    slots: list[_Slot], types: list[tuple[str, torch.Tensor, torch.dtype, torch.device]]
+    slots: list[_Slot], types: list[tuple[str, torch.Tensor, torch.dtype, torch.device]], structure: Structure
 ) -> Callable[[], bool]:
-    """One expression that is true where all slots and types are as they were."""
+    """One expression that is true where all slots and types are as they were, and no module has more than it had.
+
+    Tables of submodules are compared as a whole, and attributes counted, which is quicker than one test each.
+    """
     names: dict[str, Any] = {}
     known: dict[int, str] = {}
 
@@ -288,11 +275,18 @@ def _compiled(
         return known[id(x)]
 
     tests = [
-        f"{slot.key!r} not in {name(slot.of)}"
-        if slot.relation == "not in"
-        else f"{name(slot.of)}[{slot.key!r}] {slot.relation} {name(slot.expected)}"
+        f"{name(slot.of)}[{slot.key!r}] {slot.relation} {name(slot.expected)}"
         for slot in slots
+        if slot.relation != "not in" and slot.kind != "module"
     ]
+    tests += [
+        f"{name(slot.of)}.get({slot.key!r}) is {name(slot.of[slot.key])}"
+        for slot in slots
+        if slot.relation == "not in" and slot.key in slot.of
+    ]
+    tests += [f"{name(structure.tables)} == {name(structure.expected)}"]
+    tests += [f"sum(map(len, {name(structure.attributes)})) == {structure.count}"]
+    tests += [f"{name(owner)}.{method} is {name(x)}" for owner, method, x in structure.code]
     tests += [f"{name(x)}.dtype is {name(dtype)}" for _, x, dtype, _ in types]
     places = {".".join(path.split(".")[:2]): (x, device) for path, x, _, device in types}
     tests += [f"{name(x)}.device == {name(device)}" for x, device in places.values()]

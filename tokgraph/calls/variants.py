@@ -17,7 +17,8 @@ from tokgraph.ir.program import TIED, TaskGraph, model_device, tied_names
 from tokgraph.ir.tensors import held, hold, named_tensors
 
 from .batch import compiled_check, misfit
-from .model import Change, ModelCheck, held_as, tied_with
+from .model import ModelCheck, held_as, tied_with
+from .structure import Change
 
 log = logging.getLogger(__name__)
 _FOLLOWED = ("mode", "type")

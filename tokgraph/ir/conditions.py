@@ -17,6 +17,13 @@ def size_name(leaf: int, dim: int) -> str:
     return f"size_{leaf}_{dim}"
 
 
+def shown(x: Any) -> str:
+    """A constant as users know it: a function by its name."""
+    inner = getattr(x, "func", x)  # of a functools.partial
+    name = getattr(inner, "__qualname__", None)
+    return repr(x) if name is None else f"{type(x).__name__} {inner.__module__}.{name}"
+
+
 @dataclass(frozen=True)
 class TensorInput:
     """A tensor among the leaves of the inputs.
@@ -97,6 +104,8 @@ class Conditions:
         guards: relations between sizes of the inputs.
         modes: path of a module -> ``training`` of it, of those whose mode the forward read.
         constants: path of a module -> name -> value of the plain attributes that the forward read: they are in the graph.
+        absent: path of a module -> names that the forward looked up there in vain, or that were ``None``.
+        methods: path of a module -> names of the functions and properties of its class that the forward ran.
         autocast: the region that it was captured in.
     """
 
@@ -104,6 +113,8 @@ class Conditions:
     guards: tuple[Guard, ...] = ()
     modes: Mapping[str, bool] = field(default_factory=dict)
     constants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    absent: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    methods: Mapping[str, frozenset[str]] = field(default_factory=dict)
     autocast: Autocast | None = None
 
     def readable(self, relation: str, names: Mapping[int, str]) -> str:

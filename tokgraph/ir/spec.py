@@ -298,7 +298,8 @@ def split_outputs(result: Any) -> tuple[torch.Tensor, Any]:
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
         leaves = [tuple(x.shape) for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
         raise SpecError(
-            f"a task's forward must return a scalar loss, got tensors of shapes {leaves}",
+            "a task's forward must return a scalar loss, got "
+            + (f"tensors of shapes {leaves}" if leaves else f"a {type(result).__name__}, which holds none"),
             help='return loss, (loss, outputs...), or a mapping with the key "loss"',
         )
     return loss, result

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from tokgraph.ir.conditions import shown
 from tokgraph.ir.program import TaskGraph
 
 
@@ -40,7 +41,7 @@ def _constants(graph: TaskGraph, model: nn.Module) -> Iterator[dict[str, Any]]:
     found: dict[tuple[str, str], list[str]] = {}
     for path, of_module in graph.conditions.constants.items():
         for name, x in of_module.items():
-            found.setdefault((name, repr(x)), []).append(path)
+            found.setdefault((name, shown(x)), []).append(path)
     for (name, text), paths in found.items():
         own = all(type(model.get_submodule(path)).__module__.startswith("torch.nn.") for path in paths)
         yield {"name": name, "value": text, "modules": paths, "of_torch": own}
