@@ -23,6 +23,7 @@ from tokgraph.ir.conditions import (
     NumberInput,
     Size,
     TensorInput,
+    object_at,
     size_name,
 )  # fmt: skip
 from tokgraph.ir.node import value
@@ -59,14 +60,14 @@ def conditions_of(
     ]
     for i, kind in graph.numbers.items():
         inputs[i] = NumberInput(kind)
-    constants = {path: _settings(model.get_submodule(path), of_module) for path, of_module in reads.constants.items()}
+    constants = {path: _settings(object_at(model, path), names) for path, names in reads.constants.items()}
     absent, methods = ({path: frozenset(names) for path, names in of.items()} for of in (reads.absent, reads.methods))
     return Conditions(tuple(inputs), _guards(exported, names), dict(reads.modes), constants, absent, methods, autocast)
 
 
-def _settings(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """The plain attributes of a module as they are now, copied where they can change in place."""
-    found = {name: getattr(module, name) for name in names if hasattr(module, name)}
+def _settings(of: Any, names: Iterable[str]) -> dict[str, Any]:
+    """The plain attributes of a module, or of an object that one holds, as they are now; copied where they can change."""
+    found = {name: getattr(of, name) for name in names if hasattr(of, name)}
     return {name: copy.deepcopy(x) if isinstance(x, Collection) else x for name, x in found.items()}
 
 

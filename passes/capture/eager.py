@@ -24,7 +24,8 @@ from .autocast import in_autocast
 from .buffers import rebound_buffers
 from .check import Run, Runner, compare, copied
 from .failures import does_not_run
-from .reads import Reads, recorded_reads
+from .fields import Fields, recorded_fields
+from .reads import Reads, is_setting, recorded_reads
 from .state import Change, RandomState, State
 from .uses import tracked
 from .watch import Seen, check_hooks, place_of, watching
@@ -111,7 +112,7 @@ class _Eager:
     ) -> None:
         self._model, self._name, self._inputs = model, name, inputs
         self._task, self._autocast = task, autocast
-        with recorded_reads(model) as self._reads:
+        with recorded_reads(model) as self._reads, recorded_fields(model, is_setting) as fields:
             without = self._warm_up(Runner(model, first, random))
         self.settled = State(model)
         self._runner = Runner(model, self.settled, random)
@@ -129,6 +130,7 @@ class _Eager:
             if (key := (c.path, c.table, c.name)) not in changing and c.name != "training" and not c.unversioned
         }
         self._check_generators()
+        self._check_fields(fields)
         self._check_changes(changes)
         self._notes = self._attributes([c for c in changes if not c.table])
         self._check_grad_mode(without)
@@ -231,6 +233,19 @@ class _Eager:
                 where=Where(module=c.path or None),
                 help=help,
             )
+
+    def _check_fields(self, fields: Fields) -> None:
+        """Take what was read of configurations for constants; refuse a field that the forward reads, and then sets.
+
+        Raises:
+            CaptureError: the next call would read something else.
+        """
+        for path, name in fields.changed(self._model):
+            raise CaptureError(
+                f"task {self._name!r}: the forward reads {path}.{name}, and sets it: a graph would hold one value for good",
+                help="keep it in a buffer, as a tensor that the forward writes in place; or pass it as an input",
+            )
+        self._reads.constants.update(fields.read)
 
     def _attributes(self, changes: Sequence[Change]) -> tuple[str, ...]:
         """Notes on attributes that the forward sets; refused where what it computes depends on what the call before left."""

@@ -60,7 +60,7 @@ def recorded_reads(model: nn.Module) -> Iterator[Reads]:
             raise
         if name not in object.__getattribute__(self, "__dict__") and is_code(getattr_static(type(self), name, None)):
             found.methods.setdefault(path, set()).add(name)
-        elif _is_setting(x):
+        elif is_setting(x):
             if name == "training":
                 found.modes.setdefault(path, x)
             elif name in object.__getattribute__(self, "__dict__") or getattr_static(type(self), name, _OWN) is x:
@@ -89,7 +89,7 @@ def _table_of(module: nn.Module, name: str) -> str | None:
     return next((table for table in _TABLES if held[table].get(name) is not None), None)
 
 
-def _is_setting(x: object) -> bool:
+def is_setting(x: object) -> bool:
     """Whether a value can be compared at each call: it is plain, or a function, or holds a few such values."""
     return isinstance(x, (*_PLAIN, *_FUNCTIONS)) or 0 <= _plain_values(x) <= _LONGEST
 

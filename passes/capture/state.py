@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .fields import objects_of
+
 _OWN = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -74,6 +76,7 @@ class State:
             (path, table): {name: _entry(held[name], values) for name in _mine(table, held)}
             for (path, table), held in self._tables.items()
         }
+        self._fields = [(vars(x), dict(vars(x))) for _, x in objects_of(model).values()]
 
     def changes(self) -> Iterator[Change]:
         """What is otherwise now."""
@@ -90,7 +93,7 @@ class State:
         return self._entries[change.path, change.table].get(change.name, _MISSING).content
 
     def restore(self, stays: Callable[[str, str, str], bool] = lambda *_: False) -> None:
-        """Put everything back.
+        """Put everything back, also the fields of objects that modules hold.
 
         Args:
             stays: ``(path, table, name)`` of what is left as it is.
@@ -104,6 +107,10 @@ class State:
                     if held.get(name, _MISSING) is not old.value:
                         held[name] = old.value
                     _put_back(old)
+        for now, fields in self._fields:
+            if now.keys() != fields.keys() or any(now[name] is not x for name, x in fields.items()):
+                now.clear()
+                now.update(fields)
 
 
 def _mine(table: str, held: dict[str, Any]) -> list[str]:

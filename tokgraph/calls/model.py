@@ -175,6 +175,13 @@ def _slots(model: nn.Module, graph: TaskGraph) -> Iterator[_Slot]:
         if path in modules:
             used.add(path)
             yield from _settings(path, modules[path].__dict__, constants)
+            continue
+        holder, _, name = path.rpartition(".")
+        of = modules[holder].__dict__ if holder in modules else {}
+        if name in of:  # an object that a module holds
+            used.add(holder)
+            yield _Slot("constant", path, of, name, of[name])
+            yield from _settings(path, vars(of[name]), constants)
     yield from _chain(modules, used)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
+from torch import nn
 
 Size = int | str
 """A number, or an expression of sizes: ``size_0_1`` is dimension 1 of the first leaf of the inputs (:func:`size_name`)."""
@@ -18,10 +20,19 @@ def size_name(leaf: int, dim: int) -> str:
 
 
 def shown(x: Any) -> str:
-    """A constant as users know it: a function by its name."""
+    """A constant as users know it: a function by its name, an object of many fields by its class."""
     inner = getattr(x, "func", x)  # of a functools.partial
     name = getattr(inner, "__qualname__", None)
-    return repr(x) if name is None else f"{type(x).__name__} {inner.__module__}.{name}"
+    if name is not None:
+        return f"{type(x).__name__} {inner.__module__}.{name}"
+    text = repr(x)
+    return text if len(text) <= 80 else f"a {type(x).__name__}"
+
+
+def object_at(model: nn.Module, path: str) -> Any:
+    """A module by its path, or an object that a module holds: ``language_model.config``."""
+    parts = [p for p in path.split(".") if p]
+    return reduce(getattr, parts, model)
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,8 @@ class Conditions:
         inputs: one for each leaf of the inputs, in order.
         guards: relations between sizes of the inputs.
         modes: path of a module -> ``training`` of it, of those whose mode the forward read.
-        constants: path of a module -> name -> value of the plain attributes that the forward read: they are in the graph.
+        constants: path of a module, or of an object that one holds -> name -> value of the plain attributes that the forward
+            read: they are in the graph.
         absent: path of a module -> names that the forward looked up there in vain, or that were ``None``.
         methods: path of a module -> names of the functions and properties of its class that the forward ran.
         autocast: the region that it was captured in.

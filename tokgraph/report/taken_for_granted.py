@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokgraph.ir.conditions import shown
+from tokgraph.ir.conditions import object_at, shown
 from tokgraph.ir.program import TaskGraph
 
 
@@ -43,5 +43,5 @@ def _constants(graph: TaskGraph, model: nn.Module) -> Iterator[dict[str, Any]]:
         for name, x in of_module.items():
             found.setdefault((name, shown(x)), []).append(path)
     for (name, text), paths in found.items():
-        own = all(type(model.get_submodule(path)).__module__.startswith("torch.nn.") for path in paths)
+        own = all(type(object_at(model, path)).__module__.startswith("torch.nn.") for path in paths)
         yield {"name": name, "value": text, "modules": paths, "of_torch": own}
