@@ -95,8 +95,9 @@ def _in_onnxruntime(
 def _in_torch(
     accelerated: Accelerated, batches: Batches, tasks: tuple[str, ...], graph: str, baseline: bool, device: str
 ) -> dict[str, dict[str, torch.Tensor]]:
-    if device != "cpu":
-        raise DependencyError("a saved program runs on the CPU", help="use --runtime onnxruntime for other devices")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DependencyError("PyTorch finds no CUDA device", help="use --device cpu, or a CUDA build of PyTorch")
+    accelerated.model.to(device)
     program = accelerated.variants(baseline)[BASELINE if baseline else ACCELERATED]
     found = {}
     for task in tasks:
