@@ -56,9 +56,7 @@ class ToDevice(GraphPass):
 def _like(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A value like another one, on a device."""
     made = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device)
-    return (
-        nn.Parameter(made, x.requires_grad) if isinstance(x, nn.Parameter) else made.requires_grad_(x.requires_grad)
-    )
+    return nn.Parameter(made, x.requires_grad) if isinstance(x, nn.Parameter) else made.requires_grad_(x.requires_grad)
 
 
 def on_device(graph: TaskGraph, device: torch.device) -> TaskGraph:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tokgraph.ir.program import cuda_devices, TaskGraph, number_tensor
+from tokgraph.ir.program import TaskGraph, cuda_devices, number_tensor
 from tokgraph.ir.spec import Task, split_outputs
 
 from .buffers import rebound_buffers
