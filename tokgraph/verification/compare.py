@@ -93,9 +93,8 @@ def _prompt_ends(graph: TaskGraph, facts: TaskFacts) -> list[int]:
 
 
 def _run(interpreter: GraphInterpreter, graph: TaskGraph) -> Results:
-    with torch.random.fork_rng(
-        cuda_devices(graph.graph_module)
-    ):  # what a model draws itself (noise), it draws alike in every run
+    # what a model draws itself (noise), it draws alike in every run
+    with torch.random.fork_rng(cuda_devices(graph.graph_module)):
         torch.manual_seed(0)
         outputs = list(interpreter.run(*example_leaves(graph)))
     loss = outputs[output_args(graph.graph).index(loss_node(graph))]
