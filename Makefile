@@ -60,8 +60,8 @@ test-oldest test-newest: test-%:
 	@mkdir -p build
 	@{ grep -v '^torch==\|^transformers==\|^setuptools==' constraints.txt; $(PINS); } >build/$*.txt
 	@"$(PYTHON)" -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c build/$*.txt --upgrade torch transformers
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c build/$*.txt -e '.[dev]'
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c build/$*.txt --upgrade \
+		torch transformers -e '.[dev]'
 	@.venv-$*/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
 	.venv-$*/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow" $(VERSIONS)
 

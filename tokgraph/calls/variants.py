@@ -208,7 +208,8 @@ def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         holder.register_parameter("x", x)
     else:
         holder.register_buffer("x", x)
-    moved: torch.Tensor = holder.to(device).x
+    holder.to(device)
+    (moved,) = (*holder.parameters(), *holder.buffers())
     return moved
 
 
