@@ -209,8 +209,7 @@ def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     else:
         holder.register_buffer("x", x)
     holder.to(device)
-    (moved,) = (*holder.parameters(), *holder.buffers())
-    return moved
+    return next(iter(holder.state_dict(keep_vars=True).values()))  # type: ignore[no-any-return]
 
 
 def share_own(graph: TaskGraph, other: TaskGraph) -> None:
