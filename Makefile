@@ -2,6 +2,8 @@
 #
 #   make example     the two shipped models, optimized and verified: out/janus/report.json, out/digits/report.json
 #   make test        the tests, but for the slow ones (make test-slow)
+#   make test-oldest a part of them with the oldest torch and transformers that pyproject.toml allows, in .venv-oldest
+#   make test-newest the same with the newest that pip finds, in .venv-newest
 #   make lint        style, types, imports
 #   make format      put the code into the style that `make lint` asks for
 #   make arrows      which room imports which, in Graphviz's DOT; dashed: what would have to go to undo a circle
@@ -21,7 +23,11 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=25
 OMP_NUM_THREADS ?= 1
 export OMP_NUM_THREADS
 
-.PHONY: help venv example test test-slow lint style types imports arrows format tree clean
+# Capture, analyses, every policy against the oracle, calls, files, ONNX: what a version of PyTorch or transformers can break.
+VERSIONS := tests/test_calls.py tests/test_static_axes.py tests/test_random_steps.py tests/test_semantics.py \
+	tests/test_devices.py tests/store/test_round_trip.py tests/export/test_traps.py
+
+.PHONY: help venv example test test-slow test-oldest test-newest lint style types imports arrows format tree clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +51,19 @@ test: $(READY)
 # pytest exits with 5 when no test is marked slow.
 test-slow: $(READY)
 	$(PYTEST) -m slow || test $$? -eq 5
+
+# The other packages are those of constraints.txt, but for setuptools, whose newest versions older releases of torch rule out.
+test-oldest: PINS = sed -n 's/.*"\(torch\|transformers\)>=\([0-9.]*\)[",].*/\1==\2/p' pyproject.toml | sort -u
+test-newest: PINS = true
+test-oldest test-newest: test-%:
+	@test -n "$(PYTHON)" || { echo "tokgraph needs Python 3.11 or newer" >&2; exit 1; }
+	@mkdir -p build
+	@{ grep -v '^torch==\|^transformers==\|^setuptools==' constraints.txt; $(PINS); } >build/$*.txt
+	@"$(PYTHON)" -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c build/$*.txt --upgrade \
+		torch transformers -e '.[dev]'
+	@.venv-$*/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+	.venv-$*/bin/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow" $(VERSIONS)
 
 lint: style types imports
 
@@ -73,4 +92,4 @@ tree:
 	@ln -s $(CURDIR)/tokgraph/* $(CURDIR)/passes $(CURDIR)/cli $(TREE)/tokgraph/
 
 clean:
-	rm -rf .venv build out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-newest build out .mypy_cache .ruff_cache .pytest_cache .hypothesis

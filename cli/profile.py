@@ -84,7 +84,7 @@ def profile(
                 progress=stage,
             )
         else:
-            accelerated = accelerated_program(model, settings, policy, plan_file, False, options, stage)
+            accelerated = accelerated_program(model, settings, policy, plan_file, False, options, stage, device)
             inputs = {name: graph.example() | first(given, name) for name, graph in accelerated.program.items()}
             found, profiles = profile_programs(
                 accelerated.variants(accelerated.captured is not None),

@@ -10,7 +10,7 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from tokgraph.errors import DependencyError, ExportError, FileError
+from tokgraph.errors import ExportError, FileError
 from tokgraph.export.files import ACCELERATED, BASELINE, ExportedFile, find_exported
 from tokgraph.export.reference import Reference
 from tokgraph.export.session import Session
@@ -20,7 +20,7 @@ from tokgraph.runtime import Accelerated
 from tokgraph.store.loading import load_accelerated
 
 from .profile import exported_inputs, first
-from .target import Batches, batches_in, example_of, holds_onnx, holds_program
+from .target import Batches, batches_in, example_of, holds_onnx, holds_program, move
 
 
 @click.command()
@@ -95,8 +95,7 @@ def _in_onnxruntime(
 def _in_torch(
     accelerated: Accelerated, batches: Batches, tasks: tuple[str, ...], graph: str, baseline: bool, device: str
 ) -> dict[str, dict[str, torch.Tensor]]:
-    if device != "cpu":
-        raise DependencyError("a saved program runs on the CPU", help="use --runtime onnxruntime for other devices")
+    move(accelerated.model, device)
     program = accelerated.variants(baseline)[BASELINE if baseline else ACCELERATED]
     found = {}
     for task in tasks:

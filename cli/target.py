@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from torch import nn
 
+from tokgraph.errors import DependencyError
 from tokgraph.ir.plan import Plan
+from tokgraph.ir.program import is_meta
 from tokgraph.runtime import Accelerated
 from tokgraph.stages import optimize
 from tokgraph.store.batches import EXAMPLE, read_batches
@@ -43,8 +47,12 @@ def accelerated_program(
     verify: bool,
     options: dict[str, Any],
     stage: Callable[[str], None],
+    device: str | None = None,
 ) -> Accelerated:
-    """The program of a target: loaded from a folder, or made from a model file by a policy or a plan."""
+    """The program of a target: loaded from a folder, or made from a model file by a policy or a plan.
+
+    ``device``: where to put the model, ``None``: where it is made.
+    """
     given = chosen_options(options)
     if is_folder(target):
         if settings or policy or plan_file or given:
@@ -52,13 +60,28 @@ def accelerated_program(
                 f"{target} is a saved program: --set, --policy, --plan and policy options are for models"
             )
         stage("load")
-        return load_accelerated(target)
+        loaded = load_accelerated(target)
+        move(loaded.model, device)
+        return loaded
     if plan_file is not None and (policy is not None or given):
         raise click.UsageError("--plan excludes --policy and its options")
     stage("load")
     spec = load_model(target, settings)
+    move(spec.model, device)
     chosen: str | Plan = Plan.load(plan_file) if plan_file is not None else policy or "shared"
     return optimize(spec, chosen, verify=verify, progress=stage, **given)
+
+
+def move(model: nn.Module, device: str | None) -> None:
+    """Put a model on a device; one without storage has nothing to put there.
+
+    Raises:
+        DependencyError: PyTorch has no such device here.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DependencyError("PyTorch finds no CUDA device", help="use --device cpu, or a CUDA build of PyTorch")
+    if device is not None and not is_meta(model):
+        model.to(device)
 
 
 def batches_in(path: Path) -> Batches:

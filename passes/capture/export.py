@@ -37,6 +37,7 @@ from .batch_axis import KeepBatchAxis
 from .buffers import read_before_written, rebound_buffers
 from .checks import keeping_checks
 from .conditions import conditions_of
+from .devices import check_devices
 from .eager import held_against_eager
 from .failures import not_traceable
 from .grad_mode import keep_grad_modes, noted_modes
@@ -86,9 +87,11 @@ def capture(
     Raises:
         CaptureError: a forward fails on its example batch, or cannot be traced, or does what a graph would lose, or the
             graph computes something else; or a submodule has a name that PyTorch cannot look up, or is of ``torch.jit``.
-        SpecError: a forward returns no scalar loss, or a tensor of the model has a name that is reserved.
+        SpecError: a forward returns no scalar loss, a tensor of the model has a name that is reserved, the model is on
+            several devices, or the example batch has no values.
     """
     _check_names(spec.model)
+    check_devices(spec)
     cleanups = CLEANUPS if autocast is None else (*CLEANUPS, *IN_AUTOCAST)
     clean = Pipeline([cleanup() for cleanup in cleanups], observer, stop_after=stop_after)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tokgraph.ir.program import TaskGraph, number_tensor
+from tokgraph.ir.program import TaskGraph, cuda_devices, number_tensor
 from tokgraph.ir.spec import Task, split_outputs
 
 from .buffers import rebound_buffers
@@ -49,7 +49,7 @@ def only_computed_with(graph: TaskGraph, model: nn.Module, task: Task, inputs: M
     others = {key: 2 * x + 1 for key, x in inputs.items() if type(x) in (int, float)}
     given = {**inputs, **others}
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(model)):
             seed = torch.seed()
             mine = graph.unflatten(graph.graph_module(*graph.flatten(given)))
             torch.manual_seed(seed)

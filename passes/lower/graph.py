@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import ExportError, InternalError
+from tokgraph.ir.devices import captured_device
 from tokgraph.ir.names import STEP
 from tokgraph.ir.node import fake_mode, is_write, output_args, value, where
 from tokgraph.ir.program import COMPACT_OUTPUTS, TIED, TaskGraph, loss_node
@@ -78,6 +79,7 @@ class Source:
         called = graph.leaf_names()
         self.inputs = tuple(called[n] for n in self.tensors)
         self.mode = fake_mode(graph.graph) or FakeTensorMode()
+        self._device = captured_device(graph.graph_module)
 
     def _collect(self) -> None:
         """Tensors by name, the names of one tensor mapped to its first."""
@@ -103,8 +105,9 @@ class Source:
         return output_args(self.graph.graph).index(loss_node(self.graph))
 
     def fake(self, x: torch.Tensor) -> torch.Tensor:
-        """A tensor like ``x`` without values."""
-        return self.mode.from_tensor(x.detach(), static_shapes=True)
+        """A tensor like ``x`` without values, on the device that the graph is for: the model may be on another one."""
+        with self.mode:
+            return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=self._device or x.device)
 
     def interpreter(self, state: Mapping[str, torch.Tensor]) -> Tracer:
         """Runs the graph on ``state``, leaving places on what it calls."""

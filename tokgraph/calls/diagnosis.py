@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from tokgraph.errors import BatchError, InternalError, StaleError, Where
+from tokgraph.ir.devices import same_device
 from tokgraph.ir.node import value, where
 from tokgraph.ir.program import TaskGraph, model_device
 from tokgraph.ir.tensors import read, tensor_name
@@ -72,7 +73,7 @@ def _differences(graph: TaskGraph, leaves: Sequence[Any]) -> Iterator[str]:
     device = model_device(graph.graph_module)
     for name, given in zip(graph.leaf_names().values(), leaves, strict=True):
         if isinstance(given, torch.Tensor):
-            if given.device != device:
+            if given.dim() and not same_device(given.device, device):
                 yield f"input {name!r} is on {given.device}, and the model on {device}"
             if given.is_inference() and torch.is_grad_enabled():
                 yield f"input {name!r} was made under torch.inference_mode, and has no gradients"

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokgraph.ir.conditions import shown
 from tokgraph.ir.names import OWN, STEP
+from tokgraph.ir.node import tensor
 from tokgraph.ir.program import TIED, TaskGraph
 from tokgraph.ir.tensors import held, tensor_name
 
@@ -59,7 +60,7 @@ class ModelCheck:
     def __init__(self, model: nn.Module, graph: TaskGraph) -> None:
         self._model = model
         self._slots = list(_slots(model, graph))
-        self._types = _sampled(model, {slot.path for slot in self._slots if slot.kind == "tensor"})
+        self._types = _sampled(model, _captured_types(graph))
         on_the_way = [slot.of for slot in self._slots if slot.kind == "module"]
         self._structure = Structure(model, graph.conditions, on_the_way)
         self._hooks = _hooks(model)
@@ -116,10 +117,10 @@ class ModelCheck:
         """What changed, if anything."""
         found = [_change(slot) for slot in self._slots if not slot.holds()]
         found += self._structure.changes()
-        for path, tensor, dtype, device in self._types:
-            if tensor.dtype is not dtype or tensor.device != device:
-                text = f"{path} was {dtype} on {device}, it is {tensor.dtype} on {tensor.device}"
-                found.append(Change("type", path, text))
+        for path, x, dtype, device in self._types:
+            if x.dtype is not dtype or x.device != device:
+                text = f"{path} was {dtype} on {device}, it is {x.dtype} on {x.device}"
+                found.append(Change("type", path, text, x, moved=x.dtype is dtype))
         hooks = _hooks(self._model)
         for path in sorted(hooks.keys() | self._hooks.keys()):
             if hooks.get(path) != self._hooks.get(path):
@@ -131,7 +132,7 @@ def _change(slot: _Slot) -> Change:
     now = slot.of.get(slot.key)
     if slot.kind == "tensor" and isinstance(now, torch.Tensor) and _converted(slot.expected, now):
         text = f"{slot.path} was {slot.expected.dtype} on {slot.expected.device}, it is {now.dtype} on {now.device}"
-        return Change("type", slot.path, text, now)
+        return Change("type", slot.path, text, now, moved=now.dtype is slot.expected.dtype)
     if slot.kind == "tensor":
         text = f"{slot.path} is another tensor" if slot.key in slot.of else f"{slot.path} is gone"
     elif slot.kind == "module":
@@ -230,8 +231,23 @@ def _chain(modules: dict[str, nn.Module], used: set[str]) -> Iterator[_Slot]:
         yield _Slot("module", path, modules[parent]._modules, name, modules[path])
 
 
-def _sampled(model: nn.Module, names: set[str]) -> list[tuple[str, torch.Tensor, torch.dtype, torch.device]]:
+def _captured_types(graph: TaskGraph) -> dict[str, tuple[torch.dtype, torch.device]]:
+    """Name -> type and device when the graph was captured, of the model's tensors that it reads."""
+    values = {tensor_name(node): tensor(node) for node in graph.graph.find_nodes(op="get_attr")}
+    return {
+        other: (x.dtype, x.device)
+        for name, x in values.items()
+        if x is not None and name.partition(".")[0] not in (OWN, STEP)
+        for other in tied_with(graph, name)
+    }
+
+
+def _sampled(
+    model: nn.Module, captured: Mapping[str, tuple[torch.dtype, torch.device]]
+) -> list[tuple[str, torch.Tensor, torch.dtype, torch.device]]:
     """Tensors whose type and device stand for those of others: one for each class of modules under one parent.
+
+    What they are compared with is the capture: the model may have been moved before the plan was applied.
 
     Conversions (``model.to``, ``tower.half()``, ``norm.float()``) concern modules; one that concerns a single one of
     several of its kind makes PyTorch's operators fail, in the graph as in the forward. So does a single module on another
@@ -241,8 +257,8 @@ def _sampled(model: nn.Module, names: set[str]) -> list[tuple[str, torch.Tensor,
     for path, module in model.named_modules():
         for name, x in module._parameters.items():
             full = f"{path}.{name}" if path else name
-            if x is not None and full in names:
-                found.setdefault((path.rpartition(".")[0], type(module)), (full, x, x.dtype, x.device))
+            if x is not None and full in captured:
+                found.setdefault((path.rpartition(".")[0], type(module)), (full, x, *captured[full]))
     return list(found.values())
 
 

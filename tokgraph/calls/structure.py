@@ -26,12 +26,14 @@ class Change:
         path: its name in the model.
         text: what it was and what it is.
         now: the tensor or attribute as it is, where there is one.
+        moved: it is a tensor that is as it was, but on another device.
     """
 
     kind: Kind
     path: str
     text: str
     now: Any = None
+    moved: bool = False
 
 
 class _Registrations:

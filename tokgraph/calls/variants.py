@@ -12,9 +12,11 @@ from torch import nn
 
 from tokgraph.errors import BatchError, StaleError
 from tokgraph.ir.conditions import Autocast
+from tokgraph.ir.devices import captured_device
 from tokgraph.ir.names import STEP
-from tokgraph.ir.program import TIED, TaskGraph, model_device, tied_names
+from tokgraph.ir.program import TIED, TaskGraph, cuda_devices, model_device, tied_names
 from tokgraph.ir.tensors import held, hold, named_tensors
+from tokgraph.passes.device import on_device
 
 from .batch import compiled_check, misfit
 from .model import ModelCheck, held_as, tied_with
@@ -101,17 +103,27 @@ class Variants:
             return self._last
         for variant in self._all:
             if self._followed(variant) and variant.holds():
-                self._last = variant
-                return variant
+                return self._use(variant)
         first = self.first
         for change in sorted(_structural(first), key=partial(self._takes_its_place, first)):
             raise StaleError(
                 f"task {first.graph.name!r}: the model is not the captured one: {change.text}",
                 help="accelerated.refresh() captures it as it is now, with the same plan",
             )
-        self._last = self._captured(leaves)
-        self._all.append(self._last)
-        return self._last
+        self._all.append(self._captured(leaves))
+        return self._use(self._all[-1])
+
+    def _use(self, variant: Variant) -> Variant:
+        """Run a graph from now on: what the plan added to the model goes where the graph computes, as by ``model.to``."""
+        self._last, first = variant, self.first.graph
+        device = captured_device(variant.graph.graph_module)
+        for name in _added(first):
+            mine = held(first.graph_module, name)
+            if mine is not None and device is not None and mine.device != device:
+                moved = _moved(mine, device)
+                for other in self._all:
+                    hold(other.graph.graph_module, name, moved)
+        return variant
 
     def _followed(self, variant: Variant) -> bool:
         """Let a graph hold tensors that took the places of those it holds; whether nothing of the structure changed."""
@@ -146,18 +158,22 @@ class Variants:
 
     def _captured(self, leaves: Sequence[Any]) -> Variant:
         first = self.first
-        changes = [change.text for change in first.check.changes()]
-        region = Autocast.active(first.device)
-        if not first.region_holds():
+        found = first.check.changes()
+        changes = [change.text for change in found]
+        device = model_device(self._model)
+        region = Autocast.active(device.type)
+        if region != first.autocast:
             changes.append(f"the call is in {_named(region)}, the capture was in {_named(first.autocast)}")
         why = "; ".join(changes[:3]) or "the default dtype of PyTorch changed"
+        if self._capture is None and found and all(c.moved for c in found) and region == first.autocast:
+            return Variant(self._model, _following(on_device(first.graph, device), self._model))
         if self._capture is None:
             raise StaleError(
                 f"task {first.graph.name!r} cannot be captured for this call: {why}",
                 help="a saved program, and one with passes of your own, has the graphs of one mode, type and region only",
             )
         log.info("task %s: captured once more, because %s", first.graph.name, why)
-        with torch.random.fork_rng():  # as if nothing had run in between
+        with torch.random.fork_rng(cuda_devices(self._model)):  # as if nothing had run in between
             graph = self._capture(region, leaves)
         share_own(first.graph, graph)
         return Variant(self._model, graph)
@@ -172,9 +188,33 @@ def _structural(variant: Variant) -> list[Change]:
     return [change for change in variant.check.changes() if change.kind not in _FOLLOWED]
 
 
+def _following(graph: TaskGraph, model: nn.Module) -> TaskGraph:
+    """The graph, holding the model's tensors as they are: some are replaced when a model is moved."""
+    for name, x in named_tensors(model).items():
+        if held(graph.graph_module, name) is not None:
+            hold(graph.graph_module, name, x)
+    return graph
+
+
+def _added(graph: TaskGraph) -> tuple[str, ...]:
+    """Names of the tensors that the plan added to the model's: own projections, the step."""
+    return (*graph.own_parameters(), STEP)
+
+
+def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, moved as modules move theirs: a parameter stays the same object where PyTorch can do that."""
+    holder = nn.Module()
+    if isinstance(x, nn.Parameter):
+        holder.register_parameter("x", x)
+    else:
+        holder.register_buffer("x", x)
+    holder.to(device)
+    return next(iter(holder.state_dict(keep_vars=True).values()))  # type: ignore[no-any-return]
+
+
 def share_own(graph: TaskGraph, other: TaskGraph) -> None:
     """Let another graph of the task hold the tensors that the plan added to this one: own projections, the step."""
-    for name in (*graph.own_parameters(), STEP):
+    for name in _added(graph):
         mine, there = held(graph.graph_module, name), held(other.graph_module, name)
         if mine is not None and there is not None:
             hold(other.graph_module, name, mine)

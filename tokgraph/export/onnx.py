@@ -15,6 +15,7 @@ from tokgraph.errors import ExportError
 from tokgraph.files import new_directory
 from tokgraph.ir.interpreter import trains_with_dropout
 from tokgraph.ir.program import Program, TaskGraph, is_meta
+from tokgraph.passes.device import program_on_device
 from tokgraph.passes.lower import OPTIMIZERS, Lowered, Optimizer, lower_forward, lower_train_step, lower_update_step
 from tokgraph.passes.lower.step import SGD, make_optimizer
 from tokgraph.runtime import Accelerated
@@ -182,7 +183,7 @@ def _jobs(programs: Mapping[str, Program], options: ExportOptions, tell: Callabl
     decompositions = onnx_decompositions(options.opset)
     for variant, program in programs.items():
         trained = [name for name, p in program.model.named_parameters() if p.requires_grad]
-        for name, graph in program.items():
+        for name, graph in program_on_device(program, torch.device("cpu")).items():
             for kind in options.kinds:
                 tell(f"lower {file_name(name, kind, variant)}")
                 if kind == "forward":

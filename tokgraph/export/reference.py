@@ -10,6 +10,7 @@ import torch
 
 from tokgraph.ir.interpreter import GraphInterpreter, in_dtype
 from tokgraph.ir.program import TaskGraph, model_device
+from tokgraph.passes.device import on_device
 from tokgraph.passes.lower.graph import STATE, Source
 from tokgraph.passes.lower.step import GRAD, PARAMETER, AdamW, Optimizer
 
@@ -40,6 +41,7 @@ class Reference:
     """
 
     def __init__(self, graph: TaskGraph, optimizer: Optimizer | None = None) -> None:
+        graph = on_device(graph, model_device(graph.graph_module))
         self._graph = graph
         self._optimizer = optimizer
         source = Source(graph)
@@ -92,7 +94,7 @@ class Reference:
         ]  # the graph may write them
         if dtype is None:
             return list(module(*leaves)), dict(self._graph.named_parameters())
-        interpreter = GraphInterpreter(module, *in_dtype(dtype, device))
+        interpreter = GraphInterpreter(module, *in_dtype(dtype, module))
         return list(interpreter.run(*leaves)), interpreter.attributes
 
     def _gradients(

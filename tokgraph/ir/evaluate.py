@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from tokgraph.errors import AnalysisError
 
+from .devices import device_map
 from .node import ancestors, dims, tensor, where
-from .program import TaskGraph
+from .program import TaskGraph, model_device
 from .tensors import read
 
 
@@ -23,13 +24,17 @@ def example_leaves(graph: TaskGraph) -> list[Any]:
 
 
 def evaluate(graph: TaskGraph, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
-    """The values of ``nodes`` on the example batch.
+    """The values of ``nodes`` on the example batch: where the model is, or the batch where the model has no storage.
 
     Raises:
         AnalysisError: one depends on values that have no storage (meta parameters or inputs).
     """
     needed = ancestors(nodes)
-    leaves = iter(example_leaves(graph))
+    device, given = model_device(graph.graph_module), example_leaves(graph)
+    if device.type == "meta":
+        device = next((x.device for x in given if isinstance(x, torch.Tensor)), device)
+    mapped = device_map(graph.graph_module, device)
+    leaves = iter(given)
     env: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for n in graph.graph.nodes:
@@ -37,12 +42,13 @@ def evaluate(graph: TaskGraph, nodes: Sequence[fx.Node]) -> list[torch.Tensor]:
             if n not in needed:
                 continue
             if n.op == "placeholder":
-                env[n] = leaf
+                env[n] = leaf.to(device) if isinstance(leaf, torch.Tensor) and device.type != "meta" else leaf
             elif n.op == "get_attr":
-                env[n] = read(graph.graph_module, n)
-                _require_storage(graph, n, env[n])
+                held = read(graph.graph_module, n)
+                _require_storage(graph, n, held)
+                env[n] = held.to(device)  # a constant of the graph's own stays where the graph was captured
             else:
-                args, kwargs = fx.node.map_arg((n.args, n.kwargs), env.__getitem__)
+                args, kwargs = fx.node.map_arg(pytree.tree_map(mapped, (n.args, n.kwargs)), env.__getitem__)
                 env[n] = n.target(*args, **kwargs)
     for node in nodes:
         _require_storage(graph, node, env[node])

@@ -9,7 +9,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from .devices import device_map
 from .node import argument, is_write
+from .program import model_device
 from .tensors import target_of, tensor_name
 
 aten = torch.ops.aten
@@ -98,15 +100,19 @@ def trains_with_dropout(module: fx.GraphModule) -> bool:
 
 
 def in_dtype(
-    dtype: torch.dtype, device: torch.device
+    dtype: torch.dtype | None, module: fx.GraphModule
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Any], Any]]:
-    """Maps for :class:`GraphInterpreter` that compute in ``dtype`` where the graph computes in any floating type."""
+    """Maps for :class:`GraphInterpreter` that compute where the model is, and in ``dtype`` where the graph computes in any
+    floating type; ``None``: in the graph's own.
+    """
+    device = model_device(module)
+    devices = device_map(module, device)
 
     def tensors(x: torch.Tensor) -> torch.Tensor:
-        y = x.detach().to(device, dtype if x.is_floating_point() else x.dtype)
+        y = x.detach().to(device, dtype if dtype is not None and x.is_floating_point() else x.dtype)
         return y.requires_grad_(x.requires_grad) if isinstance(x, torch.nn.Parameter) else y
 
     def constants(x: Any) -> Any:
-        return dtype if isinstance(x, torch.dtype) and x.is_floating_point else x
+        return dtype if dtype is not None and isinstance(x, torch.dtype) and x.is_floating_point else devices(x)
 
     return tensors, constants

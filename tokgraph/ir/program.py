@@ -221,6 +221,11 @@ def model_device(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def cuda_devices(module: nn.Module) -> list[torch.device]:
+    """The devices, beside the CPU, whose random numbers a forward of ``module`` may draw; for ``fork_rng``."""
+    return [device] if (device := model_device(module)).type == "cuda" else []
+
+
 def loss_node(graph: TaskGraph) -> fx.Node:
     """The node that is the task's loss: the first scalar float output."""
     for node in output_args(graph.graph):

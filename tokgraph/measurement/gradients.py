@@ -245,7 +245,8 @@ class _SplitRun(GraphInterpreter):
 
     def __init__(self, graph: TaskGraph, visual: torch.Tensor, plan: _Plan, dtype: torch.dtype | None) -> None:
         self._device = model_device(graph.graph_module)
-        maps = in_dtype(dtype, self._device) if dtype is not None else (lambda x: x.to(self._device), lambda x: x)
+        _, constants = maps = in_dtype(dtype, graph.graph_module)
+        maps = maps if dtype is not None else (lambda x: x.to(self._device), constants)
         super().__init__(graph.graph_module, *maps)
         chains = {part for parts in plan.held.values() for part in parts if part != SAMPLES}
         self._rows = visual_rows(graph, visual, chains)

@@ -12,7 +12,7 @@ from torch import fx
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.interpreter import GraphInterpreter, in_dtype
 from tokgraph.ir.node import ancestors
-from tokgraph.ir.program import TaskGraph, model_device
+from tokgraph.ir.program import TaskGraph
 
 from .batch import on_batch
 from .pieces import Region, regions
@@ -91,9 +91,8 @@ class ObservedRun(GraphInterpreter):
         pieces: Mapping[fx.Node, Region] | None = None,
         max_bytes: int = 0,
     ) -> None:
-        device = model_device(graph.graph_module)
-        maps = in_dtype(dtype, device) if dtype is not None else (lambda x: x.detach().to(device), lambda x: x)
-        super().__init__(graph.graph_module, *maps)
+        tensors, constants = in_dtype(dtype, graph.graph_module)
+        super().__init__(graph.graph_module, lambda x: tensors(x).detach(), constants)
         self._meters: dict[str, list[Meter]] = {}
         for meter in meters:
             for name in meter.nodes():

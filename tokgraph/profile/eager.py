@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tokgraph.export.files import NodePlace
 from tokgraph.ir.program import TaskGraph
+from tokgraph.passes.device import on_device
 from tokgraph.passes.lower import places_of
 from tokgraph.passes.lower.graph import Source
 from tokgraph.passes.lower.origins import Origins
@@ -41,6 +42,7 @@ class TorchSubject:
         device: torch.device,
     ) -> None:
         self.task, self.variant, self.graph = graph.name, variant, kind
+        graph = on_device(graph, device)
         self._module = graph.graph_module
         self._places = places_of(graph)
         self._leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in graph.flatten(inputs)]

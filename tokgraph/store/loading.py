@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +124,9 @@ def _program(
 ) -> Program:
     graphs = {}
     for name, described in manifest["tasks"].items():
-        exported = torch.export.load(folder / graph_file(name, variant))
+        with warnings.catch_warnings():  # of torch 2.11, which reads tensors from the file's bytes; it changes none
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            exported = torch.export.load(folder / graph_file(name, variant))
         inputs = spec.tasks[name].inputs
         about = described["variants"][variant]
         fixed = {int(position): value for position, value in about["fixed"].items()}

@@ -18,6 +18,7 @@ from tokgraph.files import is_plain, new_directory
 from tokgraph.ir.names import file_part
 from tokgraph.ir.program import TaskGraph, is_meta, is_training
 from tokgraph.ir.spec import Task
+from tokgraph.passes.device import program_on_device
 from tokgraph.passes.lower import Lowered, lower_program
 from tokgraph.passes.lower.exported import exported_program
 from tokgraph.runtime import Accelerated
@@ -61,7 +62,7 @@ def save(accelerated: Accelerated, folder: str | Path, *, with_baseline: bool = 
         accelerated.plan.save(temporary / PLAN)
         tasks: dict[str, dict[str, Any]] = {}
         for variant, program in programs.items():
-            for name, graph in program.items():
+            for name, graph in program_on_device(program, torch.device("cpu")).items():
                 lowered = lower_program(graph)
                 torch.export.save(exported_program(lowered, state.keys()), temporary / graph_file(name, variant))
                 tasks.setdefault(name, _described(graph))["variants"][variant] = _variant(graph, lowered)

@@ -13,7 +13,7 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.interpreter import GraphInterpreter, in_dtype
 from tokgraph.ir.node import by_name, output_args
 from tokgraph.ir.plan import DropSite
-from tokgraph.ir.program import TaskGraph, loss_node, model_device
+from tokgraph.ir.program import TaskGraph, cuda_devices, loss_node, model_device
 from tokgraph.passes.analysis.visual import visual_mask
 
 from .oracle import Oracle, demanded_rows
@@ -52,8 +52,7 @@ class Difference:
 
 def run_rewritten(graph: TaskGraph, dtype: torch.dtype) -> Results:
     """Run a task graph on its example batch, with gradients."""
-    device = model_device(graph.graph_module)
-    return _run(GraphInterpreter(graph.graph_module, *in_dtype(dtype, device)), graph)
+    return _run(GraphInterpreter(graph.graph_module, *in_dtype(dtype, graph.graph_module)), graph)
 
 
 def run_oracle(
@@ -78,7 +77,7 @@ def run_oracle(
     nodes = by_name(graph.graph)
     visual = visual_mask(graph, facts.visual, nodes[facts.entry]).to(device)
     prompt = _prompt_ends(graph, facts) if any(s.selector == "attention" for s in sites) else None
-    maps = in_dtype(dtype, device)
+    maps = in_dtype(dtype, graph.graph_module)
     return _run(Oracle(graph, facts, sites, visual, *maps, prompt=prompt, step=step, own=own), graph)
 
 
@@ -94,8 +93,8 @@ def _prompt_ends(graph: TaskGraph, facts: TaskFacts) -> list[int]:
 
 
 def _run(interpreter: GraphInterpreter, graph: TaskGraph) -> Results:
-    devices = [device] if (device := model_device(graph.graph_module)).type == "cuda" else []
-    with torch.random.fork_rng(devices):  # what a model draws itself (noise), it draws alike in every run
+    # what a model draws itself (noise), it draws alike in every run
+    with torch.random.fork_rng(cuda_devices(graph.graph_module)):
         torch.manual_seed(0)
         outputs = list(interpreter.run(*example_leaves(graph)))
     loss = outputs[output_args(graph.graph).index(loss_node(graph))]
