@@ -94,7 +94,7 @@ def soft_rows(x: Tensor, target: Tensor, weight: Tensor | None, label_smoothing:
     axis = _classes(x)
     if label_smoothing:
         target = target * (1 - label_smoothing) + label_smoothing / x.shape[axis]
-    losses = aten.log_softmax.int(x, axis) * target
+    losses: Tensor = aten.log_softmax.int(x, axis) * target
     if weight is not None:
         losses = losses * weight.view([-1] + [1] * (x.dim() - 1 - axis))
     return -losses.sum(axis)

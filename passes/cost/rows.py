@@ -76,7 +76,9 @@ def visual_rows(
         for index in chain:
             if index in lost:
                 rows = rows & ~values[lost[index]].to(rows.device)
-            rows = rows.gather(1, values[index].to(rows.device))
+            at = values[index].to(rows.device)  # one row of it may serve all samples
+            samples = max(rows.shape[0], at.shape[0])
+            rows = rows.expand(samples, -1).gather(1, at.expand(samples, -1))
         found[chain] = rows
     return found
 

@@ -24,7 +24,6 @@ tokgraph = torch.ops.tokgraph
 NARROWED = "tokgraph.narrowed"
 """Key of a node's ``meta``: push-down computes it on fewer rows."""
 STALE = "tokgraph.stale"
-LIFTED = "tokgraph.lifted"
 
 
 @dataclass(frozen=True)
@@ -121,13 +120,8 @@ class _Rebuild:
         for index in rest:
             key = (x, along, (index,))
             if key not in self._made:
-                source = x
-                if along.ndim is not None and x.meta.get(LIFTED) != along:
-                    source = self._emit.with_batch(x, along.ndim, along.batch, index)
-                made = self._emit.select(source, index, along.dim, along.batch)
-                if along.ndim is not None:
-                    made.meta[LIFTED] = along
-                self._made[key] = made
+                source = x if along.ndim is None else self._emit.with_batch(x, along.ndim, along.batch, index)
+                self._made[key] = self._emit.select(source, index, along.dim, along.batch)
             x = self._made[key]
             x.meta[STALE] = True
         return x

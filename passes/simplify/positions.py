@@ -218,7 +218,7 @@ def _expand(positions: Positions, node: fx.Node) -> Known | None:
 @_rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def _reshape(positions: Positions, node: fx.Node) -> Known | None:
     """Only where axes of size 1 come or go."""
-    x = node.args[0]
+    x: Any = node.args[0]
     before, after = ([i - rank(n) for i, d in enumerate(dims(n)) if d != 1] for n in (x, node))
     if [dims(x)[i] for i in before] != [dims(node)[i] for i in after]:  # type: ignore[arg-type]
         found = positions.of(x)

@@ -13,7 +13,7 @@ from .policy import Policy
 
 @dataclass(frozen=True)
 class NoDrop(Policy):
-    """Drops nothing and removes nothing: the captured graphs as they are."""
+    """Drops nothing and removes nothing: the captured graphs, simplified."""
 
     name: ClassVar[str] = "none"
 
