@@ -86,7 +86,7 @@ def _is_record(x: object) -> bool:
 def _reading(
     cls: type, found: Fields, paths: dict[int, tuple[str, Any]], is_setting: Callable[[Any], bool]
 ) -> Callable[[Any, str], Any]:
-    own: Callable[[Any, str], Any] = cls.__getattribute__
+    own: Any = cls.__getattribute__
 
     def read(self: Any, name: str) -> Any:
         x = own(self, name)
@@ -100,7 +100,7 @@ def _reading(
 
 
 def _writing(cls: type, found: Fields, paths: dict[int, tuple[str, Any]]) -> Callable[[Any, str, Any], None]:
-    own: Callable[[Any, str, Any], None] = cls.__setattr__
+    own: Any = cls.__setattr__
 
     def write(self: Any, name: str, x: Any) -> None:
         own(self, name, x)

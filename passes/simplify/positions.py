@@ -220,7 +220,7 @@ def _reshape(positions: Positions, node: fx.Node) -> Known | None:
     """Only where axes of size 1 come or go."""
     x: Any = node.args[0]
     before, after = ([i - rank(n) for i, d in enumerate(dims(n)) if d != 1] for n in (x, node))
-    if [dims(x)[i] for i in before] != [dims(node)[i] for i in after]:  # type: ignore[arg-type]
+    if [dims(x)[i] for i in before] != [dims(node)[i] for i in after]:
         found = positions.of(x)
         return found if isinstance(found, Constant) else None
     to = dict(zip(before, after, strict=True))
