@@ -172,6 +172,7 @@ def fresh() -> tg.Accelerated:
     return tg.apply(tg.analyze(program), sites(projections="own"))
 
 
+@pytest.mark.slow
 def test_training_and_saving(fresh: tg.Accelerated, tmp_path: Path) -> None:
     before = {name: x.clone() for name, x in fresh.state_dict().items()}
     optimizer = torch.optim.SGD(fresh.parameters(), lr=0.1)

@@ -85,7 +85,11 @@ print(result.output)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["export", "model.py"], ["run", "FOLDER", "--runtime", "onnxruntime"], ["profile", "FOLDER"]],
+    [
+        ["export", "model.py"],
+        pytest.param(["run", "FOLDER", "--runtime", "onnxruntime"], marks=pytest.mark.slow),
+        pytest.param(["profile", "FOLDER"], marks=pytest.mark.slow),
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_commands_that_need_onnx_say_so(tmp_path, arguments: list[str]) -> None:

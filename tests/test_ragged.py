@@ -146,6 +146,7 @@ def test_the_oracle_agrees_on_other_attentions(attend: Attend) -> None:
         tg.verify(model.program, model.apply(planned(model, padded))).raise_if_failed()
 
 
+@pytest.mark.slow
 def test_a_batch_without_padding_in_it_and_an_image_at_the_very_start() -> None:
     """Rows that are all dropped, and see nothing that is left: no NaN reaches outputs or gradients."""
     whole = spec([[6], [12], [9]], tokens=16)
@@ -273,6 +274,7 @@ def both_tasks() -> Captured:
     return Captured.of(tg.ModelSpec(model.model, {**model.tasks, G: tiny.build(layers=4, batch=4).tasks[G]}))
 
 
+@pytest.mark.slow
 def test_shared_pads(both_tasks: Captured) -> None:
     """As many of each sample would be another share of either task; the same share of each keeps the tasks alike."""
     model = both_tasks

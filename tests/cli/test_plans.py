@@ -17,6 +17,7 @@ TINY = str(Path(tiny.__file__))
 FOUR = ("--set", "layers=4")
 
 
+@pytest.mark.slow
 def test_plan_explains_and_writes(run, tmp_path):
     arguments = ("--target-flops", "0.7661", "--mix", "understanding=3,generation=1", "--explain", "-o", "plan.json")
     result = run("plan", TINY, *FOUR, *arguments)

@@ -148,6 +148,7 @@ def test_export_keeps_batch_and_tokens_symbolic(digits, task):
     torch.testing.assert_close(program.module()(other), given.forward(spec.model, **other))
 
 
+@pytest.mark.slow
 def test_both_tasks_learn(digits):
     spec = digits.build(layers=2)
     untrained = digits.evaluate(plain(spec))

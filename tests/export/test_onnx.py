@@ -49,6 +49,7 @@ def wider(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("policy", ["shared", pytest.param("himix-hmgen-share-partial", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.slow
 def test_gradients_are_those_of_autograd(exported, policy: str, task: str) -> None:
     made: Exported = exported(policy)
     inputs = wider(dict(made.accelerated.program[task].task.inputs))

@@ -104,6 +104,7 @@ def several_images(images: int, batch: int, text: int, dimension: str) -> tuple[
 
 
 @pytest.mark.parametrize("dimension", [pytest.param("images", marks=pytest.mark.slow), "batch"])
+@pytest.mark.slow
 def test_two_images_a_sample(dimension: str) -> None:
     """Whether the images have an axis of their own or share the batch's, the encoder does twice the work."""
     task, _ = several_images(1, 2, 5, dimension)

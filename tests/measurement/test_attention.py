@@ -315,12 +315,14 @@ def reshaped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.unflatten(1, (HEADS, -1)) + cut(FUTURE, q)).softmax(-1) @ v
 
 
+@pytest.mark.slow
 def test_scores_that_are_reshaped_are_made_whole() -> None:
     found = captured(reshaped)
     assert not regions(found.program["t"], found.facts["t"])
     torch.testing.assert_close(of(found).mass, of(captured(eager)).mass, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_limit_counts_the_bytes_of_the_type() -> None:
     """Half precision is widened to float32."""
     found, given = captured(dtype=torch.bfloat16), batch(3, tokens=61)

@@ -139,6 +139,7 @@ def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Te
     return {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ["tiny", *ODD])
 def test_the_parts_of_every_module(measured: Measure, name: str, task: str) -> None:

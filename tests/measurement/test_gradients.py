@@ -192,6 +192,7 @@ def test_the_parts_of_another_batch(measured: Measure) -> None:
     assert_same_gradients({n: split.text[n] for n in text}, text, EXACT)
 
 
+@pytest.mark.slow
 def test_the_type_to_compute_in() -> None:
     """The model's own by default; in float64, a float32 model has the gradients of its float64 copy."""
     spec = tiny.build(dynamic=False)
@@ -214,6 +215,7 @@ def test_bfloat16() -> None:
     assert not disagreements(captured, "understanding", split)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_have_no_gradient() -> None:
     spec = tiny.build(layers=1, dynamic=False)
     spec.model.embed.weight.requires_grad_(False)

@@ -150,6 +150,7 @@ def test_planning_twice_gives_the_same_bytes() -> None:
     assert plans[0].to_json() == plans[1].to_json()
 
 
+@pytest.mark.slow
 def test_predictions_are_what_the_rewritten_graphs_cost(five: Captured) -> None:
     """What the planner predicts for a captured model is counted in its rewritten graphs."""
     for target in (0.7, 0.75):

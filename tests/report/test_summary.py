@@ -148,6 +148,7 @@ def test_attention_to_the_image_side_by_side(summary: dict[str, Any]) -> None:
     assert all(len(a["mass"]) == 4 for a in summary["image_attention"])
 
 
+@pytest.mark.slow
 def test_cost_after_a_plan() -> None:
     """Beside the cost before it, for all sizes; the published formula counts the rows that are left."""
     tiny = captured_tiny(4, dynamic=True)
@@ -170,6 +171,7 @@ def test_cost_after_a_plan() -> None:
             assert at["after"]["convention"]["forward_flops"] == fastv(shape, rows_per_layer=rows)
 
 
+@pytest.mark.slow
 def test_keys_of_frozen_rows_count_in_a_published_formula() -> None:
     """``himix``: all rows are keys, text rows alone are computed."""
     tiny = captured_tiny(4, dynamic=True)

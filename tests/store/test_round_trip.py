@@ -206,6 +206,7 @@ def test_a_result_that_is_a_size(tmp_path: Path) -> None:
     assert tg.load_accelerated(tmp_path / "program")[G](**inputs)[1] == 7
 
 
+@pytest.mark.slow
 def test_without_its_baseline(saved: Saved, tmp_path: Path) -> None:
     again = Saved(saved.before, tmp_path / "program", with_baseline=False).after
     assert not list((tmp_path / "program").glob("baseline*"))
@@ -216,6 +217,7 @@ def test_without_its_baseline(saved: Saved, tmp_path: Path) -> None:
     again.save(tmp_path / "other", with_baseline=False)
 
 
+@pytest.mark.slow
 def test_a_loaded_program_is_saved_again(saved: Saved, tmp_path: Path) -> None:
     """A second generation is as good as the first, places included."""
     second = Saved(saved.after, tmp_path / "again").after

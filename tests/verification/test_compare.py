@@ -120,6 +120,7 @@ def test_runs_are_those_of_the_graph() -> None:
     assert not any(p.grad is not None for p in found.graph.graph_module.parameters())
 
 
+@pytest.mark.slow
 def test_a_float32_model_is_verified_in_float64() -> None:
     found = captured("understanding", dtype="float32")
     outcome = tg.verify(found.program, found.apply(site(0, 1), exact=True))

@@ -36,6 +36,7 @@ def assumed(cost: TaskCost) -> tuple[str, ...]:
     return cost.sizes.assumed
 
 
+@pytest.mark.slow
 def test_shapes_tell_of_a_range_of_positions() -> None:
     assert assumed(captured_tiny(3, dynamic=True).facts[G].cost) == ()
 
@@ -55,6 +56,7 @@ def test_where_the_batch_is_fixed_the_encoder_grows_in_proportion() -> None:
         assert getattr(two, amount) == 2 * getattr(one, amount) > 0
 
 
+@pytest.mark.slow
 def test_a_slice_leaves_out_as_many_as_now() -> None:
     """Rows 1 to 6, or 2 to 7, are image rows: from row 3 on there is one fewer at least, also where the image is longer."""
     cost = cost_of(replace(tiny.build(dynamic=True).tasks[U], forward=sliced))

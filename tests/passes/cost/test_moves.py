@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokgraph as tg
-from tests.passes.tools import captured, site
+from tests.passes.tools import TASKS, captured, site
 from tokgraph.passes.cost.moves import row_moves
 
 aten = torch.ops.aten
@@ -87,8 +88,13 @@ def by_hand(spec: tg.ModelSpec, task: str, start: int, stop: int, count: int) ->
     return moves
 
 
-@pytest.mark.parametrize("layers", [4, pytest.param(24, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("task", ["understanding", "generation"])
+@pytest.mark.parametrize(
+    ("task", "layers"),
+    [
+        ("generation", 4),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in product(TASKS, (4, 24)) if x != ("generation", 4)),
+    ],
+)
 def test_a_span_of_janus_moves_what_a_loop_by_hand_moves(task: str, layers: int) -> None:
     options = {"size": "tiny"} if layers == 4 else {"size": "1b"}
     spec = tg.load(str(ROOT / "examples" / "janus.py"), layers=layers, padded=False, **options)
@@ -112,6 +118,7 @@ def test_the_number_of_moves_does_not_grow_with_the_span(task: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_digits_moves_the_stream_in_and_out() -> None:
     """And its rotary embeddings; its mask is told to the kernel."""
     spec = tg.load(str(ROOT / "examples" / "digits.py"))
@@ -137,6 +144,7 @@ def test_bytes_of_both_passes() -> None:
             assert (move.forward, move.backward) == (2 * out, whole + 2 * out)
 
 
+@pytest.mark.slow
 def test_nothing_flows_back_to_what_is_not_trained() -> None:
     spec = tg.load(str(ROOT / "examples" / "janus.py"), size="tiny")
     facts = tg.analyze(tg.capture(spec))

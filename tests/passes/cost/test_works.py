@@ -276,6 +276,7 @@ def test_a_plan_is_for_the_visual_tokens_of_its_example() -> None:
 # ------------------------------------------------------------------ counting is only looking
 
 
+@pytest.mark.slow
 def test_counting_leaves_no_guard() -> None:
     """No size of the graph is fixed by a kernel that asks for it: shapes stay, and other sizes still run."""
     spec = tiny.build(dynamic=True)

@@ -449,6 +449,7 @@ def test_a_loss_over_slices_is_narrowed() -> None:
     assert tuple(logits.meta["val"].shape) == (2 * demanded, 12)
 
 
+@pytest.mark.slow
 def test_what_counts_as_a_loss_over_rows() -> None:
     for forward, axis in ((shifted_by_slices, 1), (classes_first, 2), (weighted, 1)):
         graph = with_loss(forward).graph
