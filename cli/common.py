@@ -198,6 +198,11 @@ def amount(number: float) -> str:
     return f"{number:g}"
 
 
+def overhead(moved: dict[str, Any]) -> str:
+    """The operators that move rows, and what they move in a step."""
+    return f"{moved['operators']} moves of rows, {amount(sum(moved['bytes'].values()))}B"
+
+
 def write_folder(folder: Path, files: dict[str, str], write: Callable[[Path], None] | None = None) -> None:
     """Write files by their paths within a folder, all of them or none.
 

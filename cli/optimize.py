@@ -25,6 +25,7 @@ from .common import (
     chosen_options,
     load_model,
     model_options,
+    overhead,
     parse_settings,
     pass_options,
     plain_console,
@@ -132,6 +133,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         "forward FLOPs": [_change(t["flops"], "forward") for t in tasks.values()],
         "backward FLOPs": [_change(t["flops"], "backward") for t in tasks.values()],
         "FLOPs ratio": [f"{t['flops']['ratio']:.3f}x" for t in tasks.values()],
+        "drop overhead": [overhead(t["drop_overhead"]) for t in tasks.values()],
     }
     checks = report["verification"].get("tasks")
     if checks:

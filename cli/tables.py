@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .common import amount
+from .common import amount, overhead
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
@@ -61,6 +61,8 @@ def _print_tasks(tasks: dict[str, Any], console: Console) -> None:
         "FLOPs unknown": [", ".join(t["cost"]["uncounted"]) or "-" for t in each],
         "assumed at other sizes": ["; ".join(t["cost"]["assumed"]) or "-" for t in each],
     }
+    if all("drop_overhead" in t for t in each):  # a plan was given
+        rows["drop overhead"] = [overhead(t["drop_overhead"]) for t in each]
     for label, cells in rows.items():
         table.add_row(label, *cells)
     console.print(table)

@@ -64,6 +64,13 @@ def row_moves(graph: TaskGraph) -> list[RowMove]:
     return found
 
 
+def drop_overhead(graph: TaskGraph) -> dict[str, Any]:
+    """The operators that move rows, and the bytes that they move in a training step on the example batch."""
+    moves = row_moves(graph)
+    bytes_moved = {"forward": sum(m.forward for m in moves), "backward": sum(m.backward for m in moves)}
+    return {"operators": len(moves), "bytes": bytes_moved}
+
+
 Size = Callable[[fx.Node], int]
 
 

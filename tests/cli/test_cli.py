@@ -31,6 +31,8 @@ def test_optimize_writes_plan_report_and_ir(run, tmp_path):
     for task in ("understanding", "generation"):
         entry = report["tasks"][task]
         assert entry["flops"]["ratio"] == entry["flops"]["after"]["total"] / entry["flops"]["before"]["total"] < 1
+        assert entry["drop_overhead"]["operators"] == 5
+        assert entry["drop_overhead"]["bytes"].keys() == {"forward", "backward"}
         kept = entry["activation_bytes"]
         assert kept["ratio"] == kept["after"] / kept["before"] < 1
         for when, cost in entry["cost"].items():

@@ -11,6 +11,7 @@ from tokgraph.ir.names import copied_name
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.verification import Verification
 from tokgraph.passes.cost.attribution import task_cost
+from tokgraph.passes.cost.moves import drop_overhead
 from tokgraph.passes.cost.pathways import Pathways, coverage, pathways, sharing_index
 from tokgraph.passes.pipeline import Pipeline
 from tokgraph.passes.rewrite.realise import rewrite_passes
@@ -23,7 +24,8 @@ def make_report(accelerated: Accelerated) -> dict[str, Any]:
     """The report (schema 1) of an accelerated program against the captured one.
 
     FLOPs and activation bytes (kept for the backward pass) are of one training step on the example batch; ``cost`` has
-    them, and bytes read and written, by region and block, by kind of token and by module.
+    them, and bytes read and written, by region and block, by kind of token and by module. ``drop_overhead`` has what moving
+    rows takes by itself.
     ``tokens_per_block`` counts the visual rows whose residual a block computes. Sharing index and coverage are read off
     the rewritten graphs.
     """
@@ -77,6 +79,7 @@ def _task_report(captured: TaskGraph, accelerated: Accelerated, facts: Facts, af
         "tokens_per_block": {"before": [task.visual.mean] * len(task.blocks), "after": list(after.tokens_per_block)},
         "flops": {"before": _flops(before), "after": _flops(now), "ratio": now.flops / before.flops},
         "activation_bytes": {"before": before.saved, "after": now.saved, "ratio": ratio(now.saved, before.saved)},
+        "drop_overhead": drop_overhead(rewritten),
         "cost": {when: cost.rollups() for when, cost in costs.items()},
         "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},
         "passes": [p.to_data() for p in rewrite_passes(task, plan.for_task(task.name), plan.exact)],

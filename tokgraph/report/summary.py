@@ -13,6 +13,7 @@ from tokgraph.ir.facts import Facts, TaskFacts, facts_before
 from tokgraph.ir.program import Program, TaskGraph
 from tokgraph.measurement.measurements import Measurements, TaskMeasures, image_attention
 from tokgraph.passes.cost.attribution import task_cost
+from tokgraph.passes.cost.moves import drop_overhead
 from tokgraph.runtime import Accelerated
 
 from .cost_summary import add_after, cost_summary
@@ -57,6 +58,7 @@ def summarise(
         tasks[name]["cost"] = cost_summary(task, program[name], sizes, convention)
         if accelerated is not None:
             add_after(tasks[name]["cost"], after[name], task, accelerated.program[name], sizes, convention)
+            tasks[name]["drop_overhead"] = drop_overhead(accelerated.program[name])
         tasks[name]["measured"] = None if measured is None else _measured(measured.tasks[name])
     return {
         "schema": SCHEMA,
