@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -124,9 +123,7 @@ def _program(
 ) -> Program:
     graphs = {}
     for name, described in manifest["tasks"].items():
-        with warnings.catch_warnings():  # of torch 2.11, which reads tensors from the file's bytes; it changes none
-            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-            exported = torch.export.load(folder / graph_file(name, variant))
+        exported = torch.export.load(folder / graph_file(name, variant))
         inputs = spec.tasks[name].inputs
         about = described["variants"][variant]
         fixed = {int(position): value for position, value in about["fixed"].items()}
