@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tokgraph
+from tokgraph.ir.compilation import MODES, By, Compilation
 from tokgraph.ir.names import file_part
 from tokgraph.ir.plan import Plan
 from tokgraph.ir.printer import format_graph
@@ -41,6 +42,19 @@ from .passes import PassLog
 @policy_options
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="A plan file to apply.")
 @click.option("--verify/--no-verify", default=True, help="Compare with the oracle; exit 3 if they disagree.")
+@click.option(
+    "--compile",
+    "compile_mode",
+    is_flag=False,
+    flag_value="default",
+    type=click.Choice(MODES),
+    help="Compile every task with torch.compile, in this mode, and compare a step with the graph.",
+)
+@click.option(
+    "--compile-by",
+    type=click.Choice(get_args(By)),
+    help="With --compile: graphs as a whole, or their decoder blocks one by one and equal ones once.  [default: graph]",
+)
 @click.option("--save/--no-save", default=True, help="Also write the program, for `tokgraph export`, `profile`, `run`.")
 @pass_options
 @stop_option
@@ -53,6 +67,8 @@ def optimize(
     policy: str | None,
     plan_file: Path | None,
     verify: bool,
+    compile_mode: str | None,
+    compile_by: By | None,
     save: bool,
     print_after: tuple[str, ...],
     time_passes: bool,
@@ -71,13 +87,16 @@ def optimize(
     if plan_file is not None and (policy is not None or given):
         clash = "--policy" if policy is not None else "--" + next(iter(given)).replace("_", "-")
         raise click.UsageError(f"--plan and {clash} exclude each other")
+    if compile_by is not None and compile_mode is None:
+        raise click.UsageError("--compile-by goes with --compile")
+    how = False if compile_mode is None else Compilation(compile_mode, compile_by or "graph")
     chosen: str | Plan = Plan.load(plan_file) if plan_file is not None else policy or "shared"
     log = PassLog(print_after, time_passes, dump_ir, last)
     with log.watching() as stage:
         stage("load")
         spec = load_model(model, settings)
         if last is None:
-            accelerated = run(spec, chosen, verify=verify, progress=stage, observer=log.observer, **given)
+            accelerated = run(spec, chosen, verify=verify, compile=how, progress=stage, observer=log.observer, **given)
         else:
             program = run_until(spec, last, chosen, progress=stage, observer=log.observer, **given)
     if last is not None:
@@ -142,11 +161,19 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for label, cells in rows.items():
         table.add_row(label, *cells)
     console.print(table)
+    for name, task in report.get("compilation", {}).get("tasks", {}).items():
+        console.print(f"{name}: compiled in {task['seconds']:.1f} s, {task['functions']} functions, {_agreement(task)}")
     outcomes = {True: "verified", False: "NOT verified", None: "not verified (--no-verify)"}
     console.print(
         f"sharing index {report['sharing_index']:.3f}, coverage {report['coverage']:.3f}, "
         f"FLOPs {report['flops_ratio']:.3f}x, {outcomes[report['verification']['passed']]}"
     )
+
+
+def _agreement(task: dict[str, Any]) -> str:
+    if task["output_error"] is None:
+        return "not compared: it draws random numbers"
+    return f"worst error {max(task['output_error'], task['gradient_error']):.1e}"
 
 
 def _change(flops: dict[str, dict[str, int]], phase: str) -> str:

@@ -13,6 +13,7 @@ from .errors import (
     AnalysisError,
     BatchError,
     CaptureError,
+    CompileError,
     DependencyError,
     ExportError,
     FileError,
@@ -29,6 +30,7 @@ from .ir.spec import ModelSpec, Task, VisualTokens, load
 from .version import VERSION
 
 if TYPE_CHECKING:  # each also in _LATER
+    from .ir.compilation import Compilation
     from .ir.cost import TaskCost
     from .ir.facts import Facts, TaskFacts
     from .ir.plan import DropSite, Plan
@@ -49,6 +51,8 @@ __all__ = [
     "AnalysisError",
     "BatchError",
     "CaptureError",
+    "Compilation",
+    "CompileError",
     "DependencyError",
     "DropSite",
     "ExportError",
@@ -93,6 +97,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "ir.compilation": ("Compilation",),
     "ir.cost": ("TaskCost",),
     "ir.facts": ("Facts", "TaskFacts"),
     "ir.plan": ("DropSite", "Plan"),

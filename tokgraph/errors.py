@@ -132,5 +132,11 @@ class StaleError(TokgraphError):
     code = "TG012"
 
 
+class CompileError(TokgraphError):
+    """A task's graph cannot be compiled."""
+
+    code = "TG013"
+
+
 class InternalError(Exception):
     """A broken invariant inside tokgraph: a bug of ours, never the user's."""

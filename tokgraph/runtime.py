@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tokgraph.ir.compilation import By, Compilation, CompilationCheck
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.names import STEP, copied_name, step_name
@@ -53,6 +54,7 @@ class TaskModule(nn.Module):
     def __init__(self, model: nn.Module, variants: Variants) -> None:
         super().__init__()
         self._draws = Draws()
+        self._how: Compilation | None = None
         self.use(model, variants)
 
     def use(self, model: nn.Module, variants: Variants) -> None:
@@ -70,6 +72,26 @@ class TaskModule(nn.Module):
     def variants(self) -> Variants:
         """The task's graphs, and the checks that choose between them."""
         return self._of[1]
+
+    @property
+    def compilation(self) -> Compilation | None:
+        """How the task's graphs are compiled; ``None``: not at all."""
+        return self._how
+
+    def compile(  # type: ignore[override]
+        self, mode: bool | str | Compilation = True, *, by: By = "graph", backend: str | Callable[..., Any] = "inductor"
+    ) -> TaskModule:
+        """Compile the task's graph with ``torch.compile`` from the next call on, and those of other modes and types as well.
+
+        Args:
+            mode: as for :meth:`Accelerated.compile`, and so the others.
+            by: what is compiled at once.
+            backend: by what.
+        """
+        how = Compilation.of(mode)
+        given = how is None or isinstance(mode, Compilation)
+        self._how = how if given else Compilation(how.mode, by, backend)  # type: ignore[union-attr]
+        return self
 
     def train(self, mode: bool = True) -> TaskModule:
         """Set the mode of the user's model, unless that is in it already, whose submodules then stay as they are.
@@ -112,7 +134,7 @@ class TaskModule(nn.Module):
         counter = held(graph.graph_module, STEP) if is_training(model) else None
         with _no_autocast(variant.autocast), self._draws.of_call(counter):
             try:
-                return graph, graph.graph_module(*leaves)
+                return graph, variant.run(leaves, self._how)
             except (TokgraphError, InternalError, torch.OutOfMemoryError):
                 raise
             except _FAILURES as failure:
@@ -180,6 +202,7 @@ class Accelerated(Mapping[str, TaskModule]):
         self.captured = captured if facts is None else facts.program
         self.loaded = facts is None
         self.verification: Verification | None = None
+        self.compilation_check: CompilationCheck | None = None
         self.report: dict[str, Any] = {}
         self._facts = facts
         self._modules_by_task = {
@@ -191,6 +214,27 @@ class Accelerated(Mapping[str, TaskModule]):
         fixed = self._edited or spec.tasks[name].forward is no_forward
         anew = None if fixed else partial(task_anew, spec, name, plan)
         return Variants(self.model, graph, anew, None if self.captured is None else self.captured.get(name))
+
+    def compile(
+        self, mode: bool | str | Compilation = True, *, by: By = "graph", backend: str | Callable[..., Any] = "inductor"
+    ) -> Accelerated:
+        """Compile the tasks' graphs with ``torch.compile``, without graph breaks; their first calls then take a while.
+
+        The checks of each call are made outside of the compiled code (docs/compile.md).
+
+        Args:
+            mode: a mode of ``torch.compile`` (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``,
+                ``"max-autotune-no-cudagraphs"``); ``True``: the default one; ``False``: run operators one by one again;
+                or a :class:`tokgraph.Compilation`, which says all.
+            by: ``"graph"``: each graph as a whole; ``"block"``: decoder blocks one by one, equal ones once.
+            backend: ``"inductor"``, the name of another backend of ``torch.compile``, or such a backend.
+
+        Raises:
+            CompileError: there is no such mode. What cannot be compiled is found by the first call.
+        """
+        for module in self.values():
+            module.compile(mode, by=by, backend=backend)
+        return self
 
     def train(self, mode: bool = True) -> Accelerated:
         """Set the mode of the user's model; the tasks' next calls run graphs of that mode."""
@@ -206,7 +250,7 @@ class Accelerated(Mapping[str, TaskModule]):
         """Capture the model as it is now and apply the same plan, after a change that was meant: a new head, adapters.
 
         The task modules stay the same objects, own projections and steps are kept. What was said of the program before,
-        ``verification`` and ``report``, is cleared.
+        ``verification``, ``compilation_check`` and ``report``, is cleared; compiled tasks are compiled again.
 
         Raises:
             StaleError: the program was loaded, and has no code of the model.
@@ -221,7 +265,7 @@ class Accelerated(Mapping[str, TaskModule]):
         for name, graph in program.items():
             share_own(self.program[name], graph)
         self.program, self.plan, self._facts, self.captured = program, plan, facts, facts.program
-        self.verification, self.report = None, {}
+        self.verification, self.compilation_check, self.report = None, None, {}
         for name, module in self._modules_by_task.items():
             module.use(self.model, self._variants(name, program[name]))
         return self

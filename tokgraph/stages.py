@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from tokgraph.ir.compilation import Compilation
 from tokgraph.ir.cost import TaskCost
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import Plan, Ragged
@@ -24,11 +25,12 @@ from .planning import Policy, policy
 from .report import make_report
 from .runtime import Accelerated
 from .verification import verify as run_verification
+from .verification import verify_compiled
 
 Progress = Callable[[str], None]
 __all__ = ["PASSES", "STAGES", "Progress", "analyze", "apply", "capture", "costs", "make_plan", "optimize", "run_until"]
 
-STAGES = ("capture", "analyse", "plan", "rewrite", "verify", "report")
+STAGES = ("capture", "analyse", "plan", "rewrite", "verify", "compile", "report")
 PASSES = tuple(found.name for found in (*CLEANUPS, *IN_AUTOCAST, *REWRITE))
 """Names of the passes that the stages run, in order: those of ``capture``, then those of ``rewrite``."""
 
@@ -115,6 +117,7 @@ def optimize(
     policy: str | Policy | Plan = "shared",
     *,
     verify: bool = True,
+    compile: bool | str | Compilation = False,
     progress: Progress | None = None,
     observer: Observer | None = None,
     **options: Any,
@@ -124,7 +127,9 @@ def optimize(
     Args:
         spec: the model and its tasks.
         policy: a policy's name, a policy, or a plan.
-        verify: compare with the oracle; a disagreement raises.
+        verify: compare with the oracle, and compiled graphs with those; a disagreement raises.
+        compile: ``True``, a mode of ``torch.compile`` (``"reduce-overhead"``, ``"max-autotune"``), or a
+            :class:`tokgraph.Compilation`: as :meth:`Accelerated.compile` does.
         progress: called with each stage's name (:data:`STAGES`) before it begins.
         observer: called after every pass.
         options: options of the named policy (``span``, ``keep``, ...).
@@ -137,6 +142,7 @@ def optimize(
     """
     tell = progress or (lambda stage: None)
     tell("capture")
+    how = Compilation.of(compile)
     facts, plan = _planned(capture(spec, observer=observer), policy, tell, options)
     tell("rewrite")
     accelerated = apply(facts, plan, observer=observer)
@@ -144,6 +150,12 @@ def optimize(
         tell("verify")
         accelerated.verification = run_verification(accelerated)
         accelerated.verification.raise_if_failed()
+    if how is not None:
+        tell("compile")
+        accelerated.compile(how)
+    if how is not None and verify:
+        accelerated.compilation_check = verify_compiled(accelerated)
+        accelerated.compilation_check.raise_if_failed()
     tell("report")
     accelerated.report = make_report(accelerated)
     return accelerated

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tokgraph.errors import BatchError, StaleError
+from tokgraph.ir.compilation import Compilation
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.devices import captured_device
 from tokgraph.ir.names import STEP
@@ -19,6 +20,7 @@ from tokgraph.ir.tensors import held, hold, named_tensors
 from tokgraph.passes.device import on_device
 
 from .batch import compiled_check, misfit
+from .compiled import Compiled
 from .model import ModelCheck, held_as, tied_with
 from .structure import Change
 
@@ -41,7 +43,25 @@ class Variant:
         self.fits = compiled_check(graph.conditions)
         self.check = ModelCheck(model, graph)
         self._default = torch.get_default_dtype()
+        self._compiled: Compiled | None = None
         self.device = model_device(graph.graph_module).type
+
+    def run(self, leaves: Sequence[Any], how: Compilation | None) -> Sequence[Any]:
+        """The graph's outputs.
+
+        Args:
+            leaves: leaves of the call's inputs.
+            how: how to compile the graph; ``None``: it runs operator by operator.
+        """
+        if how is None:
+            return self.graph.graph_module(*leaves)  # type: ignore[no-any-return]
+        return self.compiled(how)(leaves)
+
+    def compiled(self, how: Compilation) -> Compiled:
+        """The graph compiled, the same for each call."""
+        if self._compiled is None or self._compiled.how != how:
+            self._compiled = Compiled(self.graph, how)
+        return self._compiled
 
     def region_holds(self) -> bool:
         """Whether the call is in the region of autocast that the graph was captured in."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import checks, indices, masks, moving, scores, unread
-from .base import NAMESPACE, expand_index
+from .base import NAMESPACE, Condition, expand_index
 from .checks import check
 from .indices import drop_counts, keep_rows, lost_rows, ragged_rows, range_rows, ranks, rows, select_targets
 from .masks import demand_mask, prompt_mask, range_mask
@@ -23,8 +23,10 @@ from .unread import check_unread
 
 __all__ = [
     "NAMESPACE",
+    "Condition",
     "check",
     "check_unread",
+    "conditions",
     "decompositions",
     "demand_mask",
     "drop",
@@ -54,3 +56,8 @@ __all__ = [
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out."""
     return moving.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED | unread.LOWERED | checks.LOWERED
+
+
+def conditions() -> dict[torch._ops.OpOverload, Condition]:
+    """Operator -> what it asks of each batch, for runtimes that run its decomposition."""
+    return indices.CONDITIONS | scores.CONDITIONS | unread.CONDITIONS | checks.CONDITIONS

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,19 @@ NAMESPACE = "tokgraph"
 
 
 LIKE_THE_EXAMPLE = "make the batch like the example batch of the task, or optimize for this one"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What an operator asks of a batch, apart from the operator: for runtimes in which it cannot raise.
+
+    Args:
+        holds: a plain ATen function of the operator's arguments, a bool scalar tensor: whether the operator would not raise.
+        says: what it says otherwise, from the same arguments, of which tensors may have no values.
+    """
+
+    holds: Callable[..., Tensor]
+    says: Callable[..., str]
 
 
 def require(ok: Tensor, message: str, help: str = LIKE_THE_EXAMPLE, where: Where | None = None) -> None:

@@ -12,7 +12,7 @@ from torch.fx.node import has_side_effect
 
 from tokgraph.errors import BatchError, Where
 
-from .base import NAMESPACE
+from .base import NAMESPACE, Condition
 
 _SLOT = re.compile("⟦([vs])(\\d+):([^⟧]*)⟧")
 
@@ -43,6 +43,10 @@ def filled(message: str, values: Sequence[Any], sizes: Sequence[int]) -> str:
     return _SLOT.sub(number, message)
 
 
+def _without_numbers(ok: Tensor, message: str, *_: Any) -> str:
+    return _SLOT.sub("...", message)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::check", mutates_args=())
 def check(ok: Tensor, message: str, source: str, module: str, values: Sequence[Tensor], sizes: Sequence[int]) -> None:
     """A check that the model makes on its batch: every element of ``ok`` must be true.
@@ -63,7 +67,7 @@ def check(ok: Tensor, message: str, source: str, module: str, values: Sequence[T
     if ok.device.type == "meta":
         return
     if ok.device.type != "cpu":
-        torch._assert_async(ok.all(), _SLOT.sub("...", message))
+        torch._assert_async(ok.all(), _without_numbers(ok, message))
     elif not bool(ok.all()):
         raise BatchError(
             f"a check of the model does not hold for this batch: {filled(message, values, sizes)}",
@@ -76,3 +80,5 @@ check.register_fake(lambda ok, message, source, module, values, sizes: None)
 has_side_effect(torch.ops.tokgraph.check.default)  # nothing reads its result, and dead code elimination must leave it
 LOWERED: dict[torch._ops.OpOverload, Callable[..., Any]] = {torch.ops.tokgraph.check.default: lambda *_: None}
 """Operator -> the plain ATen function it is: none, a runtime checks nothing."""
+CONDITIONS = {torch.ops.tokgraph.check.default: Condition(lambda ok, *_: ok.all(), _without_numbers)}
+"""Operator -> what it asks of a batch."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokgraph.errors import BatchError
 
-from .base import NAMESPACE, rank_of, require, true_rows
+from .base import NAMESPACE, Condition, rank_of, require, true_rows
 from .unread import READS_HELP
 
 
@@ -50,6 +50,49 @@ def _select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor
     return targets.gather(1, index.expand(targets.shape[0], -1))
 
 
+def _rows_hold(mask: Tensor, count: int, exact: bool) -> Tensor:
+    found = mask.sum(1)
+    return (found == count).all() if exact else (found <= count).all()
+
+
+def _rows_say(mask: Tensor, count: int, exact: bool) -> str:
+    return (
+        f"a sample has {'another number of' if exact else 'more'} such tokens than the {count} of the example batch "
+        "(visual or demanded tokens)"
+    )
+
+
+def _ragged_rows_hold(mask: Tensor, most: int, least: int) -> Tensor:
+    found = mask.sum(1)
+    return ((found >= least) & (found <= most)).all()
+
+
+def _ragged_rows_say(mask: Tensor, most: int, least: int) -> str:
+    return (
+        f"a sample has fewer than {least} or more than {most} such tokens (visual tokens): the plan was made for an "
+        "example batch that lies between"
+    )
+
+
+def _drop_counts_hold(visual: Tensor, here: Tensor, padding: Tensor, free: Tensor, keep: float, least: int) -> Tensor:
+    return (_drop_counts(visual, here, padding, free, keep, least) + padding.sum(1) >= least).all()
+
+
+def _drop_counts_say(visual: Tensor, here: Tensor, padding: Tensor, free: Tensor, keep: float, least: int) -> str:
+    return (
+        f"a sample has so few visual tokens that fewer than {least} of its rows go: the plan was made for an example batch "
+        "whose samples have more"
+    )
+
+
+_LABELLED = "the loss reads a position that the task's reads= rules out (a label is not the ignore index there)"
+
+
+def _select_targets_hold(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
+    left_out = targets.scatter(1, index.expand(targets.shape[0], -1), ignore_index)
+    return (left_out == ignore_index).all()
+
+
 @torch.library.custom_op(f"{NAMESPACE}::rows", mutates_args=())
 def rows(mask: Tensor, count: int, exact: bool) -> Tensor:
     """Positions at which ``mask`` is true, ascending.
@@ -66,14 +109,9 @@ def rows(mask: Tensor, count: int, exact: bool) -> Tensor:
     Raises:
         BatchError: a sample of the batch has another number of true positions.
     """
-    found = mask.sum(1)
     if count < 0:  # symbolic sizes: the token axis less the rows of the example batch that go
         raise BatchError("the batch has fewer tokens than the plan drops", help="make the batch longer, or plan for it")
-    require(
-        (found == count).all() if exact else (found <= count).all(),
-        f"a sample has {'another number of' if exact else 'more'} such tokens than the {count} of the example batch "
-        "(visual or demanded tokens)",
-    )
+    require(_rows_hold(mask, count, exact), _rows_say(mask, count, exact))
     return _rows(mask, count, exact)
 
 
@@ -92,12 +130,7 @@ def ragged_rows(mask: Tensor, most: int, least: int) -> Tensor:
     Raises:
         BatchError: a sample of the batch has more or fewer true positions.
     """
-    found = mask.sum(1)
-    require(
-        ((found >= least) & (found <= most)).all(),
-        f"a sample has fewer than {least} or more than {most} such tokens (visual tokens): the plan was made for an "
-        "example batch that lies between",
-    )
+    require(_ragged_rows_hold(mask, most, least), _ragged_rows_say(mask, most, least))
     return _ragged_rows(mask, most, least)
 
 
@@ -121,13 +154,11 @@ def drop_counts(visual: Tensor, here: Tensor, padding: Tensor, free: Tensor, kee
     Raises:
         BatchError: a sample of the batch, padding included, loses fewer than ``least`` rows.
     """
-    found = _drop_counts(visual, here, padding, free, keep, least)
     require(
-        (found + padding.sum(1) >= least).all(),
-        f"a sample has so few visual tokens that fewer than {least} of its rows go: the plan was made for an example batch "
-        "whose samples have more",
+        _drop_counts_hold(visual, here, padding, free, keep, least),
+        _drop_counts_say(visual, here, padding, free, keep, least),
     )
-    return found
+    return _drop_counts(visual, here, padding, free, keep, least)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lost_rows", mutates_args=())
@@ -189,14 +220,8 @@ def select_targets(targets: Tensor, index: Tensor, ignore_index: int) -> Tensor:
     Raises:
         BatchError: a row outside ``index`` has a label, so the loss reads more than the task's ``reads=`` says.
     """
-    index = index.expand(targets.shape[0], -1)
-    left_out = targets.scatter(1, index, ignore_index)
-    require(
-        (left_out == ignore_index).all(),
-        "the loss reads a position that the task's reads= rules out (a label is not the ignore index there)",
-        help=READS_HELP,
-    )
-    return targets.gather(1, index)
+    require(_select_targets_hold(targets, index, ignore_index), _LABELLED, help=READS_HELP)
+    return _select_targets(targets, index, ignore_index)
 
 
 rows.register_fake(lambda mask, count, exact: mask.new_empty((mask.shape[0], count), dtype=torch.int64))
@@ -231,3 +256,10 @@ LOWERED: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
     torch.ops.tokgraph.select_targets.default: _select_targets,
 }
 """Operator -> the plain ATen function it is."""
+CONDITIONS = {
+    torch.ops.tokgraph.rows.default: Condition(_rows_hold, _rows_say),
+    torch.ops.tokgraph.ragged_rows.default: Condition(_ragged_rows_hold, _ragged_rows_say),
+    torch.ops.tokgraph.drop_counts.default: Condition(_drop_counts_hold, _drop_counts_say),
+    torch.ops.tokgraph.select_targets.default: Condition(_select_targets_hold, lambda *_: _LABELLED),
+}
+"""Operator -> what it asks of a batch."""

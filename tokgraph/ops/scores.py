@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .base import NAMESPACE, expand_index, rank_of, require
+from .base import NAMESPACE, Condition, expand_index, rank_of, require
 
 
 def _spread_score(valid: Tensor, drop: Tensor) -> Tensor:
@@ -50,6 +50,16 @@ def _prompt_attention(query: Tensor, key: Tensor, attn_mask: Tensor | None, scal
 
 def _prompt_mass(weights: Tensor, visual: Tensor) -> Tensor:
     return weights.mean([1, 2])
+
+
+_UNSEEN = (
+    "the last prompt token does not see all visual tokens that it is to choose from (its attention mask leaves some out: "
+    "an image after the first answer, another document packed into the row, a window)"
+)
+
+
+def _all_seen(weights: Tensor, visual: Tensor) -> Tensor:
+    return ((weights > 0).any(1).any(1) | ~visual).all()
 
 
 def _similarity_score(rows: Tensor, pivots: int) -> Tensor:
@@ -124,11 +134,9 @@ def prompt_mass(weights: Tensor, visual: Tensor) -> Tensor:
     Raises:
         BatchError: no head gives one of these any weight: it is masked for the row, which then cannot rank it.
     """
-    seen = (weights > 0).any(1).any(1)
     require(
-        (seen | ~visual).all(),
-        "the last prompt token does not see all visual tokens that it is to choose from (its attention mask leaves some out: "
-        "an image after the first answer, another document packed into the row, a window)",
+        _all_seen(weights, visual),
+        _UNSEEN,
         help="use a selector that needs no prompt ('uniform', 'random', 'norm', 'similarity'), or batches in which the row "
         "that predicts the first label sees every image of its sample",
     )
@@ -182,3 +190,5 @@ LOWERED: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
     torch.ops.tokgraph.similarity_score.default: _similarity_score,
 }
 """Operator -> the plain ATen function it is."""
+CONDITIONS = {torch.ops.tokgraph.prompt_mass.default: Condition(_all_seen, lambda *_: _UNSEEN)}
+"""Operator -> what it asks of a batch."""

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from tokgraph.errors import Where
 
-from .base import NAMESPACE, require
+from .base import NAMESPACE, Condition, require
 
 READS_HELP = (
     "correct reads=, or let the loss leave such positions out: by the ignore index as label, or a weight of 0 that is "
     "computed from the task's inputs"
+)
+
+_READ = (
+    "the loss reads a position that the task's reads= rules out (neither is its label the ignore index there, nor its "
+    "weight 0)"
 )
 
 
@@ -39,8 +44,7 @@ def check_unread(x: Tensor, unread: Tensor, node: str, op: str, module: str, sou
     """
     require(
         unread.all(),
-        "the loss reads a position that the task's reads= rules out (neither is its label the ignore index there, nor its "
-        "weight 0)",
+        _READ,
         where=Where(node, op, module or None, source or None),
         help=READS_HELP,
     )
@@ -56,3 +60,5 @@ check_unread.register_autograd(lambda ctx, grad: (grad, *(None,) * 5), setup_con
 
 LOWERED: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {torch.ops.tokgraph.check_unread.default: _check_unread}
 """Operator -> the plain ATen function it is."""
+CONDITIONS = {torch.ops.tokgraph.check_unread.default: Condition(lambda x, unread, *_: unread.all(), lambda *_: _READ)}
+"""Operator -> what it asks of a batch."""

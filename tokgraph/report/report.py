@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from tokgraph.ir.compilation import CompilationCheck
 from tokgraph.ir.cost import Work
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.names import copied_name
@@ -37,6 +39,7 @@ def make_report(accelerated: Accelerated) -> dict[str, Any]:
     added = accelerated.own_parameters
     sizes = {name: p.numel() for name, p in program.model.named_parameters(remove_duplicate=False)}
     tasks = {name: _task_report(graph, accelerated, facts, after[name]) for name, graph in program.items()}
+    check = accelerated.compilation_check
     totals = [sum(t["flops"][when]["total"] for t in tasks.values()) for when in ("before", "after")]
     return {
         "schema": SCHEMA,
@@ -48,6 +51,7 @@ def make_report(accelerated: Accelerated) -> dict[str, Any]:
         "flops_ratio": totals[1] / totals[0],
         "tasks": tasks,
         "verification": _verification_report(accelerated.verification),
+        **({} if check is None else {"compilation": _compilation_report(accelerated, check)}),
     }
 
 
@@ -115,4 +119,15 @@ def _verification_report(verification: Verification | None) -> dict[str, Any]:
             }
             for name, t in verification.tasks.items()
         },
+    }
+
+
+def _compilation_report(accelerated: Accelerated, check: CompilationCheck) -> dict[str, Any]:
+    how = next(module.compilation for module in accelerated.values())
+    return {
+        "passed": not check.failures(),
+        "tolerance": check.tolerance,
+        "mode": how.mode if how else None,
+        "by": how.by if how else None,
+        "tasks": {name: asdict(task) for name, task in check.tasks.items()},
     }

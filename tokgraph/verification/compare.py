@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,15 +117,20 @@ def compare_outputs(rewritten: TaskGraph, mine: Results, reference: Results) -> 
 
     Outputs that are no floating-point numbers must be equal.
     """
+    at_rows = list(reference.outputs)
+    for leaf, position in rewritten.compact_outputs.items():
+        rows, b = mine.outputs[position], at_rows[leaf]
+        at_rows[leaf] = b[torch.arange(len(b), device=b.device).unsqueeze(1), rows]
+    return compare_values(mine, replace(reference, outputs=at_rows), rewritten.out_spec.num_leaves)
+
+
+def compare_values(mine: Results, reference: Results, count: int) -> Difference:
+    """The largest relative difference over the first outputs, rows by rows, and over the buffers that are written."""
     worst = Difference(0.0, "")
-    for leaf in range(rewritten.out_spec.num_leaves):
+    for leaf in range(count):
         a, b = mine.outputs[leaf], reference.outputs[leaf]
-        if not isinstance(a, torch.Tensor):
-            continue
-        if leaf in rewritten.compact_outputs:
-            rows = mine.outputs[rewritten.compact_outputs[leaf]]
-            b = b[torch.arange(len(b), device=b.device).unsqueeze(1), rows]
-        worst = max(worst, Difference(_relative(a, b), f"output {leaf}"), key=badness)
+        if isinstance(a, torch.Tensor):
+            worst = max(worst, Difference(_relative(a, b), f"output {leaf}"), key=badness)
     for name, b in reference.buffers.items():
         a = mine.buffers.get(name)
         error = float("inf") if a is None else _relative(a.double(), b.double())
@@ -148,14 +153,20 @@ def missing_rows(rewritten: TaskGraph, mine: Results, reference: Results, facts:
     return Difference(0.0, "")
 
 
-def compare_gradients(mine: Results, reference: Results) -> Difference:
-    """The largest relative difference over the gradients of all parameters."""
+def compare_gradients(mine: Results, reference: Results, noise: float = NOISE) -> Difference:
+    """The largest relative difference over the gradients of all parameters.
+
+    Args:
+        mine: a run.
+        reference: another one.
+        noise: gradients this much smaller than the largest are compared with that floor.
+    """
     scale = max((float(g.abs().max()) for g in reference.gradients.values() if g.numel()), default=0.0)
     worst = Difference(0.0, "")
     for name in reference.gradients.keys() | mine.gradients.keys():
         a, b = mine.gradients.get(name), reference.gradients.get(name)
         a, b = torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b  # type: ignore[arg-type]
-        worst = max(worst, Difference(_relative(a, b, NOISE * scale), name), key=badness)
+        worst = max(worst, Difference(_relative(a, b, noise * scale), name), key=badness)
     return worst
 
 

@@ -1,0 +1,93 @@
+"""Compiled graphs against the same graphs run operator by operator: outputs, loss and gradients on the example batch."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from tokgraph.calls.variants import Variant
+from tokgraph.errors import VerificationError
+from tokgraph.ir.compilation import Compilation, CompilationCheck, TaskCompilation
+from tokgraph.ir.node import argument, is_write, output_args
+from tokgraph.ir.program import TaskGraph, cuda_devices, is_meta, loss_node
+from tokgraph.ir.tensors import read
+from tokgraph.ir.verification import TOLERANCE
+from tokgraph.runtime import Accelerated
+
+from .compare import Results, compare_gradients, compare_values
+
+_ROUNDING = 1e-2
+"""Gradients this much smaller than the largest are compared with that floor: kernels round in other places."""
+
+
+def verify_compiled(accelerated: Accelerated) -> CompilationCheck:
+    """Compile every task, and compare a step of each on the example batch with the graph run operator by operator.
+
+    The model's state stays as it is.
+
+    Raises:
+        CompileError: a graph cannot be compiled.
+        VerificationError: nothing is compiled, or the model is on the meta device.
+    """
+    if is_meta(accelerated.model):
+        raise VerificationError("the model is on the meta device, so there are no values to compare")
+    tasks = {}
+    for name, module in accelerated.items():
+        if module.compilation is None:
+            raise VerificationError("the tasks are not compiled", help="call accelerated.compile() first")
+        with torch.inference_mode(False), torch.enable_grad():
+            tasks[name] = _verify_task(module.variants.first, module.compilation)
+    types = {p.dtype for p in accelerated.parameters() if p.dtype in TOLERANCE}
+    return CompilationCheck(tasks, max((TOLERANCE[t] for t in types), default=TOLERANCE[torch.float32]))
+
+
+def _verify_task(variant: Variant, how: Compilation) -> TaskCompilation:
+    graph = variant.graph
+    plain, _ = _step(variant, None)
+    mine, seconds = _step(variant, how)
+    functions = variant.compiled(how).functions
+    if _draws(graph):  # compiled code draws other random numbers
+        return TaskCompilation(seconds, functions)
+    output, gradient = compare_values(mine, plain, len(plain.outputs)), compare_gradients(mine, plain, _ROUNDING)
+    return TaskCompilation(seconds, functions, output.error, gradient.error, output.where, gradient.where)
+
+
+def _step(variant: Variant, how: Compilation | None) -> tuple[Results, float]:
+    """A forward and backward pass, after which buffers are what they were; and how long it took."""
+    graph = variant.graph
+    written = {n.args[0].target: read(graph.graph_module, n.args[0]) for n in graph.graph.nodes if _is_buffer_write(n)}
+    before = {target: x.clone() for target, x in written.items()}
+    parameters = {name: p for name, p in graph.named_parameters().items() if p.requires_grad}
+    start = time.perf_counter()
+    try:
+        with torch.random.fork_rng(cuda_devices(graph.graph_module)):
+            torch.manual_seed(0)
+            outputs = list(variant.run(graph.flatten(graph.example()), how))
+        loss = outputs[output_args(graph.graph).index(loss_node(graph))]
+        found = [None] * len(parameters)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = {
+            n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)
+        }
+        seconds = time.perf_counter() - start
+        values = [x.detach() if isinstance(x, torch.Tensor) else x for x in outputs]
+        return Results(values, gradients, {str(t): x.detach().clone() for t, x in written.items()}), seconds
+    finally:
+        for target, x in before.items():
+            written[target].copy_(x)
+
+
+def _is_buffer_write(node: torch.fx.Node) -> bool:
+    return is_write(node) and node.args[0].op == "get_attr"  # type: ignore[union-attr]
+
+
+def _draws(graph: TaskGraph) -> bool:
+    """Whether the graph draws random numbers of PyTorch's: attention and dropout may, and often do not."""
+    return any(
+        torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        and not any(argument(node, name) in (0, 0.0, False) for name in ("dropout_p", "p", "train"))
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+    )
