@@ -124,7 +124,11 @@ class TaskModule(nn.Module):
         model, variants = self._of
         if torch.compiler.is_compiling():  # Dynamo guards on what it traces
             graph = self.task_graph
-            return graph, self.graph_module(*graph.flatten(inputs))
+            outputs = self.graph_module(*graph.flatten(inputs))
+            drawn = held(self.graph_module, STEP) if self.training else None
+            if drawn is not None:
+                drawn.add_(1)
+            return graph, outputs
         leaves = self.task_graph.flatten(inputs)
         variant = variants.current(leaves)
         graph = variant.graph

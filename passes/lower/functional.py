@@ -1,4 +1,4 @@
-"""A task's graph as a function of plain tensors, for compilers: what it checks and writes is returned, what it holds is given."""
+"""A task's graph as a function of plain tensors, for compilers: it returns what it checks and writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -65,7 +64,7 @@ def functional(graph: TaskGraph) -> Functional:
 
 @dataclass(frozen=True)
 class ChecksToOutputs(GraphPass):
-    """What operators ask of a batch becomes outputs, true where it holds: compiled code raises nothing and waits for nothing."""
+    """What operators ask of a batch becomes outputs, true where it holds: compiled code neither raises nor waits."""
 
     name: ClassVar[str] = "checks-to-outputs"
 
@@ -119,17 +118,21 @@ class TensorsToInputs(GraphPass):
     def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
         """One input for each tensor that is read."""
         graph = graph_module.graph
+        inputs = list(graph.find_nodes(op="placeholder"))
         given: dict[str, fx.Node] = {}
-        last = next(iter(reversed(graph.find_nodes(op="placeholder"))), None)
         for node in list(graph.find_nodes(op="get_attr")):
             target = str(node.target)
             if target not in given:
-                with graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes))):
-                    last = given[target] = graph.placeholder(f"given_{len(given)}")
                 held = read(graph_module, node)
-                last.meta.update({"val": node.meta.get("val", held), LEARNED: isinstance(held, nn.Parameter)})
+                with graph.inserting_before(node):
+                    given[target] = graph.placeholder(f"given_{len(given)}")
+                given[target].meta = {"val": node.meta.get("val", held), LEARNED: isinstance(held, nn.Parameter)}
             node.replace_all_uses_with(given[target])
             graph.erase_node(node)
+        for node in reversed([*inputs, *given.values()]):
+            first = next(iter(graph.nodes))
+            if node is not first:
+                first.prepend(node)
         graph_module.meta[TENSORS] = [*graph_module.meta.get(TENSORS, ()), *given]
 
 

@@ -151,5 +151,5 @@ def _place(piece: Piece, said: str) -> Where:
     named = next((node for node in calls if str(node.target) in said), None)
     if named is not None:
         return where(named)
-    paths = [path.split(".") for node in calls if (path := module_path(node))]
-    return Where(module=".".join(os.path.commonprefix(paths)) or None)
+    paths = {path for node in calls if (path := module_path(node))}
+    return Where(module=os.path.commonpath(p.replace(".", "/") for p in paths).replace("/", ".") if paths else None)

@@ -1,0 +1,271 @@
+"""Compiled tasks: the same numbers, checks and steps as operator by operator, without graph breaks and recompilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+
+import tokgraph as tg
+from tests import tiny
+from tests.field import test_checks
+from tests.harness import assert_same_gradients, captured_tiny, gradients
+from tokgraph.ir.compilation import CompilationCheck, TaskCompilation
+
+pytestmark = (
+    pytest.mark.filterwarnings(  # torch._dynamo looks at inputs that have a history, and hides that it is warned
+        "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning"
+    )
+)
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+GENERATION = pytest.param("generation", marks=pytest.mark.slow)
+GRAPH = pytest.param("graph", marks=pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    """How many graphs were compiled since the test began; there was no break in them."""
+    assert not counters["graph_break"]
+    return int(counters["stats"]["unique_graphs"])
+
+
+def planned(task: str = "understanding", policy: str = "shared", layers: int = 3, **options: Any) -> tg.TaskModule:
+    captured = captured_tiny(layers)
+    plan = tg.make_plan(captured.program, policy, facts=captured.facts, **options)
+    return captured.apply(plan, task)[task]
+
+
+def step(task: tg.TaskModule, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = task(**(inputs or task.task_graph.task.inputs))[0]
+    return loss.detach(), gradients(task._of[0], loss)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by", ["graph", "block"])
+@pytest.mark.parametrize("task", ["understanding", GENERATION])
+def test_the_same_step(task: str, by: str, backend: str) -> None:
+    module = planned(task)
+    loss, expected = step(module)
+    module.compile(by=by, backend=backend)
+    found, mine = step(module)
+    torch.testing.assert_close(found, loss)
+    assert_same_gradients(mine, expected, 1e-5)
+    step(module)
+    assert graphs() == module.variants.first.compiled(module.compilation).functions
+    assert module.compile(False).compilation is None
+
+
+@pytest.mark.slow
+def test_equal_blocks_are_compiled_once() -> None:
+    few, many = (planned(policy="none", layers=layers).compile(by="block", backend="aot_eager") for layers in (3, 6))
+    assert step(few)[0].isfinite()
+    compiled = graphs()
+    assert step(many)[0].isfinite()
+    assert graphs() - compiled == compiled == 3  # before the blocks, a block, after them
+
+
+@pytest.mark.slow
+def test_parameters_stay_the_models_own() -> None:
+    captured = captured_tiny(3)
+    accelerated = captured.apply(tg.make_plan(captured.program, "shared", facts=captured.facts))
+    keys = accelerated.state_dict().keys()
+    accelerated.compile(backend="aot_eager")
+    batch = captured.spec.tasks["generation"].inputs
+    accelerated["generation"](**batch)[0].backward()
+    assert accelerated.state_dict().keys() == keys
+    assert captured.model.code_head.weight.grad is not None
+    captured.model.zero_grad()
+
+
+@pytest.mark.slow
+def test_changes_of_the_model_are_followed() -> None:
+    spec = tiny.build(layers=2)
+    accelerated = tg.optimize(tg.ModelSpec(spec.model, {"generation": spec.tasks["generation"]}), "exact", verify=False)
+    task = accelerated.compile(backend="aot_eager")["generation"]
+    batch = spec.tasks["generation"].inputs
+    before = task(**batch)[0]
+
+    def both() -> Tensor:
+        mine = task(**batch)[0]
+        torch.testing.assert_close(mine, tiny.generate(spec.model, **batch)[0])
+        return mine
+
+    halves = {name: x * 0.5 for name, x in spec.model.state_dict().items()}
+    spec.model.load_state_dict(halves, assign=True)  # other tensors in the same places
+    assert not torch.equal(both(), before)
+    assert graphs() == 1
+    spec.model.eval()
+    with torch.no_grad():
+        both()
+    spec.model.bfloat16()  # captured once more, and compiled
+    assert task(**batch)[0].dtype is torch.bfloat16
+    spec.model.float()
+    spec.model.norm = nn.LayerNorm(16)
+    with pytest.raises(tg.StaleError, match="norm"):  # the checks of a call are outside of compiled code
+        task(**batch)
+    accelerated.refresh()
+    both()
+    assert task.compilation is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by", [GRAPH, "block"])
+def test_a_wrong_batch_is_refused_with_the_same_message(by: str, backend: str) -> None:
+    task = test_checks.optimized(test_checks.counts)
+    wrong = test_checks.one_image_token_less()
+    with pytest.raises(tg.BatchError) as plain:
+        task(**wrong)
+    task.compile(by=by, backend=backend)
+    task(**test_checks.example())
+    compiled = graphs()
+    with pytest.raises(tg.BatchError) as mine:
+        task(**wrong)
+    assert str(mine.value) == str(plain.value)
+    assert "11 tokens, 12 features" in mine.value.message
+    task(**test_checks.example())
+    assert graphs() == compiled
+    with pytest.raises(tg.BatchError, match="captured for"):
+        task(**test_checks.example(labels=wrong["labels"].int()))
+
+
+@pytest.mark.slow
+def test_row_counts_and_labels_are_checked() -> None:
+    task = planned().compile(backend="aot_eager")
+    batch = dict(task.task_graph.task.inputs)
+    with pytest.raises(tg.BatchError, match="such tokens than the 6"):
+        task(**{**batch, "ids": test_checks.one_image_token_less()["ids"]})
+    with pytest.raises(tg.BatchError, match="reads= rules out"):
+        task(**{**batch, "labels": torch.zeros_like(batch["labels"])})
+    generation = planned("generation").compile(backend="aot_eager")
+    batch = dict(generation.task_graph.task.inputs)
+    with pytest.raises(tg.BatchError, match="out of range"):
+        generation(**{**batch, "codes": batch["codes"] + 90})
+
+
+class Averaged(nn.Module):
+    """Keeps an average of its batches, and checks them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny.Unified(2)
+        self.register_buffer("seen", torch.zeros(()))
+
+
+def averaging(model: Averaged, ids: Tensor, codes: Tensor) -> Tensor:
+    with torch.no_grad():
+        model.seen.mul_(0.9).add_(codes.float().mean() * 0.1)
+    torch._assert((codes < 7).all(), "a code is too large")
+    return tiny.generate(model.inner, ids, codes)[0]
+
+
+def test_buffers_are_written_when_the_checks_hold() -> None:
+    task = tiny.build(layers=2).tasks["generation"]
+    batch = {**task.inputs, "codes": task.inputs["codes"] % 7}
+    model = Averaged()
+    spec = tg.ModelSpec(model, {"g": tg.Task(averaging, batch, visual_inputs=("codes",), reads="visual")})
+    module = tg.optimize(spec, "none", verify=False).compile(backend="aot_eager")["g"]
+    module(**batch)
+    seen = model.seen.clone()
+    torch.testing.assert_close(seen, batch["codes"].float().mean() * 0.1)
+    with pytest.raises(tg.BatchError, match="a code is too large"):
+        module(ids=batch["ids"], codes=torch.full_like(batch["codes"], 7))
+    assert torch.equal(model.seen, seen)
+
+
+@pytest.mark.slow
+def test_each_step_draws_anew() -> None:
+    module = planned(policy="random-ltd")
+    module.step = 0
+    plain = [float(step(module)[0]) for _ in range(4)]
+    module.step = 0
+    module.compile(backend="aot_eager")
+    assert [float(step(module)[0]) for _ in range(4)] == pytest.approx(plain)
+    assert len(set(plain)) > 1
+    assert module.step == 4
+    assert graphs() == 1
+    outside = torch.compile(module.compile(False), backend="aot_eager", fullgraph=True)  # the user's own compilation
+    module.step = 0
+    batch = module.task_graph.task.inputs
+    assert [float(outside(**batch)[0].detach()) for _ in range(4)] == pytest.approx(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by", ["graph", "block"])
+def test_another_batch_is_not_compiled_again(by: str, backend: str) -> None:
+    captured = captured_tiny(3, dynamic=True)
+    accelerated = captured.apply(tg.make_plan(captured.program, "shared", facts=captured.facts))
+    for name, task in accelerated.items():
+        before = graphs()
+        task.compile(by=by, backend=backend)
+        step(task)
+        compiled = graphs()
+        assert compiled > before
+        for batch in (3, 5):
+            inputs = tiny.build(batch=batch, dynamic=True).tasks[name].inputs
+            found = step(task, **inputs)
+            expected = step(task.compile(False), **inputs)
+            task.compile(by=by, backend=backend)
+            torch.testing.assert_close(found[0], expected[0])
+            assert_same_gradients(found[1], expected[1], 1e-5)
+        assert graphs() == compiled
+
+
+def broken(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
+    """A backend that cannot do the GELU of any block."""
+    if any("gelu" in str(node.target) for node in graph_module.graph.nodes):
+        raise RuntimeError("no kernel for aten.gelu.default\nand a page of advice")
+    return graph_module.forward
+
+
+@pytest.mark.parametrize("by", ["graph", "block"])
+def test_what_cannot_be_compiled_is_named(by: str) -> None:
+    task = planned().compile(by=by, backend=broken)
+    with pytest.raises(tg.CompileError) as refused:
+        step(task)
+    assert refused.value.message == (
+        "task 'understanding' cannot be compiled by broken, at block 0: RuntimeError: no kernel for aten.gelu.default"
+    )
+    assert refused.value.where is not None
+    assert refused.value.where.module == "layers.0.mlp.1"
+    assert refused.value.code == "TG013"
+    step(task.compile(False))
+
+
+@pytest.mark.parametrize("asked", [{"mode": "fastest"}, {"by": "layer"}, {"backend": "none such"}])
+def test_what_there_is_not(asked: dict[str, str]) -> None:
+    task = planned()
+    with pytest.raises(tg.CompileError, match="fastest|layer|none such"):
+        task.compile(**asked)(**task.task_graph.task.inputs)
+
+
+@pytest.mark.slow
+def test_optimize_compiles_and_compares() -> None:
+    spec = tiny.build(layers=2)
+    spec = tg.ModelSpec(spec.model, {"generation": spec.tasks["generation"]})
+    stages: list[str] = []
+    how = tg.Compilation(by="block", backend="aot_eager")
+    accelerated = tg.optimize(spec, "exact", compile=how, progress=stages.append)
+    assert stages == list(tg.stages.STAGES)
+    assert accelerated["generation"].compilation == how
+    found = accelerated.report["compilation"]
+    assert found["passed"]
+    assert found["tasks"]["generation"]["gradient_error"] < 1e-5
+    assert "compilation" not in tg.optimize(spec, "exact", verify=False).report
+
+
+def test_a_difference_fails() -> None:
+    check = CompilationCheck({"t": TaskCompilation(1.0, 1, 1e-6, float("nan"), "output 0", "head.weight")}, 1e-4)
+    with pytest.raises(tg.VerificationError, match="the gradient of head.weight of the compiled graph differs by nan"):
+        check.raise_if_failed()
