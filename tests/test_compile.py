@@ -21,9 +21,12 @@ pytestmark = (
         "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning"
     )
 )
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+INDUCTOR = pytest.param(
+    "inductor", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")]
+)
+BACKENDS = ["aot_eager", INDUCTOR]
 GENERATION = pytest.param("generation", marks=pytest.mark.slow)
-GRAPH = pytest.param("graph", marks=pytest.mark.slow)
+GRAPH, BLOCK = (pytest.param(by, marks=pytest.mark.slow) for by in ("graph", "block"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +55,7 @@ def step(task: tg.TaskModule, **inputs: Tensor) -> tuple[Tensor, dict[str, Tenso
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("by", ["graph", "block"])
+@pytest.mark.parametrize("by", [GRAPH, "block"])
 @pytest.mark.parametrize("task", ["understanding", GENERATION])
 def test_the_same_step(task: str, by: str, backend: str) -> None:
     module = planned(task)
@@ -229,7 +232,7 @@ def broken(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
     return graph_module.forward
 
 
-@pytest.mark.parametrize("by", ["graph", "block"])
+@pytest.mark.parametrize("by", ["graph", BLOCK])
 def test_what_cannot_be_compiled_is_named(by: str) -> None:
     task = planned().compile(by=by, backend=broken)
     with pytest.raises(tg.CompileError) as refused:
