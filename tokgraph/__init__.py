@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # each also in _LATER
     from .runtime import Accelerated, TaskModule
     from .stages import analyze, apply, capture, costs, make_plan, optimize
     from .store import load_accelerated, load_batches, save_batches
-    from .verification import verify
+    from .verification import verify, verify_compiled
 
 __version__ = VERSION
 
@@ -94,6 +94,7 @@ __all__ = [
     "save_batches",
     "summarise",
     "verify",
+    "verify_compiled",
 ]
 
 _LATER = {
@@ -109,7 +110,7 @@ _LATER = {
     "runtime": ("Accelerated", "TaskModule"),
     "stages": ("analyze", "apply", "capture", "costs", "make_plan", "optimize"),
     "store": ("load_accelerated", "load_batches", "save_batches"),
-    "verification": ("verify",),
+    "verification": ("verify", "verify_compiled"),
 }
 """Module -> names that are imported from it when they are first asked for."""
 _MODULES = {name: module for module, names in _LATER.items() for name in names}
