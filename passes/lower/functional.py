@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokgraph import ops
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import ancestors, entered, fake_mode, is_write, output_args, value
+from tokgraph.ir.node import ancestors, argument, entered, fake_mode, is_write, output_args, value
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.tensors import read
 
@@ -76,7 +76,7 @@ class ChecksToOutputs(GraphPass):
         holds = []
         for node in [node for node in graph.nodes if node.target in conditions]:
             condition = conditions[node.target]
-            args, _ = fx.node.map_arg((node.args, node.kwargs), value)
+            args = fx.node.map_arg(_arguments(node), value)
             above = ancestors([node])
             asked.append((condition.says(*args), [i for i, x in enumerate(inputs) if x in above]))
             with graph.inserting_before(node):
@@ -142,11 +142,11 @@ def inlined(node: fx.Node, function: Callable[..., Any], made_by: str) -> fx.Nod
 
     def of_values(*values: Any) -> Any:
         known = dict(zip(given, values, strict=True))
-        return function(*fx.node.map_arg(node.args, known.__getitem__))
+        return function(*fx.node.map_arg(_arguments(node), known.__getitem__))
 
     with entered(fake_mode(graph)):
         traced = make_fx(of_values)(*map(value, given))
-    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
+    copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
     for inner in traced.graph.nodes:
         if inner.op == "output":
             result = inner.args[0]
@@ -159,6 +159,11 @@ def inlined(node: fx.Node, function: Callable[..., Any], made_by: str) -> fx.Nod
                 "made_by": made_by,
             }
     raise AssertionError("a graph without output")
+
+
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a call in the order of its schema."""
+    return tuple(argument(node, a.name) for a in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
 def _append_outputs(graph: fx.Graph, nodes: list[fx.Node]) -> None:

@@ -9,7 +9,17 @@ import pytest
 
 from tests import tiny
 
-OPTIMIZE = ("optimize", str(Path(tiny.__file__)), "--set", "layers=2", "--policy", "exact", "--no-save", "-o", "results")
+OPTIMIZE = (
+    "optimize",
+    str(Path(tiny.__file__)),
+    "--set",
+    "layers=2",
+    "--policy",
+    "exact",
+    "--no-save",
+    "-o",
+    "results",
+)
 
 
 @pytest.mark.slow

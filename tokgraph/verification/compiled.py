@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -65,7 +66,7 @@ def _step(variant: Variant, how: Compilation | None) -> tuple[Results, float]:
             torch.manual_seed(0)
             outputs = list(variant.run(graph.flatten(graph.example()), how))
         loss = outputs[output_args(graph.graph).index(loss_node(graph))]
-        found = [None] * len(parameters)
+        found: Sequence[torch.Tensor | None] = [None] * len(parameters)  # of a loss that nothing trains
         if loss.requires_grad:
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         gradients = {
