@@ -233,6 +233,15 @@ def test_another_batch_is_not_compiled_again(by: str) -> None:
         assert graphs() == compiled
 
 
+def test_values_go_when_they_were_read() -> None:
+    """Else a step would hold the stream behind every block."""
+    module = planned()
+    compiled = module.variants.first.compiled(tg.Compilation(by="block", backend="eager"))
+    values = compiled._values(module.task_graph.flatten(module.task_graph.example()))
+    compiled._run(values)
+    assert set(values) == {name for name in compiled._outputs if isinstance(name, str)}
+
+
 def broken(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
     """A backend that cannot do the GELU of any block."""
     if any("gelu" in str(node.target) for node in graph_module.graph.nodes):

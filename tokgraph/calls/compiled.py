@@ -37,6 +37,7 @@ class Compiled:
         self._outputs = [x.name if isinstance(x, fx.Node) else x for x in output_args(self._lowered.graph_module.graph)]
         self._tensors = [operator.attrgetter(target) for target in self._lowered.tensors]
         self._pieces = self._compiled(pieces(self._lowered.graph_module, how.by))
+        self._read_last = _read_last([piece for piece, _ in self._pieces], self._outputs)
 
     @property
     def functions(self) -> int:
@@ -82,8 +83,8 @@ class Compiled:
         return dict(zip(self._inputs, [*leaves, *(tensor(module) for tensor in self._tensors)], strict=True))
 
     def _run(self, values: dict[str, Any]) -> None:
-        """Run the pieces, each on values by name, which their results join."""
-        for piece, function in self._pieces:
+        """Run the pieces, each on values by name, which their results join and what no further piece reads leaves."""
+        for (piece, function), read_last in zip(self._pieces, self._read_last, strict=True):
             given = [values[name] for name in piece.inputs]
             for i, dims in piece.open.items():
                 torch._dynamo.maybe_mark_dynamic(given[i], dims)
@@ -93,6 +94,9 @@ class Compiled:
                 failure.tokgraph_piece = piece  # type: ignore[attr-defined]
                 raise
             values.update(zip(piece.outputs, found, strict=True))
+            given.clear()
+            for name in read_last:
+                del values[name]
 
     def _check(self, holds: Sequence[torch.Tensor], leaves: Sequence[Any]) -> None:
         for (message, inputs), ok in zip(self._lowered.checks, holds, strict=False):
@@ -127,6 +131,17 @@ class Compiled:
             where=None if piece is None else _place(piece, str(failure)),
             help="the graph runs without compile=; if torch.compile takes the model's own forward, please report it",
         )
+
+
+def _read_last(cut: Sequence[Piece], outputs: Sequence[Any]) -> list[list[str]]:
+    """For each piece, the values that nothing reads after it."""
+    found: list[list[str]] = []
+    needed = {name for name in outputs if isinstance(name, str)}
+    for piece in reversed(cut):
+        mine = {*piece.inputs, *piece.outputs}
+        found.append(sorted(mine - needed))
+        needed |= mine
+    return found[::-1]
 
 
 class _WithoutWrites(fx.Interpreter):
