@@ -27,7 +27,7 @@ from tokgraph.passes.capture.export import capture
 from tokgraph.passes.lower.places import mark_places
 from tokgraph.planning.check import check_plan
 
-from .calls.diagnosis import explain
+from .calls.diagnosis import FAILURES, explain
 from .calls.draws import Draws
 from .calls.rewritten import rewritten, task_anew
 from .calls.variants import Variants, share_own
@@ -35,10 +35,6 @@ from .errors import FileError, InternalError, StaleError, TokgraphError
 
 if TYPE_CHECKING:
     from .trainable import TrainableTask
-
-
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What operators raise; others are signals, as that of ``torch.utils.checkpoint`` that it has recomputed enough."""
 
 
 class TaskModule(nn.Module):
@@ -141,7 +137,7 @@ class TaskModule(nn.Module):
                 return graph, variant.run(leaves, self._how)
             except (TokgraphError, InternalError, torch.OutOfMemoryError):
                 raise
-            except _FAILURES as failure:
+            except FAILURES as failure:
                 raise explain(graph, leaves, failure) from failure
 
     def forward(self, named: Mapping[str, Any] = MappingProxyType({}), /, **inputs: Any) -> Any:

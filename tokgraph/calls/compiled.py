@@ -19,6 +19,7 @@ from tokgraph.passes.lower.functional import functional
 from tokgraph.passes.lower.pieces import Piece, pieces
 
 from .backends import backend_of
+from .diagnosis import FAILURES
 
 
 class Compiled:
@@ -57,7 +58,7 @@ class Compiled:
             self._run(values)
         except torch.OutOfMemoryError:
             raise
-        except Exception as failure:
+        except FAILURES as failure:
             self._run_uncompiled(leaves)  # which raises what is wrong with the batch, if anything is
             if isinstance(failure, torch._dynamo.exc.TorchDynamoException):
                 raise self._error(failure, leaves) from failure

@@ -14,6 +14,8 @@ from tokgraph.ir.node import value, where
 from tokgraph.ir.program import TaskGraph, model_device
 from tokgraph.ir.tensors import read, tensor_name
 
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What operators raise; others are signals, as that of ``torch.utils.checkpoint`` that it has recomputed enough."""
 _VALUES = ("out of range", "out of bounds", "number of elements of source")
 """What torch says of ids, labels and masks that ask for more than there is."""
 
