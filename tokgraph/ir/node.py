@@ -176,10 +176,15 @@ def call(
 
 
 def refresh_value(node: fx.Node) -> None:
-    """Recompute the fake value of a call from those of its inputs."""
+    """Recompute the fake value of a call from those of its inputs; of many calls: :class:`~tokgraph.ir.values.Values`."""
+    node.meta["val"] = computed(node, fake_mode(node.graph))
+
+
+def computed(node: fx.Node, mode: FakeTensorMode | None) -> Any:
+    """The fake value of a call, from those of its inputs, which live in the mode."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    with entered(fake_mode(node.graph)):
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    with entered(mode):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 @contextmanager
