@@ -129,25 +129,25 @@ def where(node: fx.Node) -> Where:
     return replace(recorded, node=node.name, op=op, module=module_path(node) or None)
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The given nodes and everything they are computed from."""
+def ancestors(nodes: Iterable[fx.Node], since: fx.Node | None = None) -> set[fx.Node]:
+    """The given nodes and everything they are computed from, as far as it stands at or after ``since``."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and (since is None or not node < since):
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
 
 
-def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The given nodes and everything computed from them."""
+def descendants(nodes: Iterable[fx.Node], until: fx.Node | None = None) -> set[fx.Node]:
+    """The given nodes and everything computed from them, as far as it stands at or before ``until``."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and (until is None or not until < node):
             found.add(node)
             stack.extend(node.users)
     return found
