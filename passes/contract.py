@@ -111,8 +111,16 @@ def pass_name(function: Pass) -> str:
     return str(getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__))
 
 
-def run_pass(function: Pass, graph_module: fx.GraphModule, facts: TaskFacts | None = None) -> PassResult:
+def run_pass(
+    function: Pass, graph_module: fx.GraphModule, facts: TaskFacts | None = None, recompile: bool = True
+) -> PassResult:
     """Run a pass, and recompile what it changed.
+
+    Args:
+        function: the pass.
+        graph_module: the task's graph.
+        facts: the facts of the task's captured graph.
+        recompile: ``False``: the caller recompiles, once for several passes, before the module is called.
 
     Returns:
         The module, and whether its graph is another one than before: what the pass says of it is not taken on trust.
@@ -131,7 +139,7 @@ def run_pass(function: Pass, graph_module: fx.GraphModule, facts: TaskFacts | No
     modified = fingerprint(result.graph) != before
     if modified and denied:
         raise InternalError("it says that it changed nothing, and the graph is another one")
-    if modified:
+    if modified and recompile:
         result.recompile()
     return PassResult(result, modified)
 

@@ -17,12 +17,12 @@ from tokgraph.ir.node import (
     fake_mode,
     is_write,
     rank,
-    refresh_value,
     same_size,
     tensor,
     value,
 )
 from tokgraph.ir.tensors import hold, read, target_of
+from tokgraph.ir.values import Values
 from tokgraph.passes.rules.registry import is_one
 
 aten = torch.ops.aten
@@ -192,11 +192,11 @@ def remove_dead_code(graph: fx.Graph) -> None:
 
 def refresh_after(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
     """Recompute the values that depend on nodes whose shape changed, as far as shapes keep changing."""
-    dirty = set(changed)
+    dirty, values = set(changed), Values(graph)
     for node in graph.nodes:
         if node.op == "call_function" and node not in dirty and any(x in dirty for x in node.all_input_nodes):
             before = tensor(node)
-            refresh_value(node)
+            values.refresh(node)
             after = tensor(node)
             if before is None or after is None or before.shape != after.shape:
                 dirty.add(node)

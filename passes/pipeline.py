@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from tokgraph.errors import InternalError, TokgraphError
+from tokgraph.ir.collector import collector_paused
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.printer import operator_name
 from tokgraph.ir.program import Program, TaskGraph
@@ -91,6 +92,7 @@ class Pipeline:
         known = facts or {}
         return program.replacing({name: self.run_task(graph, known.get(name)) for name, graph in program.items()})
 
+    @collector_paused()
     def run_task(self, graph: TaskGraph, facts: TaskFacts | None = None) -> TaskGraph:
         """One task's graph with the passes for it applied to a copy."""
         edited = graph.copy()
@@ -106,6 +108,8 @@ class Pipeline:
                     f"task {graph.name}: pass {pass_name(function)}: {what} (ran before: {', '.join(ran) or 'none'})"
                 ) from error
             ran.append(pass_name(function))
+        if self.observer is None:
+            edited.graph_module.recompile()
         return edited
 
     def _chosen(self, task: str) -> Iterator[Pass]:
@@ -116,7 +120,8 @@ class Pipeline:
     def _step(self, function: Pass, graph: TaskGraph, facts: TaskFacts | None) -> TaskGraph:
         before = _operators(graph.graph)
         start = time.perf_counter()
-        result = run_pass(function, graph.graph_module, facts)
+        # Nobody calls what lies between passes, unless someone looks at it; code of a deep graph takes long to write.
+        result = run_pass(function, graph.graph_module, facts, recompile=self.observer is not None)
         seconds = time.perf_counter() - start
         if self.check:
             validate(result.graph_module)

@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import CaptureError, TokgraphError, Where
+from tokgraph.ir.collector import collector_paused
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.names import check_tensor_names
 from tokgraph.ir.node import value
@@ -248,6 +249,7 @@ def _export_once(
     shapes = ({key: dims_of(key, value) for key, value in inputs.items()},) if dynamic else None
     with (
         torch.inference_mode(False),
+        collector_paused(),
         noted_modes(),
         warnings.catch_warnings(),
         _quiet_torch(),

@@ -28,6 +28,7 @@ from tokgraph.ir.evaluate import evaluate, example_leaves
 from tokgraph.ir.node import ancestors, argument, entered, fake_mode, tensor, value
 from tokgraph.ir.program import TaskGraph, loss_node
 from tokgraph.ir.tensors import read
+from tokgraph.ir.values import plain
 
 from ..rules import traits
 from .operators import MORE, Parts
@@ -127,18 +128,14 @@ def tensors(val: Any) -> list[torch.Tensor]:
     return [x for x in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(x, torch.Tensor)]
 
 
-def _plain(size: Any) -> Any:
-    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
-
-
 def _shape(x: Any) -> tuple[Any, ...]:
-    return tuple(_plain(size) for size in x.shape) if isinstance(x, torch.Tensor) else ()
+    return tuple(plain(size) for size in x.shape) if isinstance(x, torch.Tensor) else ()
 
 
 def _bytes(x: torch.Tensor) -> Any:
     """Bytes that a tensor has of its own; what it repeats (an expanded axis) counts once."""
     sizes = zip(_shape(x), x.stride(), strict=True)
-    return prod((1 if _plain(stride) == 0 else size for size, stride in sizes), start=x.element_size())
+    return prod((1 if plain(stride) == 0 else size for size, stride in sizes), start=x.element_size())
 
 
 class _Prober:
@@ -163,28 +160,28 @@ class _Prober:
 
     def _run(self, node: fx.Node, needs_grad: Callable[[fx.Node], bool]) -> Probe:
         with _without_trace(self._mode):
-            plain = _observe(node, lambda n: _fresh(value(n), needs_grad(n), self._numbers))
-            if not (plain.forward or plain.backward or plain.saved_bytes):
-                return plain  # no amount that depends on sizes; numbers run much faster than symbols
+            seen = _observe(node, lambda n: _fresh(value(n), needs_grad(n), self._numbers))
+            if not (seen.forward or seen.backward or seen.saved_bytes):
+                return seen  # no amount that depends on sizes; numbers run much faster than symbols
             try:
                 return _observe(node, lambda n: _fresh(value(n), needs_grad(n), list))
             except RuntimeError:  # it asks for the value of a size that depends on data: those of the example batch
-                return plain
+                return seen
 
     def _numbers(self, sizes: Iterable[Any]) -> list[int]:
-        return [int(sympy.sympify(_plain(size)).xreplace(self._example)) for size in sizes]
+        return [int(sympy.sympify(plain(size)).xreplace(self._example)) for size in sizes]
 
 
 def _key(x: Any, needs_grad: Callable[[fx.Node], bool]) -> Any:
     """A hashable description of an argument: equal ones cost the same."""
     if isinstance(x, fx.Node):
-        described = [(_shape(t), tuple(map(_plain, t.stride())), t.dtype) for t in tensors(value(x))]
+        described = [(_shape(t), tuple(map(plain, t.stride())), t.dtype) for t in tensors(value(x))]
         return (tuple(described), needs_grad(x)) if described else _key(value(x), needs_grad)
     if isinstance(x, (list, tuple)):
         return tuple(_key(item, needs_grad) for item in x)
     if isinstance(x, dict):
         return tuple((name, _key(item, needs_grad)) for name, item in x.items())
-    return (type(x).__name__, _plain(x))
+    return (type(x).__name__, plain(x))
 
 
 def _fresh(val: Any, needs_grad: bool, sizes: Callable[[Iterable[Any]], list[Any]]) -> Any:
@@ -224,8 +221,8 @@ def _observe(node: fx.Node, make: Callable[[fx.Node], Any]) -> Probe:
     results = {_storage(t): i for i, t in enumerate(outputs)}
     others = {_storage(t): t for t in kept if _storage(t) not in places and _storage(t) not in results}
     return Probe(
-        _plain(forward),
-        _plain(backward),
+        plain(forward),
+        plain(backward),
         tuple(places.get(_storage(t)) for t in outputs),
         frozenset(places[_storage(t)] for t in kept if _storage(t) in places),
         frozenset(results[_storage(t)] for t in kept if _storage(t) in results),

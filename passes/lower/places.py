@@ -117,11 +117,13 @@ class _Kinds:
         return self._known.get(node, "ffn")
 
     def _divide(self, members: list[fx.Node], outputs: list[fx.Node]) -> None:
-        inside = set(members)
-        before, after = ancestors(outputs) & inside, descendants(outputs[-1:]) & inside
+        if not members:
+            return
+        inside, first, end = set(members), members[0], members[-1]  # a block is looked at, not all before and after it
+        before, after = ancestors(outputs, first) & inside, descendants(outputs[-1:], end) & inside
         join = next((n for n in members if _is_addition(n) and n in after and _other_operand(n, after, inside)), None)
         last = members.index(join) + 1 if join is not None else len(members)
-        attention = before | (set(members[:last]) & descendants(outputs))
+        attention = before | (set(members[:last]) & descendants(outputs, end))
         for part, kind in ((attention, "attention"), (inside - attention, "ffn")):
             mixed: set[fx.Node] = set()
             for node in members:

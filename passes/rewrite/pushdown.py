@@ -12,7 +12,8 @@ from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import is_write, refresh_value
+from tokgraph.ir.node import is_write
+from tokgraph.ir.values import Values
 
 from ..contract import GraphPass
 from ..emitter import Emitter, is_check, is_selection, remove_dead_code, selection
@@ -52,9 +53,10 @@ class PushDown(GraphPass):
 
 def _refresh(graph: fx.Graph) -> None:
     """Recompute the values of nodes that the pass made or narrowed, in order."""
+    values = Values(graph)
     for node in graph.nodes:
         if node.meta.pop(STALE, False) and node.op == "call_function":
-            refresh_value(node)
+            values.refresh(node)
 
 
 class _Rebuild:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 
@@ -45,7 +46,11 @@ def reshape_groups(old: Sequence[Dim], new: Sequence[Dim]) -> tuple[Group, ...]:
     size 1 belong to the groups beside them or do not, so groups may overlap. Axes that only correspond several to several,
     as ``[2, 6] -> [4, 3]``, are in no group.
     """
-    old, new = [_expanded(size) for size in old], [_expanded(size) for size in new]
+    return _reshape_groups(tuple(map(_expanded, old)), tuple(map(_expanded, new)))
+
+
+@lru_cache(maxsize=1024)  # blocks reshape alike
+def _reshape_groups(old: tuple[Dim, ...], new: tuple[Dim, ...]) -> tuple[Group, ...]:
     before = [_expanded(count) for count in accumulate(old[:-1], mul, initial=1)]
     starts = [_expanded(count) for count in accumulate(new[:-1], mul, initial=1)]
     return tuple(

@@ -129,25 +129,25 @@ def where(node: fx.Node) -> Where:
     return replace(recorded, node=node.name, op=op, module=module_path(node) or None)
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The given nodes and everything they are computed from."""
+def ancestors(nodes: Iterable[fx.Node], since: fx.Node | None = None) -> set[fx.Node]:
+    """The given nodes and everything they are computed from, as far as it stands at or after ``since``."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and (since is None or not node < since):
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
 
 
-def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The given nodes and everything computed from them."""
+def descendants(nodes: Iterable[fx.Node], until: fx.Node | None = None) -> set[fx.Node]:
+    """The given nodes and everything computed from them, as far as it stands at or before ``until``."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and (until is None or not until < node):
             found.add(node)
             stack.extend(node.users)
     return found
@@ -176,10 +176,15 @@ def call(
 
 
 def refresh_value(node: fx.Node) -> None:
-    """Recompute the fake value of a call from those of its inputs."""
+    """Recompute the fake value of a call from those of its inputs; of many calls: :class:`~tokgraph.ir.values.Values`."""
+    node.meta["val"] = computed(node, fake_mode(node.graph))
+
+
+def computed(node: fx.Node, mode: FakeTensorMode | None) -> Any:
+    """The fake value of a call, from those of its inputs, which live in the mode."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    with entered(fake_mode(node.graph)):
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    with entered(mode):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 @contextmanager
