@@ -82,39 +82,33 @@ def loops(options: argparse.Namespace, blocks: int, count: int) -> dict[str, lis
     return by_task
 
 
-def variants(spec: tg.ModelSpec, options: argparse.Namespace) -> list[Variant]:
-    """Every variant of both tasks."""
-    facts = tg.analyze(tg.capture(spec))
+def variants(spec: tg.ModelSpec, facts: tg.Facts, options: argparse.Namespace, compiled: bool) -> list[Variant]:
+    """Every variant of both tasks, as it is or compiled."""
     blocks, count = len(facts["understanding"].blocks), facts["understanding"].visual.count
-    inputs = {task: spec.tasks[task].inputs for task in TASKS}
     found = []
     for task in TASKS:
         whole = facts[task].cost.at().total().flops
-        batch, forward = inputs[task], spec.tasks[task].forward
-        found.append(Variant(task, "eager", lambda f=forward, b=batch: f(spec.model, **b)[0], 1.0))
+        batch, forward = spec.tasks[task].inputs, spec.tasks[task].forward
+        plain: dict[str, Step] = {"eager": lambda f=forward, b=batch: f(spec.model, **b)[0]}
         for name, spans in loops(options, blocks, count).items():
             if name.startswith(f"{task}/"):
                 loss = hand_loop.LOSSES[task]
-                found.append(Variant(task, name.split("/")[1], lambda f=loss, s=spans, b=batch: f(spec.model, s, **b)))
+                plain[name.split("/")[1]] = lambda f=loss, s=spans, b=batch: f(spec.model, s, **b)
+        for name, step in plain.items():
+            flops = 1.0 if name == "eager" else None
+            found.append(Variant(task, name, torch.compile(step, dynamic=False) if compiled else step, flops))
         for name, plan in plans(options, facts).items():
             accelerated = tg.apply(facts, plan)
+            if compiled:
+                accelerated.compile()
             graph = accelerated.program[task]
-            found.append(
-                Variant(
-                    task,
-                    name,
-                    lambda a=accelerated, t=task, b=batch: a[t](**b)[0],
-                    task_cost(graph, facts[task]).at().total().flops / whole,
-                    sum(move.forward + move.backward for move in row_moves(graph)) / 2**20,
-                )
-            )
+            flops = task_cost(graph, facts[task]).at().total().flops / whole
+            moved = sum(move.forward + move.backward for move in row_moves(graph)) / 2**20
+            found.append(Variant(task, name, lambda a=accelerated, t=task, b=batch: a[t](**b)[0], flops, moved))
+    if compiled:
+        for variant in found:
+            variant.name += ", compiled"
     return found
-
-
-def compiled(variant: Variant) -> Variant:
-    """The same step under ``torch.compile``."""
-    step = torch.compile(variant.step, dynamic=False)
-    return Variant(variant.task, f"{variant.name}, compiled", step, variant.flops, variant.moved)
 
 
 class Clock:
@@ -228,9 +222,10 @@ def main() -> None:
     )
     for task in spec.tasks.values():
         task.inputs.update({name: x.to(device) for name, x in task.inputs.items()})  # type: ignore[attr-defined]
-    found = variants(spec, options)
+    facts = tg.analyze(tg.capture(spec))
+    found = variants(spec, facts, options, compiled=False)
     if options.compile:
-        found += [compiled(variant) for variant in found]
+        found += variants(spec, facts, options, compiled=True)
     measure(found, Clock(spec.model, device), options.rounds, options.warm_up)
     table = rows(found)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
