@@ -18,7 +18,19 @@ from tests.zoo import LAYERS, ZOO, Attention, ZooModel, ZooTask
 
 aten = torch.ops.aten
 
-SLOW = ("llava", "janus", "emu3", "smolvlm", "qwen2_5_vl", "glm_image", "idefics3", "internvl", "qwen2_vl", "paligemma")
+SLOW = (
+    "chameleon",
+    "llava",
+    "janus",
+    "emu3",
+    "smolvlm",
+    "qwen2_5_vl",
+    "glm_image",
+    "idefics3",
+    "internvl",
+    "qwen2_vl",
+    "paligemma",
+)
 """Left out of the default run: Janus has tests of its own, Emu3 and GLM-Image take longest, the others are another one but
 for their encoders.
 """

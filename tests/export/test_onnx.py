@@ -73,6 +73,7 @@ def test_the_baseline_gives_the_gradients_of_the_users_model(tmp_path: Path) -> 
     assert not torch.allclose(thinned["loss"], expected["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_forward_gives_loss_outputs_and_rows(exported, task: str) -> None:
     made: Exported = exported()

@@ -77,7 +77,7 @@ def test_digits_generation_at_another_batch(dynamic_digits: Captured) -> None:
 @pytest.mark.slow
 def test_janus_understanding_at_another_batch_and_length(dynamic_janus: Captured) -> None:
     longer = replace(janus.SIZES["tiny"], text_tokens=17)
-    inputs = janus.understanding_batch(longer, 5, torch.float64, seed=1)
+    inputs = janus.understanding_batch(longer, 5, torch.float64, seed=1, padded=True)
     found = cost_of(dynamic_janus, "understanding").at(batch=5, tokens=17 + 16)
     assert_same(found, recaptured(dynamic_janus, "understanding", inputs))
 

@@ -33,6 +33,7 @@ from tokgraph.measurement.gradients import GradientNorms, GradientSplit, gradien
 pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ["digits", "tiny", pytest.param("janus", marks=pytest.mark.slow), *ODD])
 def test_the_parts_add_up_to_the_gradient(measured: Measure, name: str, task: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -191,15 +191,23 @@ def computed(node: fx.Node, mode: FakeTensorMode | None) -> Any:
 def entered(mode: FakeTensorMode | None) -> Iterator[None]:
     """Run in a fake mode, without its cache: over symbolic sizes, finding what is in it takes longer than computing it.
 
-    Values are made outside of the caller's ``torch.inference_mode()``: they could not be differentiated.
+    Values are made outside of the caller's ``torch.inference_mode()``: they could not be differentiated. Symbols that an
+    operator makes for sizes that depend on data belong to nobody here, and PyTorch would ask the next operator for them.
     """
     if mode is None:
         with torch.inference_mode(False):
             yield
         return
     cached, mode.cache_enabled = mode.cache_enabled, False
+    sizes = mode.shape_env
+    if sizes is not None:
+        sizes.pending_fresh_unbacked_symbols.clear()
     try:
-        with torch.inference_mode(False), mode:
+        with (
+            torch.inference_mode(False),
+            mode,
+            nullcontext() if sizes is None else sizes.ignore_fresh_unbacked_symbols(),
+        ):
             yield
     finally:
         mode.cache_enabled = cached

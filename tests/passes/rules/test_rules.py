@@ -342,6 +342,7 @@ def test_elementwise_without_fixed_results(op):
     call.check_complete()
 
 
+@pytest.mark.slow
 def test_every_functional_overload_with_the_tag_has_a_rule():
     """Of ATen's; the other ones write to an argument."""
     tagged = set()
