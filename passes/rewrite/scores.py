@@ -15,7 +15,7 @@ from tokgraph.ir.node import argument, by_name, rank, where
 from tokgraph.ir.plan import DropSite
 from tokgraph.planning.selectors import scorer, selectors
 
-from ..emitter import Emitter, hoist
+from ..emitter import VISUAL_ROWS, Emitter, hoist
 from ..rules.registry import is_one
 from .masks import Masks
 from .row_space import RowSpace, indices
@@ -151,6 +151,7 @@ class Scores:
         mask = self._call(tokgraph.prompt_mask.default, targets, self._entry, prompt.ignore_index, prompt.first)
         outer = indices(seen.spaces)  # a prompt whose last token was dropped before pays nothing: no row, an error
         row = self._call(tokgraph.rows.default, self._emit.chain(mask, outer), 1, True)
+        row.meta[VISUAL_ROWS] = 0
         node = self._nodes[attention.node]
         if attention.batch != 0 or rank(node) != 4:
             raise PlanError(

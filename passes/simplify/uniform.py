@@ -77,7 +77,9 @@ class _OneSample:
     def of(self, node: Any) -> fx.Node | None:
         """The value of one sample; ``None`` where samples may differ."""
         if node not in self._made:
-            self._made[node] = self._make(node)
+            made = self._made[node] = self._make(node)
+            if made is not None and VISUAL_ROWS in node.meta:
+                made.meta[VISUAL_ROWS] = node.meta[VISUAL_ROWS]
         return self._made[node]
 
     def _make(self, node: fx.Node) -> fx.Node | None:
@@ -93,10 +95,7 @@ class _OneSample:
         new = [self.of(a) if tensor(a) is not None else a for a in node.args]
         if any(a is None for a, old in zip(new, node.args, strict=True) if old is not None):
             return None
-        made = self.emit.call(node.target, *new, origin=node, **node.kwargs)
-        if VISUAL_ROWS in node.meta:
-            made.meta[VISUAL_ROWS] = node.meta[VISUAL_ROWS]
-        return made
+        return self.emit.call(node.target, *new, origin=node, **node.kwargs)
 
     def _positions(self, of: fx.Node, start: Any, stop: Any) -> fx.Node:
         device = of.meta["val"].device
