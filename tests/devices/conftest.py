@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -25,5 +27,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "second":
         if reason := second.missing():
             pytest.skip(reason)
+        if not os.environ.get(second.OWN_PROCESS):
+            pytest.skip("in a process of its own, by test_second.py")
         return second.device()
     return torch.device("cpu")

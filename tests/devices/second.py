@@ -12,6 +12,8 @@ import torch
 from torch.utils import backend_registration, cpp_extension
 
 NAME = "second"
+OWN_PROCESS = "TOKGRAPH_TESTS_ON_A_SECOND_DEVICE"
+"""Set where the device may be made: autograd counts devices at its first backward pass, and knows no later ones."""
 _SOURCE = Path(__file__).with_name("second.cpp")
 
 
