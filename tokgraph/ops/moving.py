@@ -12,9 +12,13 @@ from .base import NAMESPACE, expand_index, true_rows
 
 
 def _for_all(index: Tensor) -> bool:
-    """Whether one row of an index serves all samples: whole slices of memory can then be moved."""
-    samples = index.shape[0]
-    return isinstance(samples, int) and samples == 1  # a symbol is not asked: the answer would become a guard
+    """Whether one row of an index serves all samples: whole slices of memory can then be moved.
+
+    Symbols are not asked: the answer would become a guard, and what a trace over symbols makes of an index_copy asks for a
+    number of elements, which ONNX has no operator for.
+    """
+    samples, rows = index.shape
+    return isinstance(samples, int) and isinstance(rows, int) and samples == 1
 
 
 def _select(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
