@@ -165,6 +165,7 @@ def places(facts: TaskFacts) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "found"])
 @pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["sdpa", "eager"])
 @pytest.mark.parametrize("task", ["understanding", "generation"])

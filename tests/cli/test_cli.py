@@ -101,6 +101,7 @@ def test_inspect_shows_one_sample_beside_the_example(run):
     assert [at["sizes"]["batch"] for at in facts["tasks"]["generation"]["cost"]["at"]] == [2, 3]
 
 
+@pytest.mark.slow
 def test_inspect_shows_the_cost_after_a_plan(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     site = tg.DropSite("understanding", 1, 2, 0.5)

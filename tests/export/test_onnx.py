@@ -86,6 +86,7 @@ def test_the_forward_gives_loss_outputs_and_rows(exported, task: str) -> None:
         assert torch.equal(found["rows/output_1"], rows["[1]"])
 
 
+@pytest.mark.slow
 def test_a_longer_text_runs_too(exported) -> None:
     made: Exported = exported()
     inputs = dict(made.accelerated.program["generation"].task.inputs)
@@ -95,6 +96,7 @@ def test_a_longer_text_runs_too(exported) -> None:
     torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_weights_lie_in_one_file_once_and_unchanged(exported) -> None:
     made: Exported = exported()
     stored = load_file(made.folder / "weights.safetensors")
@@ -118,6 +120,7 @@ def test_weights_lie_in_one_file_once_and_unchanged(exported) -> None:
         assert inline < 0.1 * raw
 
 
+@pytest.mark.slow
 def test_every_node_says_where_it_comes_from(exported) -> None:
     made: Exported = exported()
     model = onnx.load(made.folder / "understanding.train-step.onnx", load_external_data=False)
@@ -133,6 +136,7 @@ def test_every_node_says_where_it_comes_from(exported) -> None:
         assert any(p["tokgraph.module"].startswith(f"layers.{block}") for p in mine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lower", [lower_forward, lower_train_step])
 @pytest.mark.parametrize("task", ["understanding", pytest.param("generation", marks=pytest.mark.slow)])
 def test_a_graph_is_traced_once(exported, task: str, lower) -> None:
@@ -142,12 +146,14 @@ def test_a_graph_is_traced_once(exported, task: str, lower) -> None:
     assert is_decomposed(lowered, DEFAULT_OPSET)
 
 
+@pytest.mark.slow
 def test_no_path_of_the_machine_is_in_a_file(exported) -> None:
     made: Exported = exported()
     for path in made.folder.glob("*.onnx"):
         assert not re.search(rb"site-packages|/home/|/work/|\.py\b", path.read_bytes()), path
 
 
+@pytest.mark.slow
 def test_sizes_are_named_as_the_user_named_them(exported) -> None:
     made: Exported = exported()
     model = onnx.load(made.folder / "understanding.forward.onnx", load_external_data=False)
@@ -155,6 +161,7 @@ def test_sizes_are_named_as_the_user_named_them(exported) -> None:
     assert shapes == {"ids": ["batch", "tokens"], "labels": ["batch", "tokens"], "patches": ["batch", 6, 4]}
 
 
+@pytest.mark.slow
 def test_the_report_has_the_errors_found_on_two_batches(exported) -> None:
     made: Exported = exported()
     report = json.loads((made.folder / "report.json").read_text())["onnx"]
@@ -367,6 +374,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_not_replaced(exported, tmp_path: Path) -> None:
     made: Exported = exported()
     before = {path.name: path.read_bytes() for path in made.folder.iterdir()}

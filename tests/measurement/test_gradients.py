@@ -79,6 +79,7 @@ def linear_parts(
 IMAGE_ONLY = ("vision_model", "model.aligner", "model.generation_aligner", "patch_encoder", "patches", "codes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ["janus", "digits", "tiny", ODD[0]])
 def test_the_parts_of_linear_layers(measured: Measure, name: str, task: str) -> None:

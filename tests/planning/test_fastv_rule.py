@@ -126,6 +126,7 @@ def fastv(captured_janus) -> dict[int, TaskGraph]:
     return {k: model.apply(plan, U).program[U] for k, plan in plans.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_fastv_keeps_what_the_prompt_attends_to_most(eager, fastv, k: int) -> None:
     seen = set()

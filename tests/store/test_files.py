@@ -101,6 +101,7 @@ def test_weights_of_another_program(saved: Saved, tmp_path: Path) -> None:
     assert "belongs to another program" in str(message.help)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["saved", "rich_saved"])
 def test_weights_are_the_state(request: pytest.FixtureRequest, which: str) -> None:
     """Byte for byte, each tensor once; further names of tied weights are aliases."""

@@ -63,6 +63,7 @@ def all_lowered(two: Captured, accelerated: Any, train_step: Any, rich: Captured
     return found
 
 
+@pytest.mark.slow
 def test_flat_functional_graphs(
     two: Captured, accelerated: Any, train_step: Any, rich: Captured, rich_step: Any
 ) -> None:

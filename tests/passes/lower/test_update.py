@@ -95,6 +95,7 @@ def test_optimizers_by_name() -> None:
 # Plans that draw at random.
 
 
+@pytest.mark.slow
 def test_the_step_of_a_random_plan_is_an_input(two: Captured, accelerated: Any) -> None:
     task = accelerated("random")[U]
     forward = lower_forward(task.task_graph)
