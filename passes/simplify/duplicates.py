@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import tensor
+from tokgraph.ir.node import argument
 
 from ..contract import GraphPass
 from ..emitter import RESIDUAL
@@ -60,17 +60,5 @@ def _repeatable(node: fx.Node) -> bool:
         return target in _SIZES
     if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
         return False
-    # An operator without a result is a check; an empty tensor is memory that someone may fill.
-    return bool(target._schema.returns) and "empty" not in target._schema.name and not _draws(node)
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether the call may draw random numbers: attention says so by an argument, not by a tag."""
-    if tensor(node) is None:
-        return False
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return "dropout_p" in names and bool(_given(node, names.index("dropout_p"), "dropout_p"))
-
-
-def _given(node: fx.Node, position: int, name: str) -> Any:
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name, 0.0)
+    # An operator without a result is a check; an empty tensor is memory that someone may fill; attention may drop out.
+    return bool(target._schema.returns) and "empty" not in target._schema.name and not argument(node, "dropout_p")

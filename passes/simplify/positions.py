@@ -146,6 +146,8 @@ def _within(number: Linear, node: fx.Node) -> Linear | None:
 
 Rule = Callable[[Positions, fx.Node], Known | None]
 _RULES: dict[Any, Rule] = {}
+_WIDE = (torch.int32, torch.int64)
+"""Types in which no position overflows."""
 
 
 def _rule(*targets: Any) -> Callable[[Rule], Rule]:
@@ -172,7 +174,7 @@ def _remade(found: Known | None, change: Callable[[Linear], Linear | None]) -> K
 @_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def _arange(positions: Positions, node: fx.Node) -> Known | None:
     start, step = argument(node, "start", 0), argument(node, "step", 1)
-    if not isinstance(start, int) or not isinstance(step, int) or node.meta["val"].is_floating_point():
+    if not isinstance(start, int) or not isinstance(step, int) or node.meta["val"].dtype not in _WIDE:
         return None
     return linear(start, [(-1, step, ())])
 
@@ -240,7 +242,7 @@ def _converted(positions: Positions, node: fx.Node) -> Known | None:
     assert x is not None
     if isinstance(found, Constant):
         return _typed(found.number, node)
-    if x.dtype is to or (isinstance(found, Linear) and not to.is_floating_point and to is not torch.bool):
+    if x.dtype is to or (isinstance(found, Linear) and to in _WIDE):
         return found
     if isinstance(found, AtMostZero) and to is not torch.bool:
         return Choice(found, 1, 0)

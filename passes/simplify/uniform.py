@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import dims, tensor
+from tokgraph.ir.node import tensor
 
 from ..contract import GraphPass
 from ..emitter import VISUAL_ROWS, Emitter, is_selection, remove_dead_code
@@ -109,8 +109,3 @@ class _OneSample:
             for compare, bound in ((aten.ge.Scalar, start), (aten.lt.Scalar, stop))
         )
         return self.emit.call(aten.logical_and.default, low, high, origin=of)
-
-
-def one_row(index: fx.Node) -> bool:
-    """Whether an index holds the same rows for every sample."""
-    return dims(index)[0] == 1

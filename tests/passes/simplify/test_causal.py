@@ -75,6 +75,7 @@ OTHERS: dict[str, Mask] = {
     "hidden by ten": lambda x: torch.where(grid(x)[1] <= grid(x)[0], 0.0, -10.0),
     "shown by one": lambda x: torch.where(grid(x)[1] <= grid(x)[0], 1.0, -torch.inf),
     "every other position": lambda x: torch.arange(0, 2 * ROWS, 2)[None] <= at(x)[:, None],
+    "positions that may overflow": lambda x: at(x).to(torch.int8)[None] <= at(x).to(torch.int8)[:, None],
     "packed by the input": lambda x: packed(x) & (x[:, None, None, :, 0] < 2),
 }
 
