@@ -13,7 +13,8 @@ from tokgraph.ir.node import argument, dims, same_size, set_argument
 
 from ..contract import GraphPass
 from ..emitter import remove_dead_code
-from .positions import Positions, is_lower_triangle, shows_all
+from .known import is_lower_triangle, shows_all
+from .positions import Positions
 
 aten = torch.ops.aten
 

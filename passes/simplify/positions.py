@@ -1,13 +1,12 @@
-"""What the elements of a value say of their own positions: ``j <= i``, a constant, a sum of positions.
+"""What is known of the elements of a graph's values: masks are followed from ``arange``, comparisons and shape operators.
 
-Masks are computed from ``arange``, comparisons and shape operators. The analysis follows these, so that a mask that is
-the lower triangle is known to be, however a model writes it. Axes are counted from the end, where broadcasting aligns.
+A mask that is the lower triangle is then known to be, however a model writes it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,97 +16,9 @@ from torch import fx
 from tokgraph.ir.node import argument, axis_argument, dims, rank, tensor
 
 from ..emitter import is_selection, selection
+from .known import AtMostZero, Choice, Constant, Known, Linear, Number, linear, opposite, remade
 
 aten = torch.ops.aten
-Rows = tuple[fx.Node, ...]
-"""Indices by which an axis was narrowed, one after the other; each ascends, so order along the axis is that of before."""
-Number = int | float | bool
-
-
-@dataclass(frozen=True)
-class Linear:
-    """An integer: ``offset`` plus, for each axis, a multiple of the position along it.
-
-    Args:
-        offset: what does not depend on a position.
-        terms: ``(axis, factor, rows)``, ascending; the position is the one before ``rows`` narrowed the axis.
-    """
-
-    offset: int
-    terms: tuple[tuple[int, int, Rows], ...] = ()
-
-    def __add__(self, other: Linear) -> Linear | None:
-        factors = {axis: (factor, rows) for axis, factor, rows in self.terms}
-        for axis, factor, rows in other.terms:
-            mine, same = factors.get(axis, (0, rows))
-            if same != rows:
-                return None
-            factors[axis] = (mine + factor, rows)
-        return linear(self.offset + other.offset, ((axis, *rest) for axis, rest in factors.items()))
-
-    def times(self, factor: int) -> Linear:
-        """The number, multiplied."""
-        return linear(self.offset * factor, ((axis, f * factor, rows) for axis, f, rows in self.terms))
-
-    def moved(self, to: Callable[[int], int]) -> Linear:
-        """The same over renumbered axes."""
-        return linear(self.offset, ((to(axis), f, rows) for axis, f, rows in self.terms))
-
-
-@dataclass(frozen=True)
-class AtMostZero:
-    """A boolean: whether ``number`` is at most 0."""
-
-    number: Linear
-
-
-@dataclass(frozen=True)
-class Constant:
-    """The same number everywhere."""
-
-    number: Number
-
-
-@dataclass(frozen=True)
-class Choice:
-    """``yes`` where ``condition`` holds, else ``no``."""
-
-    condition: AtMostZero
-    yes: Number
-    no: Number
-
-
-Known = Linear | AtMostZero | Constant | Choice
-
-
-def linear(offset: int, terms: Iterable[tuple[int, int, Rows]]) -> Linear:
-    """A :class:`Linear` in its normal form."""
-    return Linear(offset, tuple(sorted((t for t in terms if t[1]), key=lambda t: t[0])))
-
-
-def is_lower_triangle(found: Known | None, lowest: float = -torch.inf) -> bool:
-    """Whether a mask shows each row what stands at or before it, as one of booleans or one that is added to scores.
-
-    Rows and columns may have been narrowed by the same indices: these ascend.
-
-    Args:
-        found: what is known of the mask.
-        lowest: what a softmax makes exactly 0 of beside any score that is seen.
-    """
-    if isinstance(found, Choice):
-        condition, yes, no = found.condition, found.yes, found.no
-        if yes < no:
-            condition, yes, no = _opposite(condition), no, yes
-        return yes == 0 and no <= lowest and is_lower_triangle(condition)
-    if not isinstance(found, AtMostZero) or len(found.number.terms) != 2:
-        return False
-    (row, down, rows), (column, right, columns) = found.number.terms
-    return (found.number.offset, row, down, column, right) == (0, -2, -1, -1, 1) and rows == columns
-
-
-def shows_all(found: Known | None) -> bool:
-    """Whether a mask hides nothing."""
-    return isinstance(found, Constant) and (found.number is True or (type(found.number) is float and not found.number))
 
 
 @dataclass
@@ -125,7 +36,7 @@ class Positions:
             if is_selection(node):
                 rule = _selected
             found = None if rule is None or tensor(node) is None else rule(self, node)
-            self._found[node] = _remade(found, lambda number: _within(number, node))
+            self._found[node] = remade(found, lambda number: _within(number, node))
         return self._found[node]
 
     def number(self, node: Any) -> Linear | None:
@@ -156,19 +67,6 @@ def _rule(*targets: Any) -> Callable[[Rule], Rule]:
         return function
 
     return add
-
-
-def _remade(found: Known | None, change: Callable[[Linear], Linear | None]) -> Known | None:
-    """What is known, with another number of the same positions in it."""
-    if isinstance(found, Linear):
-        return change(found)
-    if isinstance(found, AtMostZero):
-        number = change(found.number)
-        return None if number is None else AtMostZero(number)
-    if isinstance(found, Choice):
-        number = change(found.condition.number)
-        return None if number is None else Choice(AtMostZero(number), found.yes, found.no)
-    return found
 
 
 @_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
@@ -209,7 +107,7 @@ def _typed(number: Any, node: fx.Node) -> Constant | None:
 @_rule(aten.unsqueeze.default)
 def _unsqueeze(positions: Positions, node: fx.Node) -> Known | None:
     new = axis_argument(node, node) - rank(node)
-    return _remade(positions.of(node.args[0]), lambda n: n.moved(lambda axis: axis if axis > new else axis - 1))
+    return remade(positions.of(node.args[0]), lambda n: n.moved(lambda axis: axis if axis > new else axis - 1))
 
 
 @_rule(aten.expand.default)
@@ -226,7 +124,7 @@ def _reshape(positions: Positions, node: fx.Node) -> Known | None:
         found = positions.of(x)
         return found if isinstance(found, Constant) else None
     to = dict(zip(before, after, strict=True))
-    return _remade(positions.of(x), lambda n: n.moved(to.__getitem__) if all(a in to for a, _, _ in n.terms) else None)
+    return remade(positions.of(x), lambda n: n.moved(to.__getitem__) if all(a in to for a, _, _ in n.terms) else None)
 
 
 @_rule(
@@ -265,7 +163,7 @@ def _slice(positions: Positions, node: fx.Node) -> Known | None:
             return None
         return Linear(number.offset + factor * start, number.terms)
 
-    return _remade(positions.of(x), change)
+    return remade(positions.of(x), change)
 
 
 def _selected(positions: Positions, node: fx.Node) -> Known | None:
@@ -277,7 +175,7 @@ def _selected(positions: Positions, node: fx.Node) -> Known | None:
             number.offset, tuple((a, f, (*rows, index) if a == axis else rows) for a, f, rows in number.terms)
         )
 
-    return _remade(positions.of(x), change)
+    return remade(positions.of(x), change)
 
 
 @_rule(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
@@ -344,14 +242,8 @@ def _compare(positions: Positions, node: fx.Node) -> Known | None:
 def _not(positions: Positions, node: fx.Node) -> Known | None:
     found = positions.of(node.args[0])
     if isinstance(found, AtMostZero):
-        return _opposite(found)
+        return opposite(found)
     return Constant(not found.number) if isinstance(found, Constant) and isinstance(found.number, bool) else None
-
-
-def _opposite(condition: AtMostZero) -> AtMostZero:
-    """Integers: ``d`` is above 0 where ``1 - d`` is at most 0."""
-    number = condition.number.times(-1)
-    return AtMostZero(Linear(number.offset + 1, number.terms))
 
 
 _AND = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
@@ -408,7 +300,7 @@ def _chosen_of(condition: Known | None, yes: Known | None, no: Known | None, nod
 def _chosen(condition: AtMostZero, yes: Number, no: Number) -> Known:
     """A choice, or the condition itself where it chooses between true and false."""
     if isinstance(yes, bool) and isinstance(no, bool) and yes is not no:
-        return condition if yes else _opposite(condition)
+        return condition if yes else opposite(condition)
     return Choice(condition, yes, no)
 
 
@@ -455,7 +347,7 @@ def _index(positions: Positions, node: fx.Node) -> Known | None:
             total = total + index.times(factor)
         return total
 
-    return _remade(found, change)
+    return remade(found, change)
 
 
 def _not_negative(number: Linear) -> bool:
