@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from tokgraph.errors import CompileError, VerificationError
+from tokgraph.errors import CompileError
+
+from .verification import raise_first
 
 By = Literal["graph", "block"]
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -99,11 +101,8 @@ class CompilationCheck:
 
     def raise_if_failed(self) -> None:
         """Raise :class:`VerificationError`, if anything failed."""
-        failures = self.failures()
-        if failures:
-            more = f" ({len(failures) - 1} more)" if len(failures) > 1 else ""
-            raise VerificationError(
-                f"{failures[0]}{more}",
-                help="compiled code rounds elsewhere, not that much: please report it; the graph without compile= agrees with "
-                "the oracle",
-            )
+        raise_first(
+            self.failures(),
+            "compiled code rounds elsewhere, not that much: please report it; without compile= the graph agrees with the "
+            "oracle",
+        )

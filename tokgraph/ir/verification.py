@@ -86,10 +86,11 @@ class Verification:
 
     def raise_if_failed(self) -> None:
         """Raise :class:`VerificationError` naming the worst offender, if anything failed."""
-        failures = self.failures()
-        if failures:
-            more = f" ({len(failures) - 1} more)" if len(failures) > 1 else ""
-            raise VerificationError(
-                f"{failures[0]}{more}",
-                help="please report this: a rewrite that is not refused must agree with the oracle",
-            )
+        raise_first(self.failures(), "please report this: a rewrite that is not refused must agree with the oracle")
+
+
+def raise_first(failures: list[str], help: str) -> None:
+    """Raise :class:`VerificationError` with the first failure and the number of others, if there is one."""
+    if failures:
+        more = f" ({len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise VerificationError(f"{failures[0]}{more}", help=help)
