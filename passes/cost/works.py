@@ -8,9 +8,10 @@ counter knows no CPU flash kernel; its bytes are those of the fused kernel, whic
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,6 +33,7 @@ from tokgraph.ir.values import plain
 
 from ..rules import traits
 from .operators import MORE, Parts
+from .workspace import Workspace, storage_of
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -52,6 +54,8 @@ class Probe:
         saved_outputs: outputs kept for the backward pass.
         saved_bytes: bytes of other tensors kept for the backward pass.
         needs_grad: whether an output requires a gradient.
+        passed: arguments whose gradient is that of an output, or a view of it.
+        workspace: bytes that the forward and the backward pass take beside all this while they run, on the example batch.
         unknown: whether the forward pass runs, somewhere inside the call, an operator of unknown FLOPs.
     """
 
@@ -62,7 +66,30 @@ class Probe:
     saved_outputs: frozenset[int]
     saved_bytes: Any
     needs_grad: bool
+    passed: frozenset[int]
+    workspace: tuple[int, int]
     unknown: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a call holds in memory, and until when.
+
+    Args:
+        storage: the node whose storage the result is in: itself, or what it is a view of.
+        bytes: of the storage, where it is the call's own.
+        saved: storages kept until the call's backward.
+        beside: bytes kept until then that are nobody's result.
+        gradients: for each input that gets a gradient, whether it is that of the result, or a view of it.
+        workspace: bytes in use beside all this while the call, and its backward, runs on the example batch.
+    """
+
+    storage: fx.Node
+    bytes: Any
+    saved: frozenset[fx.Node]
+    beside: Any
+    gradients: Mapping[fx.Node, bool]
+    workspace: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -71,11 +98,13 @@ class Counted:
 
     Args:
         works: call -> what it costs.
+        held: call -> what it holds in memory.
         uncounted: ``(node, operator)`` of calls that may multiply matrices, themselves or in a part, and whose FLOPs are
             not, or not wholly, known.
     """
 
     works: dict[fx.Node, Work]
+    held: dict[fx.Node, Held]
     uncounted: tuple[tuple[str, str], ...]
 
 
@@ -88,14 +117,14 @@ def count_nodes(graph: TaskGraph, resize: Callable[[fx.Node, Any], Any] = lambda
     """
     mode = fake_mode(graph.graph) or FakeTensorMode()
     prober, counter = _Prober(mode, example_symbols(graph)), _Counter(graph, resize)
-    works, uncounted = {}, []
+    works, held, uncounted = {}, {}, []
     for node in graph.graph.nodes:
         if node.op == "call_function" and tensors(value(node)):
             probe = prober.probe(node, counter.needs_grad)
-            works[node] = counter.count(node, probe)
+            works[node], held[node] = counter.count(node, probe)
             if probe.unknown:
                 uncounted.append((node.name, str(node.target)))
-    return Counted(works, tuple(uncounted))
+    return Counted(works, held, tuple(uncounted))
 
 
 def node_works(graph: TaskGraph) -> dict[fx.Node, Work]:
@@ -164,9 +193,11 @@ class _Prober:
             if not (seen.forward or seen.backward or seen.saved_bytes):
                 return seen  # no amount that depends on sizes; numbers run much faster than symbols
             try:
-                return _observe(node, lambda n: _fresh(value(n), needs_grad(n), list))
+                found = _observe(node, lambda n: _fresh(value(n), needs_grad(n), list), followed=False)
             except RuntimeError:  # it asks for the value of a size that depends on data: those of the example batch
                 return seen
+            return replace(found, workspace=seen.workspace)
+            return replace(found, workspace=seen.workspace)
 
     def _numbers(self, sizes: Iterable[Any]) -> list[int]:
         return [int(sympy.sympify(plain(size)).xreplace(self._example)) for size in sizes]
@@ -194,11 +225,11 @@ def _fresh(val: Any, needs_grad: bool, sizes: Callable[[Iterable[Any]], list[Any
     return x.requires_grad_(needs_grad and x.is_floating_point())
 
 
-def _observe(node: fx.Node, make: Callable[[fx.Node], Any]) -> Probe:
+def _observe(node: fx.Node, make: Callable[[fx.Node], Any], followed: bool = True) -> Probe:
     made: dict[fx.Node, Any] = {n: make(n) for n in node.all_input_nodes}
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
     inputs = [t for n in node.all_input_nodes for t in tensors(made[n])[:1]]
-    places = {_storage(t): i for i, t in enumerate(inputs)}
+    places = {storage_of(t): i for i, t in enumerate(inputs)}
     kept: list[torch.Tensor] = []
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -210,24 +241,34 @@ def _observe(node: fx.Node, make: Callable[[fx.Node], Any]) -> Probe:
         sdpa_kernel(SDPBackend.MATH),
         Parts() as parts,
         FlopCounterMode(display=False, custom_mapping=dict(MORE)) as counter,
+        # entered last, it sees operators before the counter takes them apart
+        (Workspace(inputs) if followed and node.target is not _SDPA else nullcontext()) as memory,
     ):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             outputs = tensors(node.target(*args, **kwargs))  # type: ignore[operator]
         forward, unknown = counter.get_total_flops(), parts.unknown
+        taken = 0 if memory is None else memory.beside_results()
         ends, starts = [t for t in outputs if t.requires_grad], [t for t in inputs if t.requires_grad]
+        found: dict[int, torch.Tensor | None] = {}
+        given = [torch.ones_like(t) for t in ends]
+        if memory is not None:
+            memory.begin()
         if ends:
-            torch.autograd.grad(ends, starts, [torch.ones_like(t) for t in ends], allow_unused=True)
+            found = dict(zip(map(id, starts), torch.autograd.grad(ends, starts, given, allow_unused=True), strict=True))
         backward = counter.get_total_flops() - forward
-    results = {_storage(t): i for i, t in enumerate(outputs)}
-    others = {_storage(t): t for t in kept if _storage(t) not in places and _storage(t) not in results}
+        taken_back = 0 if memory is None else memory.beside_results()
+    results = {storage_of(t): i for i, t in enumerate(outputs)}
+    others = {storage_of(t): t for t in kept if storage_of(t) not in places and storage_of(t) not in results}
     return Probe(
         plain(forward),
         plain(backward),
-        tuple(places.get(_storage(t)) for t in outputs),
-        frozenset(places[_storage(t)] for t in kept if _storage(t) in places),
-        frozenset(results[_storage(t)] for t in kept if _storage(t) in results),
+        tuple(places.get(storage_of(t)) for t in outputs),
+        frozenset(places[storage_of(t)] for t in kept if storage_of(t) in places),
+        frozenset(results[storage_of(t)] for t in kept if storage_of(t) in results),
         sum(_bytes(t) for t in others.values()),
         bool(ends),
+        frozenset(i for i, t in enumerate(inputs) if _one_storage(found.get(id(t)), given)),
+        (taken, taken_back),
         unknown,
     )
 
@@ -244,8 +285,8 @@ def _without_trace(mode: FakeTensorMode) -> Iterator[None]:
         logger.disabled = disabled
 
 
-def _storage(x: torch.Tensor) -> int:
-    return int(x.untyped_storage()._cdata)
+def _one_storage(x: torch.Tensor | None, others: Iterable[torch.Tensor]) -> bool:
+    return x is not None and any(storage_of(x) == storage_of(other) for other in others)
 
 
 class _Counter:
@@ -271,13 +312,14 @@ class _Counter:
             return isinstance(found, torch.Tensor) and found.requires_grad
         return node in self._grads
 
-    def count(self, node: fx.Node, probe: Probe) -> Work:
-        """The work of a call."""
+    def count(self, node: fx.Node, probe: Probe) -> tuple[Work, Held]:
+        """The work of a call, and what it holds."""
         inputs, outputs = [n for n in node.all_input_nodes if tensors(value(n))], tensors(value(node))
         if probe.needs_grad:
             self._grads.add(node)
         alias = probe.aliases[0] if probe.aliases else None
-        self._roots[node] = self._root(inputs[alias]) if alias is not None else node
+        part = node.target is operator.getitem  # of a result, which holds its storage
+        self._roots[node] = self._root(inputs[alias or 0]) if part or alias is not None else node
         fused = node.target is _SDPA
         mask = _converted_mask(node) if fused else None
         saved_from = [inputs[i] for i in sorted(probe.saved_arguments)]
@@ -296,7 +338,11 @@ class _Counter:
             back_read = written + sum(map(self._size, saved_from)) + fresh
             back_written = sum(self._size(n) for n in inputs if self.needs_grad(n))
         forward, backward = self._resize(node, probe.forward), self._resize(node, probe.backward) if trains else 0
-        return Work(forward, backward, read, written, back_read, back_written, kept)
+        work = Work(forward, backward, read, written, back_read, back_written, kept)
+        storages = frozenset(map(self._root, saved_from)) if trains else frozenset()
+        passed = {inputs[i] for i in probe.passed}
+        gradients = {n: n in passed for n in inputs if self.needs_grad(n)} if trains else {}
+        return work, Held(self._root(node), self._size(node), storages, fresh if trains else 0, gradients, probe.workspace)
 
     def _root(self, node: fx.Node) -> fx.Node:
         return self._roots.get(node, node)
