@@ -57,6 +57,12 @@ from .passes import PassLog
 )
 @click.option("--save/--no-save", default=True, help="Also write the program, for `tokgraph export`, `profile`, `run`.")
 @pass_options
+@click.option(
+    "--rates/--no-rates",
+    default=True,
+    show_default=True,
+    help="Measure how fast this machine multiplies and copies, for the speed-up that the report promises.",
+)
 @stop_option
 @click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -70,6 +76,7 @@ def optimize(
     compile_mode: str | None,
     compile_by: By | None,
     save: bool,
+    rates: bool,
     print_after: tuple[str, ...],
     time_passes: bool,
     last: str | None,
@@ -96,7 +103,10 @@ def optimize(
         stage("load")
         spec = load_model(model, settings)
         if last is None:
-            accelerated = run(spec, chosen, verify=verify, compile=how, progress=stage, observer=log.observer, **given)
+            rates = rates and not is_meta(spec.model)
+            accelerated = run(
+                spec, chosen, verify=verify, compile=how, rates=rates, progress=stage, observer=log.observer, **given
+            )
         else:
             program = run_until(spec, last, chosen, progress=stage, observer=log.observer, **given)
     if last is not None:
@@ -152,8 +162,13 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         "forward FLOPs": [_change(t["flops"], "forward") for t in tasks.values()],
         "backward FLOPs": [_change(t["flops"], "backward") for t in tasks.values()],
         "FLOPs ratio": [f"{t['flops']['ratio']:.3f}x" for t in tasks.values()],
+        "peak memory": [
+            f"{amount(t['peak_bytes']['before'])}B -> {amount(t['peak_bytes']['after'])}B" for t in tasks.values()
+        ],
         "drop overhead": [overhead(t["drop_overhead"]) for t in tasks.values()],
     }
+    if report["rates"] is not None:
+        rows["time promised by the roofline"] = [f"{t['promise']['roofline']:.3f}x" for t in tasks.values()]
     checks = report["verification"].get("tasks")
     if checks:
         rows["worst output error"] = [f"{checks[name]['output_error']:.1e}" for name in tasks]

@@ -143,11 +143,29 @@ def print_profile(found: dict[str, Any], console: Console) -> None:
         ]
         table.add_row("unmapped", *(f"{share:.2%}" for share in unmapped))
         console.print(table)
+    for promise in found.get("promises", ()):
+        console.print(_promised(promise))
     for ratio in found["ratios"]:
         low, high = ratio["min"], ratio["max"]
         console.print(
             f"{ratio['task']} {ratio['graph']}: {ratio['median']:.3f}x ({low:.3f} to {high:.3f}) of the baseline"
         )
+
+
+def _promised(promise: dict[str, Any]) -> Table:
+    """What a plan promised and what came of it: seconds by what bounds them."""
+    share = "" if promise["share"] is None else f", {promise['share']:.0%} of the saving realised"
+    title = (
+        f"{promise['task']} {promise['graph']}: promised {promise['flops']:.3f}x by FLOPs and {promise['roofline']:.3f}x by "
+        f"the roofline, {promise['realised']:.3f}x measured{share}"
+    )
+    table = Table("milliseconds bound by", title=title)
+    for name in ("before", "promised", "after", "excess"):
+        table.add_column(name, justify="right")
+    for bound, seconds in promise["by_bound"].items():
+        cells = (seconds[name] * 1e3 for name in ("before", "promised", "after", "excess"))
+        table.add_row(bound, *(f"{cell:.2f}" for cell in cells))
+    return table
 
 
 def _rows(table: Table, name: str, spreads: list[dict[str, float] | None]) -> None:

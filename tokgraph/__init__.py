@@ -35,8 +35,9 @@ if TYPE_CHECKING:  # each also in _LATER
     from .ir.facts import Facts, TaskFacts
     from .ir.plan import DropSite, Plan
     from .ir.program import Program, TaskGraph
+    from .ir.rates import Rates
     from .ir.verification import Verification
-    from .measurement import ImageAttention, Measurements, image_attention, measure
+    from .measurement import ImageAttention, Measurements, image_attention, measure, measure_rates
     from .planning import Policy, register_selector
     from .report import summarise
     from .runtime import Accelerated, TaskModule
@@ -68,6 +69,7 @@ __all__ = [
     "PlanError",
     "Policy",
     "Program",
+    "Rates",
     "SpecError",
     "StaleError",
     "Task",
@@ -89,6 +91,7 @@ __all__ = [
     "load_batches",
     "make_plan",
     "measure",
+    "measure_rates",
     "optimize",
     "register_selector",
     "save_batches",
@@ -103,8 +106,9 @@ _LATER = {
     "ir.facts": ("Facts", "TaskFacts"),
     "ir.plan": ("DropSite", "Plan"),
     "ir.program": ("Program", "TaskGraph"),
+    "ir.rates": ("Rates",),
     "ir.verification": ("Verification",),
-    "measurement": ("ImageAttention", "Measurements", "image_attention", "measure"),
+    "measurement": ("ImageAttention", "Measurements", "image_attention", "measure", "measure_rates"),
     "planning": ("Policy", "register_selector"),
     "report": ("summarise",),
     "runtime": ("Accelerated", "TaskModule"),

@@ -11,6 +11,7 @@ from tokgraph.ir.cost import TaskCost
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import Plan, Ragged
 from tokgraph.ir.program import Program
+from tokgraph.ir.rates import Rates
 from tokgraph.ir.spec import ModelSpec
 from tokgraph.passes.analyze import analyze
 from tokgraph.passes.capture.export import CLEANUPS, IN_AUTOCAST, capture
@@ -21,6 +22,7 @@ from tokgraph.planning.check import check_plan, with_ragged
 
 from .calls.rewritten import rewritten
 from .errors import PlanError
+from .measurement import program_rates
 from .planning import Policy, policy
 from .report import make_report
 from .runtime import Accelerated
@@ -118,6 +120,7 @@ def optimize(
     *,
     verify: bool = True,
     compile: bool | str | Compilation = False,
+    rates: Rates | bool = False,
     progress: Progress | None = None,
     observer: Observer | None = None,
     **options: Any,
@@ -130,6 +133,8 @@ def optimize(
         verify: compare with the oracle, and compiled graphs with those; a disagreement raises.
         compile: ``True``, a mode of ``torch.compile`` (``"reduce-overhead"``, ``"max-autotune"``), or a
             :class:`tokgraph.Compilation`: as :meth:`Accelerated.compile` does.
+        rates: of the machine to train on, for the speed-up that the report promises; ``True`` measures those of the model's
+            device (:func:`tokgraph.measure_rates`), in a second.
         progress: called with each stage's name (:data:`STAGES`) before it begins.
         observer: called after every pass.
         options: options of the named policy (``span``, ``keep``, ...).
@@ -157,7 +162,9 @@ def optimize(
         accelerated.compilation_check = verify_compiled(accelerated)
         accelerated.compilation_check.raise_if_failed()
     tell("report")
-    accelerated.report = make_report(accelerated)
+    if rates is True:
+        rates = program_rates(accelerated.program)
+    accelerated.report = make_report(accelerated, rates or None)
     return accelerated
 
 

@@ -19,7 +19,7 @@ from tokgraph.ir.node import output_args, tensor
 from tokgraph.ir.program import TaskGraph, loss_node
 from tokgraph.ir.values import plain
 
-from .works import Held, count_nodes, example_symbols
+from .works import Counted, Held, count_nodes, example_symbols
 
 Number = Callable[[Any], int]
 
@@ -43,8 +43,8 @@ class Peak:
     gradients: int
 
 
-def peak_memory(graph: TaskGraph) -> Peak:
-    """The peak of one training step on the example batch.
+def peak_memory(graph: TaskGraph, counted: Counted | None = None) -> Peak:
+    """The peak of one training step on the example batch; ``counted`` spares counting anew.
 
     What kernels take for themselves while they run is not known, nor what an allocator rounds up. Attention counts as
     its fused kernel.
@@ -58,7 +58,7 @@ def peak_memory(graph: TaskGraph) -> Peak:
         return int(amount.xreplace(symbols)) if isinstance(amount, sympy.Basic) else int(amount)
 
     memory = _Memory()
-    held = count_nodes(graph).held
+    held = (counted or count_nodes(graph)).held
     forward = _Forward(graph, held, number, memory)
     forward.run()
     kept = memory.now

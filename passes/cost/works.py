@@ -242,7 +242,7 @@ def _observe(node: fx.Node, make: Callable[[fx.Node], Any], followed: bool = Tru
         Parts() as parts,
         FlopCounterMode(display=False, custom_mapping=dict(MORE)) as counter,
         # entered last, it sees operators before the counter takes them apart
-        (Workspace(inputs) if followed and node.target is not _SDPA else nullcontext()) as memory,
+        Workspace(inputs) if followed and node.target is not _SDPA else nullcontext() as memory,
     ):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             outputs = tensors(node.target(*args, **kwargs))  # type: ignore[operator]
@@ -342,7 +342,9 @@ class _Counter:
         storages = frozenset(map(self._root, saved_from)) if trains else frozenset()
         passed = {inputs[i] for i in probe.passed}
         gradients = {n: n in passed for n in inputs if self.needs_grad(n)} if trains else {}
-        return work, Held(self._root(node), self._size(node), storages, fresh if trains else 0, gradients, probe.workspace)
+        return work, Held(
+            self._root(node), self._size(node), storages, fresh if trains else 0, gradients, probe.workspace
+        )
 
     def _root(self, node: fx.Node) -> fx.Node:
         return self._roots.get(node, node)

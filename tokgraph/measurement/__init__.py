@@ -5,6 +5,7 @@ through them.
 from .attention import Allocation, attention_allocation
 from .gradients import BlockCosine, GradientNorms, GradientSplit, gradient_cosines, measure_gradients
 from .measurements import ImageAttention, Measurements, TaskMeasures, image_attention, image_mass, measure
+from .rates import measure_rates, program_rates
 from .redundancy import Redundancy, effective_rank, visual_redundancy
 from .segments import find_segments
 from .task import ForwardMeasures, measure_forward
@@ -28,5 +29,7 @@ __all__ = [
     "measure",
     "measure_forward",
     "measure_gradients",
+    "measure_rates",
+    "program_rates",
     "visual_redundancy",
 ]

@@ -13,11 +13,14 @@ from tokgraph.errors import DependencyError, ExportError, TokgraphError
 from tokgraph.export.files import BASELINE, ExportedFile, find_exported
 from tokgraph.export.session import Device
 from tokgraph.ir.program import Program, is_meta, model_device
+from tokgraph.ir.rates import Rates
+from tokgraph.measurement import program_rates
 from tokgraph.passes.capture.state import State
 
 from .eager import TorchSubject
 from .events import RunProfile, spread, summarise_runs
 from .onnx import OnnxSubject
+from .promise import kept_promise
 
 SCHEMA = 1
 Inputs = Mapping[str, Mapping[str, Any]]
@@ -86,6 +89,7 @@ def profile_programs(
     device: Device | None = None,
     runs: int = 10,
     warmup: int = 3,
+    rates: Rates | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[RunProfile]]]:
     """Profile programs in PyTorch.
@@ -97,10 +101,12 @@ def profile_programs(
         device: where the model must be; ``None``: wherever it is.
         runs: measured runs of each graph.
         warmup: runs before them that do not count.
+        rates: of the machine; default: measured now.
         progress: called with what is done next.
 
     Returns:
-        Schema 1 (:func:`measure`), and label -> profiles of the runs.
+        Schema 1 (:func:`measure`) with the ``rates`` and, where there is a baseline, ``promises``: for each task and graph
+        :func:`~.promise.kept_promise`. And label -> profiles of the runs.
 
     Raises:
         DependencyError: the device is not there.
@@ -119,10 +125,24 @@ def profile_programs(
     ]
     state = State(model)
     try:
+        rates = rates or program_rates(next(iter(programs.values())))
         found, profiles = measure(subjects, runs, warmup, progress)
     finally:
         state.restore()  # runs that train may write buffers
-    return {**found, "runtime": "torch", "device": where.type, "threads": torch.get_num_threads()}, profiles
+    promises = [_promise(ratio, programs, rates, profiles) for ratio in found["ratios"]]
+    machine = {"runtime": "torch", "device": where.type, "threads": torch.get_num_threads(), "rates": rates.to_data()}
+    return {**found, **machine, "promises": promises}, profiles
+
+
+def _promise(
+    ratio: dict[str, Any], programs: Mapping[str, Program], rates: Rates, profiles: Mapping[str, list[RunProfile]]
+) -> dict[str, Any]:
+    task, kind = ratio["task"], ratio["graph"]
+    accelerated = next(variant for variant in programs if variant != BASELINE)
+    before, after = (programs[variant][task] for variant in (BASELINE, accelerated))
+    runs = profiles[f"{BASELINE} {task} {kind}"], profiles[f"{accelerated} {task} {kind}"]
+    kept = kept_promise(before, after, kind != "forward", rates, runs, ratio["median"])
+    return {"task": task, "graph": kind, **kept}
 
 
 def _device(model: torch.nn.Module, asked: Device | None) -> torch.device:

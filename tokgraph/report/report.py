@@ -11,10 +11,14 @@ from tokgraph.ir.cost import Work
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.names import copied_name
 from tokgraph.ir.program import TaskGraph
+from tokgraph.ir.rates import Rates
 from tokgraph.ir.verification import Verification
 from tokgraph.passes.cost.attribution import task_cost
 from tokgraph.passes.cost.moves import drop_overhead
 from tokgraph.passes.cost.pathways import Pathways, coverage, pathways, sharing_index
+from tokgraph.passes.cost.peak import peak_memory
+from tokgraph.passes.cost.roofline import roofline, seconds_by_bound
+from tokgraph.passes.cost.works import count_nodes
 from tokgraph.passes.pipeline import Pipeline
 from tokgraph.passes.rewrite.realise import rewrite_passes
 from tokgraph.runtime import Accelerated
@@ -22,12 +26,14 @@ from tokgraph.runtime import Accelerated
 SCHEMA = 1
 
 
-def make_report(accelerated: Accelerated) -> dict[str, Any]:
+def make_report(accelerated: Accelerated, rates: Rates | None = None) -> dict[str, Any]:
     """The report (schema 1) of an accelerated program against the captured one.
 
     FLOPs and activation bytes (kept for the backward pass) are of one training step on the example batch; ``cost`` has
     them, and bytes read and written, by region and block, by kind of token and by module. ``drop_overhead`` has what moving
-    rows takes by itself.
+    rows takes by itself, ``peak_bytes`` the most memory that a step has in use beyond parameters and batch.
+    ``promise`` says what of a step's time is left if all goes by FLOPs and, with ``rates``, by the roofline: the least
+    seconds of every operator by its FLOPs or its bytes, summed up by what bounds them.
     ``tokens_per_block`` counts the visual rows whose residual a block computes. Sharing index and coverage are read off
     the rewritten graphs.
     """
@@ -38,7 +44,7 @@ def make_report(accelerated: Accelerated) -> dict[str, Any]:
     profiles = {name: _of_copied(p.profile) for name, p in after.items()}
     added = accelerated.own_parameters
     sizes = {name: p.numel() for name, p in program.model.named_parameters(remove_duplicate=False)}
-    tasks = {name: _task_report(graph, accelerated, facts, after[name]) for name, graph in program.items()}
+    tasks = {name: _task_report(graph, accelerated, facts, after[name], rates) for name, graph in program.items()}
     check = accelerated.compilation_check
     totals = [sum(t["flops"][when]["total"] for t in tasks.values()) for when in ("before", "after")]
     return {
@@ -49,6 +55,7 @@ def make_report(accelerated: Accelerated) -> dict[str, Any]:
         "coverage": round(coverage(before, profiles, sizes), 12),
         "new_parameters": sum(p.numel() for p in added.values()),
         "flops_ratio": totals[1] / totals[0],
+        "rates": None if rates is None else rates.to_data(),
         "tasks": tasks,
         "verification": _verification_report(accelerated.verification),
         **({} if check is None else {"compilation": _compilation_report(accelerated, check)}),
@@ -72,7 +79,9 @@ def _pathways_after(captured: TaskGraph, accelerated: Accelerated, facts: Facts)
     return pathways(lean, task)
 
 
-def _task_report(captured: TaskGraph, accelerated: Accelerated, facts: Facts, after: Pathways) -> dict[str, Any]:
+def _task_report(
+    captured: TaskGraph, accelerated: Accelerated, facts: Facts, after: Pathways, rates: Rates | None
+) -> dict[str, Any]:
     task, plan, rewritten = facts[captured.name], accelerated.plan, accelerated.program[captured.name]
     costs = {"before": task.cost.at(), "after": task_cost(rewritten, task).at()}
     before, now = (cost.total() for cost in costs.values())
@@ -83,11 +92,24 @@ def _task_report(captured: TaskGraph, accelerated: Accelerated, facts: Facts, af
         "tokens_per_block": {"before": [task.visual.mean] * len(task.blocks), "after": list(after.tokens_per_block)},
         "flops": {"before": _flops(before), "after": _flops(now), "ratio": now.flops / before.flops},
         "activation_bytes": {"before": before.saved, "after": now.saved, "ratio": ratio(now.saved, before.saved)},
+        **_peak_and_promise(captured, rewritten, now.flops / before.flops, rates),
         "drop_overhead": drop_overhead(rewritten),
         "cost": {when: cost.rollups() for when, cost in costs.items()},
         "dimensions": {f"{d.input}[{d.dim}]": d.name if d.symbol else d.size for d in task.dimensions},
         "passes": [p.to_data() for p in rewrite_passes(task, plan.for_task(task.name), plan.exact)],
     }
+
+
+def _peak_and_promise(captured: TaskGraph, rewritten: TaskGraph, flops: float, rates: Rates | None) -> dict[str, Any]:
+    """The most memory that a step has in use, and what of its time is left: by FLOPs, and by the roofline of a machine."""
+    counted = {when: (graph, count_nodes(graph)) for when, graph in (("before", captured), ("after", rewritten))}
+    peaks = {when: peak_memory(*found).bytes for when, found in counted.items()}
+    promise: dict[str, Any] = {"flops": flops, "roofline": None, "seconds": None}
+    if rates is not None:
+        least = {when: seconds_by_bound(roofline(graph, rates, works)) for when, (graph, works) in counted.items()}
+        left = ratio(sum(least["after"].values()), sum(least["before"].values()))
+        promise |= {"roofline": left, "seconds": least}
+    return {"peak_bytes": peaks | {"ratio": ratio(peaks["after"], peaks["before"])}, "promise": promise}
 
 
 def ratio(now: float, before: float) -> float:
