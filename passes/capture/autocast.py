@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.facts import TaskFacts
@@ -31,6 +34,45 @@ def in_autocast(region: Autocast | None, device: str) -> Iterator[None]:
             for kind in {device, "cpu"} - {"meta"}:
                 regions.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+class CastsInside(TorchFunctionMode):
+    """Casts what goes into operators that autocast casts only inside: a trace holds them whole, and would lose the cast.
+
+    On CUDA the loss of classes is such an operator: the logarithm that it begins with runs in float32 there.
+
+    Args:
+        device: type of the device that is traced on.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operator = _CAST_INSIDE.get(func)
+        if operator is not None and torch.is_autocast_enabled(self._device) and not self._has_own_cast(operator):
+            args, kwargs = pytree.tree_map_only(torch.Tensor, _in_float32, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _has_own_cast(self, operator: str) -> bool:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, f"Autocast{self._device.upper()}"))
+
+
+_CAST_INSIDE: dict[Callable[..., Any], str] = {
+    F.cross_entropy: "aten::cross_entropy_loss",
+    F.nll_loss: "aten::nll_loss_nd",
+    torch._C._nn.cross_entropy_loss: "aten::cross_entropy_loss",  # type: ignore[attr-defined]
+    torch._C._nn.nll_loss_nd: "aten::nll_loss_nd",  # type: ignore[attr-defined]
+}
+"""Functions -> operators that are made of operators which autocast runs in float32."""
+
+
+def _in_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from tokgraph.ir.tensors import CONSTANTS, constants_prefix, named_tensors, read
 
 from ..contract import GraphPass
 from ..pipeline import Observer, Pipeline
-from .autocast import MergeParameterCasts
+from .autocast import CastsInside, MergeParameterCasts
 from .batch_axis import KeepBatchAxis
 from .buffers import read_before_written, rebound_buffers
 from .checks import keeping_checks
@@ -255,7 +255,7 @@ def _export_once(
         _quiet_torch(),
     ):  # which records gradients
         warnings.simplefilter("ignore")
-        with keeping_checks():
+        with keeping_checks(), CastsInside(model_device(wrapper.model).type):
             exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         keep_grad_modes(exported)
         _rename_tensors(exported, target_of)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokgraph import ops
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import ancestors, argument, entered, fake_mode, is_write, output_args, value
+from tokgraph.ir.node import ancestors, is_write, output_args, value
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.tensors import read
 
 from ..contract import GraphPass
 from ..emitter import is_check
 from ..pipeline import Pipeline
+from .inline import arguments, inlined
+from .scatter import ScattersByIndex
 
 CHECKS = "tokgraph.checks"
 """Key of ``GraphModule.meta``: ``(message, positions of the inputs that it is about)`` of each check among the outputs."""
@@ -55,7 +55,11 @@ def functional(graph: TaskGraph) -> Functional:
 
     Their gradients are theirs: rows of an index are unique, which autograd, by itself, could not know of a ``gather``.
     """
-    made = Pipeline([ChecksToOutputs(), WritesToOutputs(), TensorsToInputs()]).run_task(graph).graph_module
+    made = (
+        Pipeline([ScattersByIndex(), ChecksToOutputs(), WritesToOutputs(), TensorsToInputs()])
+        .run_task(graph)
+        .graph_module
+    )
     names = list(graph.leaf_names().values())
     checks = tuple((message, tuple(names[i] for i in inputs)) for message, inputs in made.meta.get(CHECKS, ()))
     outputs = len(output_args(graph.graph))
@@ -76,7 +80,7 @@ class ChecksToOutputs(GraphPass):
         holds = []
         for node in [node for node in graph.nodes if node.target in conditions]:
             condition = conditions[node.target]
-            args = fx.node.map_arg(_arguments(node), value)
+            args = fx.node.map_arg(arguments(node), value)
             above = ancestors([node])
             asked.append((condition.says(*args), [i for i, x in enumerate(inputs) if x in above]))
             with graph.inserting_before(node):
@@ -134,36 +138,6 @@ class TensorsToInputs(GraphPass):
             if node is not first:
                 first.prepend(node)
         graph_module.meta[TENSORS] = [*graph_module.meta.get(TENSORS, ()), *given]
-
-
-def inlined(node: fx.Node, function: Callable[..., Any], made_by: str) -> fx.Node:
-    """The nodes that compute ``function`` of a call's arguments, inserted where the graph inserts; the one of the result."""
-    graph, given = node.graph, node.all_input_nodes
-
-    def of_values(*values: Any) -> Any:
-        known = dict(zip(given, values, strict=True))
-        return function(*fx.node.map_arg(_arguments(node), known.__getitem__))
-
-    with entered(fake_mode(graph)):
-        traced = make_fx(of_values)(*map(value, given))
-    copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
-    for inner in traced.graph.nodes:
-        if inner.op == "output":
-            result = inner.args[0]
-            return copies[result]
-        if inner.op != "placeholder":
-            copies[inner] = graph.node_copy(inner, copies.__getitem__)
-            copies[inner].meta = {
-                **{key: x for key, x in node.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")},
-                "val": value(inner),
-                "made_by": made_by,
-            }
-    raise AssertionError("a graph without output")
-
-
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    """The arguments of a call in the order of its schema."""
-    return tuple(argument(node, a.name) for a in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
 def _append_outputs(graph: fx.Graph, nodes: list[fx.Node]) -> None:

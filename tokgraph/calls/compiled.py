@@ -21,6 +21,9 @@ from tokgraph.passes.lower.pieces import Piece, pieces
 from .backends import backend_of
 from .diagnosis import FAILURES
 
+_RECORDED = ("reduce-overhead", "max-autotune")
+"""Modes that record CUDA graphs."""
+
 
 class Compiled:
     """A task's graph, compiled when it is first called; it computes on the tensors that the graph module holds then.
@@ -81,7 +84,11 @@ class Compiled:
 
     def _values(self, leaves: Sequence[Any]) -> dict[str, Any]:
         module = self.graph.graph_module
-        return dict(zip(self._inputs, [*leaves, *(tensor(module) for tensor in self._tensors)], strict=True))
+        held = [tensor(module) for tensor in self._tensors]
+        if self.how.by == "graph" and self.how.mode in _RECORDED:
+            for x in held:  # a recorded CUDA graph reads them where they are, instead of copies made for each step
+                torch._dynamo.mark_static_address(x, guard=False)
+        return dict(zip(self._inputs, [*leaves, *held], strict=True))
 
     def _run(self, values: dict[str, Any]) -> None:
         """Run the pieces, each on values by name, which their results join and what no further piece reads leaves."""
