@@ -1,12 +1,13 @@
 """A training step, measured: eager, a loop written by hand, and accelerated graphs, on a CPU or a GPU.
 
 A step is the forward and backward of one task of Janus. All variants run in turn, round by round, so that a busy machine
-slows all of them alike; ratios are to `eager` of the same round. The loop by hand (`hand_loop.py`) drops the same tokens
-in the same blocks as the plan beside it.
+slows all of them alike; ratios are to `eager` of the same round (itself compiled, with `--compile only`). The loop by hand
+(`hand_loop.py`) drops the same tokens in the same blocks as the plan beside it.
 
     python benchmarks/train_step.py --quick
-    python benchmarks/train_step.py --size small --layers 12 --batch 2 --rounds 7 --compile
-    python benchmarks/train_step.py --size 1b --device cuda --dtype bfloat16 --batch 20 --compile
+    python benchmarks/train_step.py --size small --layers 12 --batch 2 --rounds 7 --compile also
+    python benchmarks/train_step.py --size 1b --device cuda --dtype bfloat16 --batch 16 \\
+        --policies exact,shared,fastv,himix-hmgen-share-partial,random-ltd
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,10 +26,12 @@ from typing import Any
 import hand_loop
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import tokgraph as tg
 from tokgraph.passes.cost.attribution import task_cost
 from tokgraph.passes.cost.moves import row_moves
+from tokgraph.passes.cost.peak import peak_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[], Tensor]
@@ -45,7 +49,8 @@ class Variant:
         flops: promised, relative to the whole graph.
         moved: megabytes that operators that move rows read and write.
         seconds: of each round.
-        peak: bytes allocated at most during a step beyond what was before it; ``None`` where that is not known.
+        peak: bytes in use at most during a step, beyond those before it.
+        predicted: the same, from the graph alone.
     """
 
     task: str
@@ -54,7 +59,8 @@ class Variant:
     flops: float | None = None
     moved: float | None = None
     seconds: list[float] = field(default_factory=list)
-    peak: int | None = None
+    peak: int = 0
+    predicted: int | None = None
 
 
 def plans(options: argparse.Namespace, facts: tg.Facts) -> dict[str, tg.Plan]:
@@ -85,8 +91,9 @@ def loops(options: argparse.Namespace, blocks: int, count: int) -> dict[str, lis
 def variants(spec: tg.ModelSpec, facts: tg.Facts, options: argparse.Namespace, compiled: bool) -> list[Variant]:
     """Every variant of both tasks, as it is or compiled."""
     blocks, count = len(facts["understanding"].blocks), facts["understanding"].visual.count
+    planned = plans(options, facts)
     found = []
-    for task in TASKS:
+    for task in options.tasks:
         whole = facts[task].cost.at().total().flops
         batch, forward = spec.tasks[task].inputs, spec.tasks[task].forward
         plain: dict[str, Step] = {"eager": lambda f=forward, b=batch: f(spec.model, **b)[0]}
@@ -97,14 +104,16 @@ def variants(spec: tg.ModelSpec, facts: tg.Facts, options: argparse.Namespace, c
         for name, step in plain.items():
             flops = 1.0 if name == "eager" else None
             found.append(Variant(task, name, torch.compile(step, dynamic=False) if compiled else step, flops))
-        for name, plan in plans(options, facts).items():
+        for name, plan in planned.items():
             accelerated = tg.apply(facts, plan)
             if compiled:
                 accelerated.compile()
             graph = accelerated.program[task]
             flops = task_cost(graph, facts[task]).at().total().flops / whole
             moved = sum(move.forward + move.backward for move in row_moves(graph)) / 2**20
-            found.append(Variant(task, name, lambda a=accelerated, t=task, b=batch: a[t](**b)[0], flops, moved))
+            run = lambda a=accelerated, t=task, b=batch: a[t](**b)[0]  # noqa: E731
+            predicted = None if compiled else peak_memory(graph).bytes
+            found.append(Variant(task, name, run, flops, moved, predicted=predicted))
     if compiled:
         for variant in found:
             variant.name += ", compiled"
@@ -132,16 +141,28 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def peak(self, step: Step) -> int | None:
-        """Bytes that a step allocates at most, gradients included."""
-        if not self.cuda:
-            return None
+    def peak(self, step: Step) -> int:
+        """Bytes that a step has in use at most, gradients included, beyond those before it."""
         self.model.zero_grad(set_to_none=True)
         gc.collect()
+        if not self.cuda:
+            return self._peak_of_cpu(step)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.run(step)
         return torch.cuda.max_memory_allocated() - before
+
+    def _peak_of_cpu(self, step: Step) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                step().backward()
+            profiler.export_chrome_trace(f"{folder}/trace.json")
+            events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+        now = most = 0
+        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+            now += event["args"]["Bytes"]
+            most = max(most, now)
+        return most
 
 
 def measure(found: list[Variant], clock: Clock, rounds: int, warm_up: int) -> None:
@@ -157,12 +178,14 @@ def measure(found: list[Variant], clock: Clock, rounds: int, warm_up: int) -> No
 
 def rows(found: list[Variant]) -> list[dict[str, Any]]:
     """What was measured, as plain data; ratios are to `eager` of the same task and round."""
-    eager = {v.task: v.seconds for v in found if v.name == "eager"}
+    eager = {v.task: v.seconds for v in reversed(found) if v.name.startswith("eager")}
     table = []
     for v in found:
         ratios = [a / b for a, b in zip(v.seconds, eager[v.task], strict=True)]
         data = {key: value for key, value in asdict(v).items() if key not in ("step", "seconds")}
-        spread = {"ratio": median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        ratio = median(ratios)
+        spread = {"ratio": ratio, "lowest": min(ratios), "highest": max(ratios)}
+        spread["realised"] = (1 - ratio) / (1 - v.flops) if v.flops is not None and v.flops < 0.999 else None
         table.append(data | {"milliseconds": median(v.seconds) * 1e3} | spread)
     return table
 
@@ -170,16 +193,18 @@ def rows(found: list[Variant]) -> list[dict[str, Any]]:
 def markdown(table: list[dict[str, Any]]) -> str:
     """A Markdown table."""
     lines = [
-        "| task | step | ms | time / eager (range) | FLOPs promised | MB moved by rows | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| task | step | ms | time / eager (range) | FLOPs promised | realised | MB moved by rows | peak MB | predicted |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in table:
         flops = "" if row["flops"] is None else f"{row['flops']:.3f}"
         moved = "" if row["moved"] is None else f"{row['moved']:.1f}"
-        peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:.0f}"
+        realised = "" if row["realised"] is None else f"{row['realised']:.0%}"
+        predicted = "" if row["predicted"] is None else f"{row['predicted'] / 2**20:.0f}"
         lines.append(
             f"| {row['task']} | {row['name']} | {row['milliseconds']:.1f} "
-            f"| {row['ratio']:.3f} ({row['lowest']:.3f} - {row['highest']:.3f}) | {flops} | {moved} | {peak} |"
+            f"| {row['ratio']:.3f} ({row['lowest']:.3f} - {row['highest']:.3f}) | {flops} | {realised} | {moved} "
+            f"| {row['peak'] / 2**20:.0f} | {predicted} |"
         )
     return "\n".join(lines)
 
@@ -196,7 +221,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--start", type=int, default=1, help="first block of the span")
     parser.add_argument("--stop", type=int, help="the block after the span; default: the last but one")
     parser.add_argument("--policies", default="exact,shared", type=lambda text: [p for p in text.split(",") if p])
-    parser.add_argument("--compile", action="store_true", help="also every variant under torch.compile")
+    parser.add_argument(
+        "--compile", choices=["also", "only"], help="every variant under torch.compile as well, or only so"
+    )
+    parser.add_argument("--tasks", default=",".join(TASKS), type=lambda text: [t for t in text.split(",") if t])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's own")
@@ -223,7 +251,7 @@ def main() -> None:
     for task in spec.tasks.values():
         task.inputs.update({name: x.to(device) for name, x in task.inputs.items()})  # type: ignore[attr-defined]
     facts = tg.analyze(tg.capture(spec))
-    found = variants(spec, facts, options, compiled=False)
+    found = [] if options.compile == "only" else variants(spec, facts, options, compiled=False)
     if options.compile:
         found += variants(spec, facts, options, compiled=True)
     measure(found, Clock(spec.model, device), options.rounds, options.warm_up)
