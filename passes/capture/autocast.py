@@ -54,9 +54,12 @@ class CastsInside(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         operator = _CAST_INSIDE.get(func)
-        if operator is not None and torch.is_autocast_enabled(self._device) and not self._has_own_cast(operator):
+        if operator is not None and self._in_region() and not self._has_own_cast(operator):
             args, kwargs = pytree.tree_map_only(torch.Tensor, _in_float32, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _in_region(self) -> bool:
+        return torch.amp.is_autocast_available(self._device) and torch.is_autocast_enabled(self._device)
 
     def _has_own_cast(self, operator: str) -> bool:
         return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, f"Autocast{self._device.upper()}"))
