@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import CaptureError
+from tokgraph.ir.distance import relative_distance
 from tokgraph.ir.fidelity import CaptureCheck
 from tokgraph.ir.node import value
 from tokgraph.ir.program import TaskGraph
@@ -256,21 +257,10 @@ def differences(mine: Run, reference: Run, limit: float, rounding: float) -> Ite
 
 
 def _relative(a: torch.Tensor | None, b: torch.Tensor | None, floor: float = 0.0) -> float:
-    """``max |a - b| / max |b|``; what is not there counts as zero, and equal infinities and NaNs as equal."""
+    """The distance of two tensors of one type; what is not there counts as zero."""
     if a is None or b is None:
         a, b = torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b  # type: ignore[arg-type]
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return float("inf")
-    if not a.numel() or torch.equal(a, b):
-        return 0.0
-    if not a.is_floating_point():
-        return float("inf") if not a.is_complex() else _relative(torch.view_as_real(a), torch.view_as_real(b), floor)
-    same = (a == b) | (a.isnan() & b.isnan())
-    error = (a.double() - b.double()).abs().masked_fill(same, 0.0).max()
-    if error == 0:  # of NaNs alone there is no size to divide by
-        return 0.0
-    size = max(float(b.double().abs().nan_to_num(0.0, 0.0, 0.0).max()), floor)
-    return float(error) / size if size and not error.isnan() else float("inf")
+    return relative_distance(a, b, floor) if a.dtype == b.dtype else float("inf")
 
 
 def _nothing(gradient: torch.Tensor | None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tokgraph.errors import ExportError
+from tokgraph.ir.distance import relative_distance
 from tokgraph.ir.program import TaskGraph
 from tokgraph.passes.lower import Lowered
 
@@ -101,7 +102,7 @@ def _check(
         gradient, got = _is_gradient(name), found[name]
         if name in expected.unsettled and got.shape == wanted.shape:
             got = torch.where(expected.unsettled[name].cpu(), wanted.cpu(), got)
-        error = relative(got, wanted, NOISE * scale if gradient else 0.0)
+        error = relative_distance(got, wanted, NOISE * scale if gradient else 0.0)
         share = error / limits[gradient]
         if not share <= most:
             worst, most = name, share
@@ -120,19 +121,6 @@ def lowered_inputs(lowered: Lowered, graph: TaskGraph, batch: Mapping[str, Any])
     """Name -> tensor of every input of a lowered graph, from a batch of the task."""
     leaves = [x for x in graph.flatten(batch) if isinstance(x, torch.Tensor)]
     return {**dict(zip(lowered.inputs, leaves, strict=False)), **lowered.initial}
-
-
-def relative(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
-    """``max |a - b| / max(max |b|, floor)``; infinite where shapes differ or an index does."""
-    if a.shape != b.shape:
-        return float("inf")
-    if not a.numel():
-        return 0.0
-    if not b.is_floating_point():
-        return 0.0 if torch.equal(a.cpu(), b.cpu()) else float("inf")
-    a, b = a.double(), b.double().cpu()
-    error, size = float((a - b).abs().max()), max(float(b.abs().max()), floor)
-    return error if size == 0.0 else error / size
 
 
 def _is_gradient(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tokgraph.ir.distance import relative_distance
 from tokgraph.ir.evaluate import evaluate, example_leaves
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.interpreter import GraphInterpreter, in_dtype
@@ -130,10 +131,10 @@ def compare_values(mine: Results, reference: Results, count: int) -> Difference:
     for leaf in range(count):
         a, b = mine.outputs[leaf], reference.outputs[leaf]
         if isinstance(a, torch.Tensor):
-            worst = max(worst, Difference(_relative(a, b), f"output {leaf}"), key=badness)
+            worst = max(worst, Difference(relative_distance(a, b), f"output {leaf}"), key=badness)
     for name, b in reference.buffers.items():
         a = mine.buffers.get(name)
-        error = float("inf") if a is None else _relative(a.double(), b.double())
+        error = float("inf") if a is None else relative_distance(a, b)
         worst = max(worst, Difference(error, f"buffer {name}"), key=badness)
     return worst
 
@@ -166,21 +167,10 @@ def compare_gradients(mine: Results, reference: Results, noise: float = NOISE) -
     for name in reference.gradients.keys() | mine.gradients.keys():
         a, b = mine.gradients.get(name), reference.gradients.get(name)
         a, b = torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b  # type: ignore[arg-type]
-        worst = max(worst, Difference(_relative(a, b, noise * scale), name), key=badness)
+        worst = max(worst, Difference(relative_distance(a, b, noise * scale), name), key=badness)
     return worst
 
 
 def badness(difference: Difference) -> tuple[float, str]:
     """Orders differences; a NaN is worse than any number."""
     return (float("inf") if difference.error != difference.error else difference.error, difference.where)
-
-
-def _relative(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    if not a.numel():
-        return 0.0
-    if not b.is_floating_point():
-        return 0.0 if torch.equal(a, b) else float("inf")
-    error, size = float((a - b).abs().max()), max(float(b.abs().max()), floor)
-    return error if size == 0.0 else error / size
