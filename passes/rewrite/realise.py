@@ -8,7 +8,7 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass
-from ..simplify import CausalAttention, MergeRestores, ShareDuplicates, UniformRows
+from ..simplify import CausalAttention, MergeRestores, RangeRows, ShareDuplicates, UniformRows
 from .pushdown import PushDown
 from .seed import ExplicitCausalMask, SeedSites, only_projects
 
@@ -20,6 +20,7 @@ REWRITE: tuple[type[GraphPass], ...] = (
     ShareDuplicates,
     MergeRestores,
     CausalAttention,
+    RangeRows,
 )
 """The passes of :func:`rewrite_passes`, in order."""
 
@@ -45,4 +46,5 @@ def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> 
     """The passes that turn a captured graph into the one that a plan asks for; an empty plan asks for a simpler one."""
     name = facts.name
     thinned = [*seeds(facts, sites, exact), UniformRows(name), PushDown(name)] if sites or exact else []
-    return [*thinned, ShareDuplicates(name), MergeRestores(name), CausalAttention(name)]
+    moved = [RangeRows(name)] if thinned else []
+    return [*thinned, ShareDuplicates(name), MergeRestores(name), CausalAttention(name), *moved]

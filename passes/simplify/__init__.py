@@ -2,7 +2,8 @@
 
 from .causal import CausalAttention
 from .duplicates import ShareDuplicates
+from .ranges import RangeRows
 from .restores import MergeRestores
 from .uniform import UniformRows
 
-__all__ = ["CausalAttention", "MergeRestores", "ShareDuplicates", "UniformRows"]
+__all__ = ["CausalAttention", "MergeRestores", "RangeRows", "ShareDuplicates", "UniformRows"]

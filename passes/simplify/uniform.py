@@ -36,6 +36,7 @@ _INDEX_AT = {
     tokgraph.drop.default: 1,
     tokgraph.select_targets.default: 1,
     tokgraph.restore.default: 2,
+    tokgraph.merge.default: 2,
 }
 """Operator -> which of its arguments is an index."""
 
