@@ -87,7 +87,7 @@ def _of_restore(size: Size, node: fx.Node) -> tuple[int, int]:
 
 
 def _of_merge(size: Size, node: fx.Node) -> tuple[int, int]:
-    return 4 * size(node), 2 * size(node)
+    return 2 * size(node), 2 * size(node)
 
 
 def _of_slice(size: Size, node: fx.Node) -> tuple[int, int]:

@@ -48,7 +48,14 @@ def seed_projections(
         around = hidden if projection.keys else spaces
         visual = around[-1].visual if around else build.visual_count
         if visual:
-            _split(nodes[projection.node], projection, indices(around), visual, task, emit, build)
+            text = None if around else _text_of(spaces)
+            _split(nodes[projection.node], projection, indices(around), visual, text, task, emit, build)
+
+
+def _text_of(spaces: Sequence[RowSpace]) -> fx.Node | None:
+    """The index of a site that keeps no visual row, in a block whose keys are all rows: that of the text rows."""
+    alone = len(spaces) == 1 and not spaces[0].visual and spaces[0].lost is None
+    return spaces[0].index if alone else None
 
 
 def _split(
@@ -56,16 +63,18 @@ def _split(
     projection: Projection,
     space: list[fx.Node],
     visual: int,
+    text: fx.Node | None,
     task: str,
     emit: Emitter,
     build: IndexBuilder,
 ) -> None:
     readers = list(node.users)
     x, mask = emit.chain(argument(node, "input"), space), emit.chain(build.visual, space)
-    length = emit.size(mask, 1)
-    count = length - visual if isinstance(length, int) else emit.call(operator.sub, length, visual, origin=node)
-    others = emit.call(aten.logical_not.default, mask, origin=node)
-    text = emit.call(tokgraph.rows.default, others, count, True, origin=node)
+    if text is None:
+        length = emit.size(mask, 1)
+        count = length - visual if isinstance(length, int) else emit.call(operator.sub, length, visual, origin=node)
+        others = emit.call(aten.logical_not.default, mask, origin=node)
+        text = emit.call(tokgraph.rows.default, others, count, True, origin=node)
     image = emit.call(tokgraph.rows.default, mask, visual, True, origin=node)
     text.meta[VISUAL_ROWS], image.meta[VISUAL_ROWS] = 0, visual
     names = [name for name in (projection.weight, projection.bias) if name is not None]

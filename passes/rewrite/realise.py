@@ -9,6 +9,7 @@ from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass
 from ..simplify import CausalAttention, MergeRestores, RangeRows, ShareDuplicates, UniformRows
+from .part_rows import PartRows
 from .pushdown import PushDown
 from .seed import ExplicitCausalMask, SeedSites, only_projects
 
@@ -17,6 +18,7 @@ REWRITE: tuple[type[GraphPass], ...] = (
     SeedSites,
     UniformRows,
     PushDown,
+    PartRows,
     ShareDuplicates,
     MergeRestores,
     CausalAttention,
@@ -45,6 +47,6 @@ def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[Grap
 def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
     """The passes that turn a captured graph into the one that a plan asks for; an empty plan asks for a simpler one."""
     name = facts.name
-    thinned = [*seeds(facts, sites, exact), UniformRows(name), PushDown(name)] if sites or exact else []
+    thinned = [*seeds(facts, sites, exact), UniformRows(name), PushDown(name), PartRows(name)] if sites or exact else []
     moved = [RangeRows(name)] if thinned else []
     return [*thinned, ShareDuplicates(name), MergeRestores(name), CausalAttention(name), *moved]

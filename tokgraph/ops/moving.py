@@ -44,9 +44,10 @@ def _gaps(index: Tensor, count: int) -> Tensor:
 
 
 def _merge(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    order = torch.cat([_gaps(index, others.shape[1]), index], 1).argsort(1)
-    both = torch.cat([others, rows], 1)
-    return both.gather(1, expand_index(order, both.shape, 1, 0))
+    whole = others.new_empty((others.shape[0], others.shape[1] + rows.shape[1], *others.shape[2:]))
+    for x, at in ((others, _gaps(index, others.shape[1])), (rows, index)):  # each row is read and written once
+        whole.scatter_(1, expand_index(at, x.shape, 1, 0), x)
+    return whole
 
 
 @torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
