@@ -111,6 +111,7 @@ _BYTES: dict[Any, Callable[[Size, fx.Node], tuple[int, int]]] = {
     tokgraph.select_range.default: _of_slice,
     tokgraph.restore_range.default: _of_restored_slice,
     tokgraph.merge_range.default: _of_concatenation,
+    tokgraph.join.default: _of_concatenation,
 }
 
 

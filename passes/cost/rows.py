@@ -27,7 +27,7 @@ tokgraph = torch.ops.tokgraph
 
 SAMPLES: Final = "samples"
 _RESTORES = (tokgraph.restore.default, tokgraph.restore_range.default)
-_MERGES = (tokgraph.merge.default, tokgraph.merge_range.default)
+_MERGES = (tokgraph.merge.default, tokgraph.merge_range.default, tokgraph.join.default)
 Chain = tuple[fx.Node, ...]
 """Rows of the token axis: indices, each relative to the rows that the one before left; ``()`` is all of them."""
 Held = tuple[Chain | Literal["samples"], ...]
@@ -176,7 +176,8 @@ class _Follow:
                 others = first_input(node)
                 self._note((node, 0), self.found.get((others, 0)))
                 chain = _only_rows(self.found.get((others, 1), (SAMPLES,)))
-                self._note((node, 1), (chain[:-1],) if chain else None)
+                order = (node.args[2],) if node.target is tokgraph.join.default else ()
+                self._note((node, 1), ((*chain[:-1], *order),) if chain else None)  # type: ignore[arg-type]
             else:
                 merged, parted = self._regrouped(node)
                 for one, two in merged:

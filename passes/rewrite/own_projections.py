@@ -28,7 +28,7 @@ def seed_projections(
     emit: Emitter,
     build: IndexBuilder,
     nodes: dict[str, fx.Node],
-) -> None:
+) -> fx.Node | None:
     """Give the visual rows of a block their own projections.
 
     Where rows are kept by ``spaces``, ``project(x)`` becomes ``merge(project(x[text]), own(x[visual]), visual)``, put back
@@ -43,13 +43,22 @@ def seed_projections(
         emit: where nodes go.
         build: makes the masks.
         nodes: the graph's nodes by name.
+
+    Returns:
+        Where a block's queries are fewer than its keys: ``[batch, tokens]`` int64, the text rows and then the visual ones, an
+        order of the keys in which they need no merging.
     """
+    order = None
     for projection in block.projections:
         around = hidden if projection.keys else spaces
         visual = around[-1].visual if around else build.visual_count
         if visual:
             text = None if around else _text_of(spaces)
-            _split(nodes[projection.node], projection, indices(around), visual, text, task, emit, build)
+            made = _split(nodes[projection.node], projection, indices(around), visual, text, task, emit, build)
+            if projection.keys and spaces and not around:
+                order = emit.call(aten.cat.default, list(made), 1, origin=made[0])
+                order.meta[VISUAL_ROWS] = visual
+    return order
 
 
 def _text_of(spaces: Sequence[RowSpace]) -> fx.Node | None:
@@ -67,7 +76,8 @@ def _split(
     task: str,
     emit: Emitter,
     build: IndexBuilder,
-) -> None:
+) -> tuple[fx.Node, fx.Node]:
+    """Project text and visual rows apart; returns their indices."""
     readers = list(node.users)
     x, mask = emit.chain(argument(node, "input"), space), emit.chain(build.visual, space)
     if text is None:
@@ -90,3 +100,4 @@ def _split(
         whole = emit.call(tokgraph.restore.default, around, whole, space[depth], origin=node)
     for reader in readers:
         reader.replace_input_with(node, whole)
+    return text, image

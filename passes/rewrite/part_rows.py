@@ -13,7 +13,7 @@ from tokgraph.ir.node import tensor
 
 from ..contract import GraphPass
 from ..emitter import is_selection, selection
-from .apart import are_apart
+from ..simplify.complements import are_complements
 from .pushdown import PushDown
 from .wants import STREAM, Declined, commute
 
@@ -88,15 +88,15 @@ class _Between:
         index = selection(node)[1]
         if selection(node)[0] is not self.restore:
             self.indices.add(index)
-        return index is own or are_apart(index, own)
+        return index is own or are_complements(index, own)
 
     def _is_row_by_row(self, node: fx.Node, between: set[fx.Node]) -> bool:
         if node.op != "call_function" or is_selection(node) or tensor(node) is None:
             return False
         passed = commute(node, STREAM)
-        return not isinstance(passed, Declined) and {x for x, along in passed if along == STREAM} >= between.intersection(
-            node.all_input_nodes
-        )
+        return not isinstance(passed, Declined) and {
+            x for x, along in passed if along == STREAM
+        } >= between.intersection(node.all_input_nodes)
 
     def compute_apart(self) -> None:
         """One copy of the calls for each index."""

@@ -8,7 +8,7 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass
-from ..simplify import CausalAttention, MergeRestores, RangeRows, ShareDuplicates, UniformRows
+from ..simplify import CausalAttention, JoinRows, MergeRestores, RangeRows, ShareDuplicates, UniformRows
 from .part_rows import PartRows
 from .pushdown import PushDown
 from .seed import ExplicitCausalMask, SeedSites, only_projects
@@ -19,6 +19,7 @@ REWRITE: tuple[type[GraphPass], ...] = (
     UniformRows,
     PushDown,
     PartRows,
+    JoinRows,
     ShareDuplicates,
     MergeRestores,
     CausalAttention,
@@ -47,6 +48,8 @@ def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[Grap
 def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
     """The passes that turn a captured graph into the one that a plan asks for; an empty plan asks for a simpler one."""
     name = facts.name
-    thinned = [*seeds(facts, sites, exact), UniformRows(name), PushDown(name), PartRows(name)] if sites or exact else []
-    moved = [RangeRows(name)] if thinned else []
-    return [*thinned, ShareDuplicates(name), MergeRestores(name), CausalAttention(name), *moved]
+    shared = [ShareDuplicates(name), MergeRestores(name), CausalAttention(name)]
+    if not (sites or exact):
+        return [*shared]
+    pushed = [UniformRows(name), PushDown(name), PartRows(name), JoinRows(name)]
+    return [*seeds(facts, sites, exact), *pushed, *shared, RangeRows(name)]

@@ -21,7 +21,7 @@ from tokgraph.ir.node import argument, is_write, rank, tensor
 from ..emitter import is_check, is_selection, selection
 from ..rules import axis_map, traits
 from ..rules.registry import is_one
-from .apart import are_apart
+from ..simplify.complements import are_complements
 from .checks import followers, told
 
 aten = torch.ops.aten
@@ -120,7 +120,7 @@ def through_restore(node: fx.Node, want: Mapping[Along, Chain]) -> tuple[fx.Node
     """
     x, rows, index = node.args
     chain = want.get(STREAM, ())
-    if chain and are_apart(chain[0], index):  # type: ignore[arg-type]
+    if chain and are_complements(chain[0], index):  # type: ignore[arg-type]
         return x, dict(want)  # type: ignore[return-value]
     if chain[:1] != (index,):
         return None

@@ -214,7 +214,7 @@ def restore(node: fx.Node) -> AxisMap:
     return AxisMap((((x, 0), (rows, 0), (index, 0)), None, *features), aligned=((1, (x, 1)),))
 
 
-@rule(tokgraph.merge.default, tokgraph.merge_range.default)
+@rule(tokgraph.merge.default, tokgraph.merge_range.default, tokgraph.join.default)
 def merge(node: fx.Node) -> AxisMap:
     """Ours: a row comes from one operand or the other; samples and features are row by row."""
     others, rows, index = node.args[:3]

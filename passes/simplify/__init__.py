@@ -2,8 +2,9 @@
 
 from .causal import CausalAttention
 from .duplicates import ShareDuplicates
+from .orders import JoinRows
 from .ranges import RangeRows
 from .restores import MergeRestores
 from .uniform import UniformRows
 
-__all__ = ["CausalAttention", "MergeRestores", "RangeRows", "ShareDuplicates", "UniformRows"]
+__all__ = ["CausalAttention", "JoinRows", "MergeRestores", "RangeRows", "ShareDuplicates", "UniformRows"]

@@ -55,7 +55,15 @@ __all__ = [
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out."""
-    return moving.LOWERED | ranges.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED | unread.LOWERED | checks.LOWERED
+    return (
+        moving.LOWERED
+        | ranges.LOWERED
+        | masks.LOWERED
+        | indices.LOWERED
+        | scores.LOWERED
+        | unread.LOWERED
+        | checks.LOWERED
+    )
 
 
 def conditions() -> dict[torch._ops.OpOverload, Condition]:

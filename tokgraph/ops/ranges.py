@@ -57,6 +57,17 @@ def _merge_range(others: Tensor, rows: Tensor, index: Tensor, start: int) -> Ten
     return _joined(others[:, :start], rows, others[:, start:])
 
 
+def _join(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """``others``, then ``rows``: ``select`` by ``index`` of what ``merge`` makes of the two.
+
+    Args:
+        others: ``[batch, m, width]``.
+        rows: ``[batch, n, width]``.
+        index: ``[batch, m + n]`` int64, the positions of ``others`` and then those of ``rows``.
+    """
+    return torch.cat([others, rows], 1)
+
+
 def _joined(*parts: Tensor) -> Tensor:
     """The parts one after the other, without those that are known to be empty."""
     return torch.cat([x for x in parts if not (isinstance(x.shape[1], int) and x.shape[1] == 0)] or [parts[0]], 1)
@@ -66,6 +77,7 @@ _SCHEMAS: dict[str, Callable[..., Tensor]] = {
     "select_range(Tensor x, Tensor index, int dim, int batch_dim, SymInt start) -> Tensor": _select_range,
     "restore_range(Tensor x, Tensor rows, Tensor index, SymInt start) -> Tensor": _restore_range,
     "merge_range(Tensor others, Tensor rows, Tensor index, SymInt start) -> Tensor": _merge_range,
+    "join(Tensor others, Tensor rows, Tensor index) -> Tensor": _join,
 }
 for _schema, _function in _SCHEMAS.items():
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
@@ -75,5 +87,6 @@ LOWERED: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
     torch.ops.tokgraph.select_range.default: _select_range,
     torch.ops.tokgraph.restore_range.default: _restore_range,
     torch.ops.tokgraph.merge_range.default: _merge_range,
+    torch.ops.tokgraph.join.default: _join,
 }
 """Operator -> the plain ATen function it is."""

@@ -1,4 +1,4 @@
-"""Which indices are known to have no row in common."""
+"""Which indices are known to part the rows of an axis: a row is in one of them or in the other."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
 
 
-def are_apart(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two indices are known to have no row in common: one has what the other's mask, or choice, leaves out."""
+def are_complements(a: fx.Node, b: fx.Node) -> bool:
+    """Whether every row is known to be in exactly one of two indices: one has what the other's mask, or choice, leaves out."""
     return _leaves_out(a, b) or _leaves_out(b, a)
 
 
