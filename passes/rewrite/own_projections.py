@@ -49,13 +49,14 @@ def seed_projections(
         order of the keys in which they need no merging.
     """
     order = None
+    apart = not all(projection.keys for projection in block.projections)  # queries are not read in the keys' order
     for projection in block.projections:
         around = hidden if projection.keys else spaces
         visual = around[-1].visual if around else build.visual_count
         if visual:
             text = None if around else _text_of(spaces)
             made = _split(nodes[projection.node], projection, indices(around), visual, text, task, emit, build)
-            if projection.keys and spaces and not around:
+            if projection.keys and spaces and not around and apart:
                 order = emit.call(aten.cat.default, list(made), 1, origin=made[0])
                 order.meta[VISUAL_ROWS] = visual
     return order

@@ -165,9 +165,7 @@ def test_decomposition_agrees(op, args):
     assert found is None if expected is None else torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("op", "args"), [c for c in CALLS if c.values[0] in MOVES]
-)
+@pytest.mark.parametrize(("op", "args"), [c for c in CALLS if c.values[0] in MOVES])
 def test_gradients(op, args):
     if args[0].is_floating_point():
         assert torch.autograd.gradcheck(op, args)
