@@ -7,10 +7,8 @@ import pytest
 from tests.passes.cost.test_moves import ROOT, module
 
 
-@pytest.mark.parametrize(
-    ("size", "layers"),
-    [("tiny", 3), pytest.param("tiny", 8, marks=pytest.mark.slow), pytest.param("1b", 24, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "layers"), [("tiny", 4), ("1b", 24)])
 def test_no_policy_moves_more_than_a_loop_by_hand(size: str, layers: int) -> None:
     with module(ROOT / "benchmarks" / "static_budget.py") as script:
         rows = script.budget(script.captured(size, layers))
