@@ -21,6 +21,9 @@ from tokgraph.passes.capture.export import capture
 from tokgraph.report.summary import batches_of, of_all_tasks, one_sample, summarise, with_nodes
 from tokgraph.stages import analyze
 
+_LARGE = 600
+"""Modules from which on tracing takes longer than starting a process, which takes some seconds."""
+
 
 @dataclass(frozen=True)
 class ModelFile:
@@ -79,9 +82,16 @@ class Part:
 
 
 def can_be_parted(spec: ModelSpec) -> bool:
-    """Whether there are several tasks, a model without storage, and several cores."""
-    bare = all(p.is_meta for p in spec.model.parameters()) and all(b.is_meta for b in spec.model.buffers())
-    return bare and len(spec.tasks) > 1 and len(os.sched_getaffinity(0)) > 1
+    """Whether it is worth it: several tasks, several cores, and a model without storage that is large enough."""
+    modules = sum(1 for _ in spec.model.modules())
+    bare = all(x.is_meta for x in (*spec.model.parameters(), *spec.model.buffers()))
+    return bare and modules >= _LARGE and len(spec.tasks) > 1 and _cores() > 1
+
+
+def _cores() -> int:
+    """Cores that this process may use; where the system does not say, all there are."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 def summarise_apart(file: ModelFile, spec: ModelSpec, asked: Asked) -> Summary | None:
@@ -98,14 +108,15 @@ def summarise_apart(file: ModelFile, spec: ModelSpec, asked: Asked) -> Summary |
     first, *others = spec.tasks
     context = multiprocessing.get_context("spawn")
     ends: dict[str, Connection] = {}
+    processes = []
     with ExitStack() as at_end:
         for name in others:
             ends[name], theirs = context.Pipe()
             process = context.Process(target=_in_a_process, args=(theirs, file, name, asked), daemon=True)
             process.start()
             theirs.close()
-            at_end.callback(process.join)
             at_end.callback(process.terminate)
+            processes.append(process)
         try:
             facts = analyze(capture(_alone(spec, first)))
             batches = [*batches_of(facts), *(batch for end in ends.values() for batch in end.recv())]
@@ -113,6 +124,8 @@ def summarise_apart(file: ModelFile, spec: ModelSpec, asked: Asked) -> Summary |
             for end in ends.values():
                 end.send(sizes)
             parts = {first: _part(facts, first, sizes, asked)} | {name: end.recv() for name, end in ends.items()}
+            for process in processes:
+                process.join()
         except Exception:
             return None
     return _together(spec, parts)
