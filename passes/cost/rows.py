@@ -177,7 +177,7 @@ class _Follow:
                 self._note((node, 0), self.found.get((others, 0)))
                 chain = _only_rows(self.found.get((others, 1), (SAMPLES,)))
                 order = (node.args[2],) if node.target is tokgraph.join.default else ()
-                self._note((node, 1), ((*chain[:-1], *order),) if chain else None)  # type: ignore[arg-type]
+                self._note((node, 1), ((*chain[:-1], *order),) if chain else None)
             else:
                 merged, parted = self._regrouped(node)
                 for one, two in merged:

@@ -121,8 +121,8 @@ class SeedSites(GraphPass):
             if any(s.projections == "own" and s.start <= block.index < (s.end or 0) for s in self.sites):
                 hidden = [space for space in spaces if _hides(space.site, block.index)]
                 order = seed_projections(block, spaces, hidden, self.task, emit, build, nodes)
-                for attention in block.attention if order is not None else ():
-                    _hide_keys(attention, [order], None, emit, nodes)
+                for attention in block.attention:
+                    _hide_keys(attention, [] if order is None else [order], None, emit, nodes)
             stream = self._seed_block(block, spaces, emit, nodes, stream)
         spaces = tuple(space for space in spaces if not space.site.restore)
         seed_outputs(graph_module, emit, build, facts, stream, spaces, self.exact)

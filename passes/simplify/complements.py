@@ -17,7 +17,7 @@ def are_complements(a: fx.Node, b: fx.Node) -> bool:
 def _leaves_out(a: fx.Node, b: fx.Node) -> bool:
     """Whether ``a`` has the rows that are not in ``b``."""
     if a.target is tokgraph.keep_rows.default:
-        return a.args[2] == 0 and a.args[0] is b
+        return bool(a.args[2] == 0) and a.args[0] is b
     masks = [index.args[0] for index in (a, b) if index.target is tokgraph.rows.default and index.args[2] is True]
     if len(masks) != 2:
         return False

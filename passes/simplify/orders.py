@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -48,6 +48,5 @@ def _takes_apart(node: fx.Node) -> bool:
     merged, order, dim, batch = selection(node)
     if merged.target is not tokgraph.merge.default or (dim, batch) != (1, 0) or order.target is not aten.cat.default:
         return False
-    first, *others = order.args[0]  # type: ignore[misc]
-    parts = [n for n in (first, *others) if isinstance(n, fx.Node)]
+    parts: Any = order.args[0]
     return len(parts) == 2 and parts[1] is merged.args[2] and are_complements(*parts)

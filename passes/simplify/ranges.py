@@ -99,7 +99,7 @@ class _Ranges:
         if node.target is tokgraph.keep_rows.default:
             candidates, _, keep, tokens = node.args
             dropped = self.of_index(candidates) if keep == 0 else None  # type: ignore[arg-type]
-            return None if dropped is None else _rest(dropped, tokens)  # type: ignore[arg-type]
+            return None if dropped is None else _rest(dropped, tokens)
         return None
 
     def _mask(self, node: fx.Node) -> Range | None:

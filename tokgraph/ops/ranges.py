@@ -27,7 +27,8 @@ def _select_range(x: Tensor, index: Tensor, dim: int, batch_dim: int, start: int
         batch_dim: the batch axis of ``x``.
         start: the first position.
     """
-    return torch.ops.aten.slice.Tensor(x, dim, start, start + index.shape[1])
+    rows: Tensor = torch.ops.aten.slice.Tensor(x, dim, start, start + index.shape[1])
+    return rows
 
 
 def _restore_range(x: Tensor, rows: Tensor, index: Tensor, start: int) -> Tensor:
