@@ -44,6 +44,13 @@ def _gaps(index: Tensor, count: int) -> Tensor:
 
 
 def _merge(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    order = torch.cat([_gaps(index, others.shape[1]), index], 1).argsort(1)
+    both = torch.cat([others, rows], 1)
+    return both.gather(1, expand_index(order, both.shape, 1, 0))
+
+
+def _filled(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """As :func:`_merge`, by writing into new memory, which compiled graphs must not: they decide on memory themselves."""
     whole = others.new_empty((others.shape[0], others.shape[1] + rows.shape[1], *others.shape[2:]))
     for x, at in ((others, _gaps(index, others.shape[1])), (rows, index)):  # each row is read and written once
         whole.scatter_(1, expand_index(at, x.shape, 1, 0), x)
@@ -101,7 +108,7 @@ def merge(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     Returns:
         ``[batch, m + n, width]``.
     """
-    return _merge(others, rows, index)
+    return _filled(others, rows, index)
 
 
 def _select_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
