@@ -8,15 +8,17 @@ from typing import Any
 
 import click
 
+from tokgraph.apart import Asked, ModelFile, Summary, can_be_parted, summarise_apart
 from tokgraph.files import write_atomically
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import Plan
-from tokgraph.measurement.measurements import measure
+from tokgraph.measurement.measurements import Measurements, measure
 from tokgraph.passes.capture.export import capture
 from tokgraph.report.published_flops import NAMES
 from tokgraph.report.report import make_report
-from tokgraph.report.summary import summarise, with_nodes
+from tokgraph.report.summary import batches_of, one_sample, summarise, with_nodes
 from tokgraph.report.why_not import EXACT, why_not
+from tokgraph.runtime import Accelerated
 from tokgraph.stages import analyze, apply
 
 from .common import calibration, load_model, model_options, parse_settings, pass_options, plain_console
@@ -67,52 +69,51 @@ def inspect(
     out: Path | None,
 ) -> None:
     """Show where the visual tokens of MODEL flow, what they cost by block and task, and what the tasks share."""
-    asked = [_sizes(text) for text in sizes]
+    asked = Asked(tuple(_sizes(text) for text in sizes), convention, nodes=out is not None)
     plan = None if plan_file is None else Plan.load(plan_file)
     log = PassLog(print_after, time_passes)
     with log.watching() as stage:
         stage("load")
         spec = load_model(model, settings)
         batches = calibration(calibrate, spec)
-        stage("capture")
-        program = capture(spec, observer=log.observer)
-        stage("analyse")
-        facts = analyze(program)
-        measured = None
-        if calibrate is not None:
-            stage("measure")
-            measured = measure(facts, batches)
-        accelerated = None
-        if plan is not None:
-            stage("apply the plan")
-            accelerated = apply(facts, plan, observer=log.observer)
-        stage("summarise")
-        summary = summarise(
-            facts,
-            measured,
-            sizes=asked or _one_sample(facts),
-            convention=convention,
-            accelerated=accelerated,
-        )
-        if accelerated is not None:
-            report = make_report(accelerated)
-            summary["plan"] = {name: report[name] for name in ("policy", "options", "sharing_index", "coverage")}
-        if asks_why:
-            stage("ask why not")
-            summary["why_not"] = why_not(facts, plan or EXACT)
+        found = None
+        if calibrate is None and plan is None and not asks_why and log.observer is None and can_be_parted(spec):
+            stage("capture, analyse and summarise")
+            found = summarise_apart(ModelFile(model, parse_settings(settings)), spec, asked)
+        if found is None:
+            stage("capture")
+            program = capture(spec, observer=log.observer)
+            stage("analyse")
+            facts = analyze(program)
+            measured = None
+            if calibrate is not None:
+                stage("measure")
+                measured = measure(facts, batches)
+            accelerated = None
+            if plan is not None:
+                stage("apply the plan")
+                accelerated = apply(facts, plan, observer=log.observer)
+            stage("summarise")
+            found = _summarised(facts, measured, accelerated, asked)
+            if asks_why:
+                stage("ask why not")
+                found.summary["why_not"] = found.full["why_not"] = why_not(facts, plan or EXACT)
     if out is not None:
-        write_atomically(out / "facts.json", json.dumps(with_nodes(summary, facts), indent=1) + "\n")
+        write_atomically(out / "facts.json", json.dumps(found.full, indent=1) + "\n")
     if as_json:
-        click.echo(json.dumps(summary, indent=2))
+        click.echo(json.dumps(found.summary, indent=2))
     else:
-        print_summary(summary, plain_console())
+        print_summary(found.summary, plain_console())
 
 
-def _one_sample(facts: Facts) -> list[dict[str, int]]:
-    """``batch=1``, where the example batch is larger and every task's graph leaves the batch open."""
-    sizes = [known.sizes for task in facts.values() if (known := task.cost).sizes is not None]
-    free = all(x.names["batch"].free_symbols for x in sizes)
-    return [{"batch": 1}] if free and any(x.example_of("batch") != 1 for x in sizes) else []
+def _summarised(facts: Facts, measured: Measurements | None, accelerated: Accelerated | None, asked: Asked) -> Summary:
+    """The summary of a program that is here as a whole."""
+    sizes = asked.sizes or one_sample(batches_of(facts))
+    summary = summarise(facts, measured, sizes=sizes, convention=asked.convention, accelerated=accelerated)
+    if accelerated is not None:
+        report = make_report(accelerated)
+        summary["plan"] = {name: report[name] for name in ("policy", "options", "sharing_index", "coverage")}
+    return Summary(summary, with_nodes(summary, facts) if asked.nodes else {})
 
 
 def _sizes(text: str) -> dict[str, int]:

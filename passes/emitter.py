@@ -36,7 +36,7 @@ RESIDUAL = "tokgraph.residual"
 
 def is_selection(node: fx.Node) -> bool:
     """Whether the node narrows one axis of its first argument to an index."""
-    return node.target in (tokgraph.select.default, tokgraph.drop.default)
+    return node.target in (tokgraph.select.default, tokgraph.drop.default, tokgraph.select_range.default)
 
 
 def is_check(node: fx.Node) -> bool:

@@ -86,7 +86,7 @@ def test_visual_rows_alone_use_the_copies(four: Captured) -> None:
     class Watch(torch.fx.Interpreter):
         def run_node(self, n):
             result = super().run_node(n)
-            if n.target is torch.ops.tokgraph.merge.default:
+            if n.target is torch.ops.tokgraph.merge_range.default:
                 seen["merged"] = result
             if n.name == four.facts[G].blocks[1].start:
                 seen["stream"] = result

@@ -26,7 +26,7 @@ class RowMove:
 
     Args:
         node: its name.
-        operator: ``select``, ``drop``, ``restore`` or ``merge``.
+        operator: ``select``, ``drop``, ``restore`` or ``merge``, or one of these of a range (``select_range``).
         forward: bytes read and written.
         backward: bytes read and written; 0 where no gradient flows.
     """
@@ -42,7 +42,9 @@ def row_moves(graph: TaskGraph) -> list[RowMove]:
 
     A gather reads and writes its rows; its backward fills a gradient with zeros and writes the rows. A restore copies the
     stream and writes the rows; its backward copies the gradient, clears the rows in it and gathers them. Indices are left
-    out. A hand-written loop over gather and scatter, or over index_select and index_copy, moves the same.
+    out. A hand-written loop over gather and scatter, or over index_select and index_copy, moves the same. Where rows stand side
+    by side, a slice moves nothing, its backward fills a gradient with zeros and writes the rows; a concatenation reads and
+    writes its result, and its backward is slices.
     """
     symbols = example_symbols(graph)
     trained = _differentiable(graph)
@@ -85,7 +87,20 @@ def _of_restore(size: Size, node: fx.Node) -> tuple[int, int]:
 
 
 def _of_merge(size: Size, node: fx.Node) -> tuple[int, int]:
-    return 4 * size(node), 2 * size(node)
+    return 2 * size(node), 2 * size(node)
+
+
+def _of_slice(size: Size, node: fx.Node) -> tuple[int, int]:
+    return 0, size(node.args[0]) + 2 * size(node)  # type: ignore[arg-type]
+
+
+def _of_restored_slice(size: Size, node: fx.Node) -> tuple[int, int]:
+    stream, rows = size(node), size(node.args[1])  # type: ignore[arg-type]
+    return 2 * stream, stream + 2 * (stream - rows)
+
+
+def _of_concatenation(size: Size, node: fx.Node) -> tuple[int, int]:
+    return 2 * size(node), 0
 
 
 _BYTES: dict[Any, Callable[[Size, fx.Node], tuple[int, int]]] = {
@@ -93,6 +108,10 @@ _BYTES: dict[Any, Callable[[Size, fx.Node], tuple[int, int]]] = {
     tokgraph.drop.default: _of_selection,
     tokgraph.restore.default: _of_restore,
     tokgraph.merge.default: _of_merge,
+    tokgraph.select_range.default: _of_slice,
+    tokgraph.restore_range.default: _of_restored_slice,
+    tokgraph.merge_range.default: _of_concatenation,
+    tokgraph.join.default: _of_concatenation,
 }
 
 

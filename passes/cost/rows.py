@@ -26,6 +26,8 @@ aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
 
 SAMPLES: Final = "samples"
+_RESTORES = (tokgraph.restore.default, tokgraph.restore_range.default)
+_MERGES = (tokgraph.merge.default, tokgraph.merge_range.default, tokgraph.join.default)
 Chain = tuple[fx.Node, ...]
 """Rows of the token axis: indices, each relative to the rows that the one before left; ``()`` is all of them."""
 Held = tuple[Chain | Literal["samples"], ...]
@@ -167,14 +169,15 @@ class _Follow:
                 x, index, dim, _ = selection(node)
                 for axis in range(rank(x)):
                     self._note((node, axis), self._narrowed((x, axis), index if axis == dim else None))
-            elif node.target is tokgraph.restore.default:
+            elif node.target in _RESTORES:
                 for axis in (0, 1):
                     self._note((node, axis), self.found.get((first_input(node), axis)))
-            elif node.target is tokgraph.merge.default:  # of two selections that part the rows of one chain
+            elif node.target in _MERGES:  # of two selections that part the rows of one chain
                 others = first_input(node)
                 self._note((node, 0), self.found.get((others, 0)))
                 chain = _only_rows(self.found.get((others, 1), (SAMPLES,)))
-                self._note((node, 1), (chain[:-1],) if chain else None)
+                order = (node.args[2],) if node.target is tokgraph.join.default else ()
+                self._note((node, 1), ((*chain[:-1], *order),) if chain else None)
             else:
                 merged, parted = self._regrouped(node)
                 for one, two in merged:
@@ -191,7 +194,7 @@ class _Follow:
                 x, index, dim, _ = selection(node)
                 for axis in range(rank(x)):
                     self._note((x, axis), self._widened((node, axis), index if axis == dim else None))
-            elif node.target is not tokgraph.restore.default and node not in self._meets:
+            elif node.target not in _RESTORES and node not in self._meets:
                 merged, parted = self._regrouped(node)
                 for one, two in parted:
                     self._merge(two, one)

@@ -28,7 +28,7 @@ def seed_projections(
     emit: Emitter,
     build: IndexBuilder,
     nodes: dict[str, fx.Node],
-) -> None:
+) -> fx.Node | None:
     """Give the visual rows of a block their own projections.
 
     Where rows are kept by ``spaces``, ``project(x)`` becomes ``merge(project(x[text]), own(x[visual]), visual)``, put back
@@ -43,12 +43,29 @@ def seed_projections(
         emit: where nodes go.
         build: makes the masks.
         nodes: the graph's nodes by name.
+
+    Returns:
+        Where a block's queries are fewer than its keys: ``[batch, tokens]`` int64, the text rows and then the visual ones, an
+        order of the keys in which they need no merging.
     """
+    order = None
+    apart = not all(projection.keys for projection in block.projections)  # queries are not read in the keys' order
     for projection in block.projections:
         around = hidden if projection.keys else spaces
         visual = around[-1].visual if around else build.visual_count
         if visual:
-            _split(nodes[projection.node], projection, indices(around), visual, task, emit, build)
+            text = None if around else _text_of(spaces)
+            made = _split(nodes[projection.node], projection, indices(around), visual, text, task, emit, build)
+            if projection.keys and spaces and not around and apart:
+                order = emit.call(aten.cat.default, list(made), 1, origin=made[0])
+                order.meta[VISUAL_ROWS] = visual
+    return order
+
+
+def _text_of(spaces: Sequence[RowSpace]) -> fx.Node | None:
+    """The index of a site that keeps no visual row, in a block whose keys are all rows: that of the text rows."""
+    alone = len(spaces) == 1 and not spaces[0].visual and spaces[0].lost is None
+    return spaces[0].index if alone else None
 
 
 def _split(
@@ -56,16 +73,19 @@ def _split(
     projection: Projection,
     space: list[fx.Node],
     visual: int,
+    text: fx.Node | None,
     task: str,
     emit: Emitter,
     build: IndexBuilder,
-) -> None:
+) -> tuple[fx.Node, fx.Node]:
+    """Project text and visual rows apart; returns their indices."""
     readers = list(node.users)
     x, mask = emit.chain(argument(node, "input"), space), emit.chain(build.visual, space)
-    length = emit.size(mask, 1)
-    count = length - visual if isinstance(length, int) else emit.call(operator.sub, length, visual, origin=node)
-    others = emit.call(aten.logical_not.default, mask, origin=node)
-    text = emit.call(tokgraph.rows.default, others, count, True, origin=node)
+    if text is None:
+        length = emit.size(mask, 1)
+        count = length - visual if isinstance(length, int) else emit.call(operator.sub, length, visual, origin=node)
+        others = emit.call(aten.logical_not.default, mask, origin=node)
+        text = emit.call(tokgraph.rows.default, others, count, True, origin=node)
     image = emit.call(tokgraph.rows.default, mask, visual, True, origin=node)
     text.meta[VISUAL_ROWS], image.meta[VISUAL_ROWS] = 0, visual
     names = [name for name in (projection.weight, projection.bias) if name is not None]
@@ -81,3 +101,4 @@ def _split(
         whole = emit.call(tokgraph.restore.default, around, whole, space[depth], origin=node)
     for reader in readers:
         reader.replace_input_with(node, whole)
+    return text, image

@@ -8,7 +8,8 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass
-from ..simplify import CausalAttention, MergeRestores, ShareDuplicates, UniformRows
+from ..simplify import CausalAttention, JoinRows, MergeRestores, RangeRows, ShareDuplicates, UniformRows
+from .part_rows import PartRows
 from .pushdown import PushDown
 from .seed import ExplicitCausalMask, SeedSites, only_projects
 
@@ -17,9 +18,12 @@ REWRITE: tuple[type[GraphPass], ...] = (
     SeedSites,
     UniformRows,
     PushDown,
+    PartRows,
+    JoinRows,
     ShareDuplicates,
     MergeRestores,
     CausalAttention,
+    RangeRows,
 )
 """The passes of :func:`rewrite_passes`, in order."""
 
@@ -44,5 +48,8 @@ def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[Grap
 def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
     """The passes that turn a captured graph into the one that a plan asks for; an empty plan asks for a simpler one."""
     name = facts.name
-    thinned = [*seeds(facts, sites, exact), UniformRows(name), PushDown(name)] if sites or exact else []
-    return [*thinned, ShareDuplicates(name), MergeRestores(name), CausalAttention(name)]
+    shared = [ShareDuplicates(name), MergeRestores(name), CausalAttention(name)]
+    if not (sites or exact):
+        return [*shared]
+    pushed = [UniformRows(name), PushDown(name), PartRows(name), JoinRows(name)]
+    return [*seeds(facts, sites, exact), *pushed, *shared, RangeRows(name)]

@@ -120,7 +120,9 @@ class SeedSites(GraphPass):
             spaces = self._spaces(facts, block.index, spaces, build, emit, stream)
             if any(s.projections == "own" and s.start <= block.index < (s.end or 0) for s in self.sites):
                 hidden = [space for space in spaces if _hides(space.site, block.index)]
-                seed_projections(block, spaces, hidden, self.task, emit, build, nodes)
+                order = seed_projections(block, spaces, hidden, self.task, emit, build, nodes)
+                for attention in block.attention:
+                    _hide_keys(attention, [] if order is None else [order], None, emit, nodes)
             stream = self._seed_block(block, spaces, emit, nodes, stream)
         spaces = tuple(space for space in spaces if not space.site.restore)
         seed_outputs(graph_module, emit, build, facts, stream, spaces, self.exact)

@@ -21,6 +21,7 @@ from tokgraph.ir.node import argument, is_write, rank, tensor
 from ..emitter import is_check, is_selection, selection
 from ..rules import axis_map, traits
 from ..rules.registry import is_one
+from ..simplify.complements import are_complements
 from .checks import followers, told
 
 aten = torch.ops.aten
@@ -114,9 +115,13 @@ def through_selection(node: fx.Node, want: Mapping[Along, Chain]) -> tuple[fx.No
 
 
 def through_restore(node: fx.Node, want: Mapping[Along, Chain]) -> tuple[fx.Node, Want] | None:
-    """The rows that a restore puts back, when the want begins with the restore's own index."""
-    _, rows, index = node.args
+    """The rows that a restore puts back, when the want begins with the restore's own index; what it puts them into, when the
+    want begins with an index of other rows.
+    """
+    x, rows, index = node.args
     chain = want.get(STREAM, ())
+    if chain and are_complements(chain[0], index):  # type: ignore[arg-type]
+        return x, dict(want)  # type: ignore[return-value]
     if chain[:1] != (index,):
         return None
     rest = {**want, STREAM: chain[1:]}

@@ -182,7 +182,7 @@ def sort(node: fx.Node) -> AxisMap:
     return AxisMap(rows, (Mix("order", ((x, along),)),))
 
 
-@rule(tokgraph.select.default, lookup=True)
+@rule(tokgraph.select.default, tokgraph.select_range.default, lookup=True)
 def select(node: fx.Node) -> AxisMap:
     """Ours: narrows ``dim``; the others are row by row."""
     return _narrowed(node, argument(node, "dim"), argument(node, "batch_dim"))
@@ -203,10 +203,10 @@ def _narrowed(node: fx.Node, dim: int, batch: int) -> AxisMap:
     return AxisMap(tuple(rows))
 
 
-@rule(tokgraph.restore.default)
+@rule(tokgraph.restore.default, tokgraph.restore_range.default)
 def restore(node: fx.Node) -> AxisMap:
     """Ours: the token axis is that of ``x``, but a row comes from ``x`` or from ``rows``."""
-    x, rows, index = node.args
+    x, rows, index = node.args[:3]
     assert isinstance(x, fx.Node)
     assert isinstance(rows, fx.Node)
     assert isinstance(index, fx.Node)
@@ -214,10 +214,10 @@ def restore(node: fx.Node) -> AxisMap:
     return AxisMap((((x, 0), (rows, 0), (index, 0)), None, *features), aligned=((1, (x, 1)),))
 
 
-@rule(tokgraph.merge.default)
+@rule(tokgraph.merge.default, tokgraph.merge_range.default, tokgraph.join.default)
 def merge(node: fx.Node) -> AxisMap:
     """Ours: a row comes from one operand or the other; samples and features are row by row."""
-    others, rows, index = node.args
+    others, rows, index = node.args[:3]
     assert isinstance(others, fx.Node)
     assert isinstance(rows, fx.Node)
     assert isinstance(index, fx.Node)

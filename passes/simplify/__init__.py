@@ -2,7 +2,9 @@
 
 from .causal import CausalAttention
 from .duplicates import ShareDuplicates
+from .orders import JoinRows
+from .ranges import RangeRows
 from .restores import MergeRestores
 from .uniform import UniformRows
 
-__all__ = ["CausalAttention", "MergeRestores", "ShareDuplicates", "UniformRows"]
+__all__ = ["CausalAttention", "JoinRows", "MergeRestores", "RangeRows", "ShareDuplicates", "UniformRows"]

@@ -36,6 +36,7 @@ _INDEX_AT = {
     tokgraph.drop.default: 1,
     tokgraph.select_targets.default: 1,
     tokgraph.restore.default: 2,
+    tokgraph.merge.default: 2,
 }
 """Operator -> which of its arguments is an index."""
 
@@ -89,6 +90,9 @@ class _OneSample:
             return self._positions(node, *node.args[1:])
         if node.target is tokgraph.range_mask.default:
             return self._between(node, *node.args[1:])
+        if node.target is aten.cat.default and node.args[1:] == (1,):
+            parts = [self.of(part) for part in node.args[0]]  # type: ignore[union-attr]
+            return None if None in parts else self.emit.call(node.target, parts, 1, origin=node)
         along_tokens = is_selection(node) and node.args[2:] in ((), (1, 0))
         if node.target not in _SAMPLE_BY_SAMPLE and not along_tokens:
             return None

@@ -54,6 +54,26 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         (numbers(1, 0, 3, grad=True), numbers(1, 3, 3, grad=True), index([0, 1, 2])),
         (numbers(2, 5, 3, grad=True), numbers(2, 0, 3, grad=True), NOTHING),
     ],
+    TOKGRAPH.select_range.default: [
+        (numbers(2, 5, 3, grad=True), index([1, 2], [1, 2]), 1, 0, 1),
+        (numbers(2, 4, 5, 5, grad=True), index([2, 3, 4]), 3, 0, 2),
+        (numbers(2, 5, 3, grad=True), NOTHING, 1, 0, 5),
+        (MASK, index([0, 1]), 1, 0, 0),
+    ],
+    TOKGRAPH.restore_range.default: [
+        (numbers(2, 5, 3, grad=True), numbers(2, 2, 3, grad=True), index([1, 2], [1, 2]), 1),
+        (numbers(1, 3, 3, grad=True), numbers(1, 3, 3, grad=True), index([0, 1, 2]), 0),
+        (numbers(2, 5, 3, grad=True), numbers(2, 0, 3, grad=True), NOTHING, 5),
+    ],
+    TOKGRAPH.merge_range.default: [
+        (numbers(2, 3, 3, grad=True), numbers(2, 2, 3, grad=True), index([1, 2], [1, 2]), 1),
+        (numbers(1, 0, 3, grad=True), numbers(1, 3, 3, grad=True), index([0, 1, 2]), 0),
+        (numbers(2, 5, 3, grad=True), numbers(2, 2, 3, grad=True), index([5, 6]), 5),
+    ],
+    TOKGRAPH.join.default: [
+        (numbers(2, 2, 3, grad=True), numbers(2, 1, 3, grad=True), index([0, 2, 1], [1, 2, 0])),
+        (numbers(1, 0, 3, grad=True), numbers(1, 2, 3, grad=True), index([0, 1])),
+    ],
     TOKGRAPH.range_mask.default: [(numbers(2, 5, 3), 1, 3), (numbers(2, 5), 0, 5), (numbers(1, 4), 2, 2)],
     TOKGRAPH.demand_mask.default: [(MASK, "text"), (MASK, "visual"), (MASK[:1, :1], "text")],
     TOKGRAPH.rows.default: [(MASK, 3, True), (MASK, 4, False), (~MASK, 2, True), (MASK & False, 0, True)],
@@ -124,6 +144,8 @@ CALLS = [
     pytest.param(op, args, id=f"{op._opname}-{i}") for op, calls in SAMPLES.items() for i, args in enumerate(calls)
 ]
 
+MOVES = (*ops.moving.LOWERED, *ops.ranges.LOWERED, TOKGRAPH.check_unread.default)
+
 
 def test_every_operator_is_sampled_and_decomposed():
     registered = {f"tokgraph::{op._opname}" for op in SAMPLES}
@@ -143,9 +165,7 @@ def test_decomposition_agrees(op, args):
     assert found is None if expected is None else torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("op", "args"), [c for c in CALLS if c.values[0]._opname in ("select", "drop", "restore", "merge", "check_unread")]
-)
+@pytest.mark.parametrize(("op", "args"), [c for c in CALLS if c.values[0] in MOVES])
 def test_gradients(op, args):
     if args[0].is_floating_point():
         assert torch.autograd.gradcheck(op, args)
@@ -194,6 +214,21 @@ def test_merge_fills_the_gaps_in_order():
     others, rows = torch.arange(6.0).view(2, 3, 1), -torch.arange(1.0, 5.0).view(2, 2, 1)
     merged = ops.merge(others, rows, index([0, 2], [1, 4]))
     assert merged.flatten().tolist() == [-1, 0, -2, 1, 2, 3, -3, 4, 5, -4]
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 2), (1, 2), (3, 2), (0, 5)])
+def test_a_range_is_moved_as_any_index_is(start, count):
+    x, rows, at = numbers(2, 5, 3), -numbers(2, count, 3), torch.arange(start, start + count).unsqueeze(0)
+    others = numbers(2, 5 - count, 3)
+    assert torch.equal(TOKGRAPH.select_range(x, at, 1, 0, start), ops.select(x, at, 1, 0))
+    assert torch.equal(TOKGRAPH.restore_range(x, rows, at, start), ops.restore(x, rows, at))
+    assert torch.equal(TOKGRAPH.merge_range(others, rows, at, start), ops.merge(others, rows, at.expand(2, -1)))
+
+
+def test_rows_are_joined_in_the_order_that_a_selection_of_the_merged_ones_has():
+    others, rows, at = numbers(2, 3, 4), -numbers(2, 2, 4), index([0, 2], [1, 4])
+    order = torch.cat([index([1, 3, 4], [0, 2, 3]), at], 1)
+    assert torch.equal(TOKGRAPH.join(others, rows, order), ops.select(ops.merge(others, rows, at), order, 1, 0))
 
 
 def test_operators_export_and_decompose():

@@ -126,8 +126,9 @@ def test_passes_for_one_task_leave_the_others_alone() -> None:
     ran: list[tuple[str, str]] = []
     passes = [Counting(task="generation"), Counting(), *rewrite_passes(a.facts, (), exact=True)]
     after = Pipeline(passes, lambda delta, _: ran.append((delta.task, delta.name))).run(program, a.facts_of)
-    steps = "explicit-causal-mask seed-sites uniform-rows push-down share-duplicates merge-restores causal-attention"
-    rewrite = [("understanding", name) for name in steps.split()]
+    seeded = "explicit-causal-mask seed-sites uniform-rows push-down part-rows join-rows"
+    simplified = "share-duplicates merge-restores causal-attention range-rows"
+    rewrite = [("understanding", name) for name in (*seeded.split(), *simplified.split())]
     assert [r for r in ran if r[0] == "generation"] == [("generation", "counting")] * 2
     assert [r for r in ran if r[0] == "understanding"] == [("understanding", "counting"), *rewrite]
     assert changes(program["generation"], after["generation"]) == ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -373,8 +373,18 @@ class Facts(Mapping[str, TaskFacts]):
 
     def shared_parameters(self) -> tuple[str, ...]:
         """Names of the parameters that every task's visual tokens pass."""
-        names = [{p for p, share in facts.profile.items() if share > 0} for facts in self.values()]
-        return tuple(sorted(set.intersection(*names))) if names else ()
+        return shared_parameters(self.values())
+
+
+class _Profiled(Protocol):
+    @property
+    def profile(self) -> Mapping[str, float]: ...
+
+
+def shared_parameters(tasks: Iterable[_Profiled]) -> tuple[str, ...]:
+    """Names of the parameters that every task's visual tokens pass."""
+    names = [{p for p, share in task.profile.items() if share > 0} for task in tasks]
+    return tuple(sorted(set.intersection(*names))) if names else ()
 
 
 def facts_before(program: Program | Facts, facts: Any, rest: Any) -> tuple[Facts, Any]:

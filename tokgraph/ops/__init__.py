@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checks, indices, masks, moving, scores, unread
+from . import checks, indices, masks, moving, ranges, scores, unread
 from .base import NAMESPACE, Condition, expand_index
 from .checks import check
 from .indices import drop_counts, keep_rows, lost_rows, ragged_rows, range_rows, ranks, rows, select_targets
@@ -55,7 +55,15 @@ __all__ = [
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out."""
-    return moving.LOWERED | masks.LOWERED | indices.LOWERED | scores.LOWERED | unread.LOWERED | checks.LOWERED
+    return (
+        moving.LOWERED
+        | ranges.LOWERED
+        | masks.LOWERED
+        | indices.LOWERED
+        | scores.LOWERED
+        | unread.LOWERED
+        | checks.LOWERED
+    )
 
 
 def conditions() -> dict[torch._ops.OpOverload, Condition]:

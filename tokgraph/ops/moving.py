@@ -49,6 +49,14 @@ def _merge(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     return both.gather(1, expand_index(order, both.shape, 1, 0))
 
 
+def _filled(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """As :func:`_merge`, by writing into new memory, which compiled graphs must not: they decide on memory themselves."""
+    whole = others.new_empty((others.shape[0], others.shape[1] + rows.shape[1], *others.shape[2:]))
+    for x, at in ((others, _gaps(index, others.shape[1])), (rows, index)):  # each row is read and written once
+        whole.scatter_(1, expand_index(at, x.shape, 1, 0), x)
+    return whole
+
+
 @torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
 def select(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
     """Rows ``index`` of ``x`` along ``dim``, per sample.
@@ -100,7 +108,7 @@ def merge(others: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     Returns:
         ``[batch, m + n, width]``.
     """
-    return _merge(others, rows, index)
+    return _filled(others, rows, index)
 
 
 def _select_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

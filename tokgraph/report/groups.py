@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from tokgraph.ir.facts import Facts
+from tokgraph.ir.facts import Block
 from tokgraph.measurement.measurements import Measurements, TaskMeasures
 
 
-def group_pathways(elements: Mapping[str, int], facts: Facts, measured: Measurements | None) -> list[dict[str, Any]]:
+class Pathways(Protocol):
+    """What is asked of a task: its facts have it."""
+
+    @property
+    def profile(self) -> Mapping[str, float]:
+        """Parameter -> share of the visual tokens that it transforms."""
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The task's blocks."""
+
+
+def group_pathways(
+    elements: Mapping[str, int], facts: Mapping[str, Pathways], measured: Measurements | None
+) -> list[dict[str, Any]]:
     """Group of parameters -> share of the visual tokens that it transforms, task by task, weighted by size.
 
     Groups are blocks, and modules two levels deep outside of them. What was measured is the share of the gradient's norm

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tokgraph.ir.facts import Facts, TaskFacts, facts_before
+from tokgraph.ir.facts import Facts, TaskFacts, facts_before, shared_parameters
 from tokgraph.ir.program import Program, TaskGraph
 from tokgraph.measurement.measurements import Measurements, TaskMeasures, image_attention
 from tokgraph.passes.cost.attribution import task_cost
@@ -17,7 +17,7 @@ from tokgraph.passes.cost.moves import drop_overhead
 from tokgraph.runtime import Accelerated
 
 from .cost_summary import add_after, cost_summary
-from .groups import group_pathways
+from .groups import Pathways, group_pathways
 from .taken_for_granted import taken_for_granted
 
 SCHEMA = 2
@@ -47,8 +47,6 @@ def summarise(
     """
     facts, measured = facts_before(program, facts, measured)
     program = facts.program
-    elements = {name: p.numel() for name, p in program.model.named_parameters(remove_duplicate=False)}
-    shared = facts.shared_parameters()
     rewritten = {} if accelerated is None else accelerated.program
     after = {name: task_cost(graph, facts[name]) for name, graph in rewritten.items()}
     sizes = [{}, *sizes]
@@ -62,14 +60,38 @@ def summarise(
         tasks[name]["measured"] = None if measured is None else _measured(measured.tasks[name])
     return {
         "schema": SCHEMA,
-        "shared_parameters": {"names": list(shared), "elements": sum(elements[name] for name in shared)},
-        "pathways": group_pathways(elements, facts, measured),
+        **of_all_tasks(program.model, facts, measured),
         "tasks": tasks,
         "image_attention": None
         if measured is None
         else [_plain(asdict(found)) for found in image_attention(measured, facts)],
         "gradient_cosines": None if measured is None else [_plain(asdict(c)) for c in measured.cosines],
     }
+
+
+def of_all_tasks(
+    model: nn.Module, tasks: Mapping[str, Pathways], measured: Measurements | None = None
+) -> dict[str, Any]:
+    """What a summary says of the parameters that the tasks share: of their facts, or of what is known of them elsewhere."""
+    elements = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+    shared = shared_parameters(tasks.values())
+    return {
+        "shared_parameters": {"names": list(shared), "elements": sum(elements[name] for name in shared)},
+        "pathways": group_pathways(elements, tasks, measured),
+    }
+
+
+def batches_of(facts: Facts) -> list[tuple[bool, bool]]:
+    """Of each task whose cost is symbolic: whether its graph leaves the batch open, and whether the example has one sample."""
+    sizes = [known.sizes for task in facts.values() if (known := task.cost).sizes is not None]
+    return [(bool(x.names["batch"].free_symbols), x.example_of("batch") == 1) for x in sizes]
+
+
+def one_sample(batches: Iterable[tuple[bool, bool]]) -> tuple[dict[str, int], ...]:
+    """``batch=1``, where the example batch is larger and every task's graph leaves the batch open (:func:`batches_of`)."""
+    batches = list(batches)
+    free = all(is_open for is_open, _ in batches)
+    return ({"batch": 1},) if free and not all(single for _, single in batches) else ()
 
 
 def with_nodes(summary: dict[str, Any], facts: Facts) -> dict[str, Any]:

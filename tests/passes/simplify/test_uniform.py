@@ -12,11 +12,14 @@ from tokgraph.passes.pipeline import Pipeline
 from tokgraph.passes.simplify import UniformRows
 
 tokgraph = torch.ops.tokgraph
-MOVES = (tokgraph.select.default, tokgraph.drop.default, tokgraph.restore.default)
+SELECTIONS = (tokgraph.select.default, tokgraph.drop.default, tokgraph.select_range.default)
+RESTORES = (tokgraph.restore.default, tokgraph.restore_range.default)
 
 
 def indices(graph: object) -> list[bool]:
-    return [dims(n.args[2 if n.target is MOVES[2] else 1])[0] == 1 for target in MOVES for n in calls(graph, target)]
+    found = [n.args[1] for target in SELECTIONS for n in calls(graph, target)]
+    found += [n.args[2] for target in RESTORES for n in calls(graph, target)]
+    return [dims(index)[0] == 1 for index in found]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
