@@ -216,9 +216,9 @@ CASES: dict[Any, list[tuple[Any, ...]]] = {
     tokgraph.drop.default: [(stream, two_rows)],
     tokgraph.restore.default: [(stream, numbers(B, 2, H), two_rows), (numbers(B, S), numbers(B, 2), two_rows)],
     tokgraph.merge.default: [(numbers(B, S - 2, H), numbers(B, 2, H), two_rows)],
-    tokgraph.select_range.default: [(stream, torch.tensor([[1, 2]]), 1, 0, 1)],
-    tokgraph.restore_range.default: [(stream, numbers(B, 2, H), torch.tensor([[1, 2]]), 1)],
-    tokgraph.merge_range.default: [(numbers(B, S - 2, H), numbers(B, 2, H), torch.tensor([[1, 2]]), 1)],
+    tokgraph.select_range.default: [(stream, torch.tensor([[1, 2]]).expand(B, -1), 1, 0, 1)],
+    tokgraph.restore_range.default: [(stream, numbers(B, 2, H), torch.tensor([[1, 2]]).expand(B, -1), 1)],
+    tokgraph.merge_range.default: [(numbers(B, S - 2, H), numbers(B, 2, H), torch.tensor([[1, 2]]).expand(B, -1), 1)],
     tokgraph.join.default: [(numbers(B, S - 2, H), numbers(B, 2, H), torch.arange(S).expand(B, -1))],
     tokgraph.select_targets.default: [(torch.full((B, S), -100), two_rows, -100)],
 }  # fmt: skip
