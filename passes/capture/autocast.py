@@ -68,8 +68,8 @@ class CastsInside(TorchFunctionMode):
 _CAST_INSIDE: dict[Callable[..., Any], str] = {
     F.cross_entropy: "aten::cross_entropy_loss",
     F.nll_loss: "aten::nll_loss_nd",
-    torch._C._nn.cross_entropy_loss: "aten::cross_entropy_loss",  # type: ignore[attr-defined]
-    torch._C._nn.nll_loss_nd: "aten::nll_loss_nd",  # type: ignore[attr-defined]
+    torch._C._nn.cross_entropy_loss: "aten::cross_entropy_loss",
+    torch._C._nn.nll_loss_nd: "aten::nll_loss_nd",
 }
 """Functions -> operators that are made of operators which autocast runs in float32."""
 

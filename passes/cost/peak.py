@@ -147,7 +147,7 @@ class _Backward:
     def run(self, loss: fx.Node) -> int:
         """From the loss to the parameters, whose gradients stay; returns the bytes of those."""
         self._pending[loss] = self._new(loss, loss)
-        for node, x in reversed(self._held.items()):
+        for node, x in reversed([*self._held.items()]):
             mine = self._pending.pop(node, None)
             if mine is not None:
                 self._step(node, x, mine)

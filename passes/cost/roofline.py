@@ -68,9 +68,9 @@ def _least(node: fx.Node, work: Work, rates: Rates) -> NodeTime:
     return NodeTime(node.name, bound, max(compute, move), backward)
 
 
-def seconds_by_bound(times: Iterable[NodeTime], backward: bool = True) -> dict[Bound, float]:
+def seconds_by_bound(times: Iterable[NodeTime], backward: bool = True) -> dict[str, float]:
     """Seconds of each bound, of the forward pass or of a whole step."""
-    found: dict[Bound, float] = dict.fromkeys(BOUNDS, 0.0)
+    found: dict[str, float] = dict.fromkeys(BOUNDS, 0.0)
     for time in times:
         found[time.bound] += time.forward + (time.backward if backward else 0.0)
     return found

@@ -8,7 +8,7 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass
-from ..simplify import CausalAttention, JoinRows, MergeRestores, RangeRows, ShareDuplicates, UniformRows
+from ..simplify import CausalAttention, GroupedHeads, JoinRows, MergeRestores, RangeRows, ShareDuplicates, UniformRows
 from .part_rows import PartRows
 from .pushdown import PushDown
 from .seed import ExplicitCausalMask, SeedSites, only_projects
@@ -23,6 +23,7 @@ REWRITE: tuple[type[GraphPass], ...] = (
     ShareDuplicates,
     MergeRestores,
     CausalAttention,
+    GroupedHeads,
     RangeRows,
 )
 """The passes of :func:`rewrite_passes`, in order."""
@@ -48,7 +49,7 @@ def seeds(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[Grap
 def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> list[GraphPass]:
     """The passes that turn a captured graph into the one that a plan asks for; an empty plan asks for a simpler one."""
     name = facts.name
-    shared = [ShareDuplicates(name), MergeRestores(name), CausalAttention(name)]
+    shared = [ShareDuplicates(name), MergeRestores(name), CausalAttention(name), GroupedHeads(name)]
     if not (sites or exact):
         return [*shared]
     pushed = [UniformRows(name), PushDown(name), PartRows(name), JoinRows(name)]

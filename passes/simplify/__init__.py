@@ -2,9 +2,18 @@
 
 from .causal import CausalAttention
 from .duplicates import ShareDuplicates
+from .grouped import GroupedHeads
 from .orders import JoinRows
 from .ranges import RangeRows
 from .restores import MergeRestores
 from .uniform import UniformRows
 
-__all__ = ["CausalAttention", "JoinRows", "MergeRestores", "RangeRows", "ShareDuplicates", "UniformRows"]
+__all__ = [
+    "CausalAttention",
+    "GroupedHeads",
+    "JoinRows",
+    "MergeRestores",
+    "RangeRows",
+    "ShareDuplicates",
+    "UniformRows",
+]
