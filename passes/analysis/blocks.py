@@ -4,41 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.facts import Attention, Between, Block, KeyOperand, Unplaced
-from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, tensor_inputs, where
+from tokgraph.ir.facts import Attention, Between, Block, Unplaced
+from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, where
 from tokgraph.ir.program import TaskGraph
 
-from ..rules import axis_map, has_rule, traits
-from ..rules.registry import Axis, Mix
+from ..rules import axis_map, has_rule
+from ..rules.registry import Axis
+from .attentions import TokenMix, as_attention, token_mixes
 from .axes import AxisClasses
 from .between import Part, belong_after, parameters
 from .projections import find_projections, projection_weights
 from .stream import Segment
+from .units import parts_of_one_layer
 
 aten = torch.ops.aten
 _PLACING = ("order", "layout")  # what puts rows somewhere makes no layer: image features that come in again
-_PRODUCTS = (aten.matmul.default,)  # not bmm: it merges batch and heads
-
-
-@dataclass(frozen=True)
-class TokenMix:
-    """An operator that mixes rows of the token axis.
-
-    Args:
-        node: the operator.
-        mix: how it mixes them.
-    """
-
-    node: fx.Node
-    mix: Mix
 
 
 def token_axis(graph: TaskGraph, segments: Sequence[Segment], classes: AxisClasses) -> tuple[fx.Node, int]:
@@ -187,7 +173,7 @@ def _one_layer(graph: fx.Graph, block: Block) -> bool:
     return all(
         a is b
         or a not in _above(b, inside)
-        or (not weights[a] & weights[b] and _parts_of_one_layer(module_path(a), module_path(b)))
+        or (not weights[a] & weights[b] and parts_of_one_layer(module_path(a), module_path(b)))
         for a in mine
         for b in mine
     )
@@ -205,17 +191,6 @@ def _above(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _parts_of_one_layer(a: str, b: str) -> bool:
-    """Whether two modules are one numbered module, or named parts of one (``layers.0.self_attn``, ``layers.0.cross_attn``);
-    layers are numbered (``layers.0``, ``layers.1``), or have their parts below them (``first.attn``, ``second.attn``).
-    """
-    one, other = a.split("."), b.split(".")
-    shared = [x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
-    parts = one[len(shared) :], other[len(shared) :]
-    named = all(len(part) <= 1 and not any(name.isdigit() for name in part) for part in parts)
-    return named and any(name.isdigit() for name in shared)
-
-
 def _together(a: Segment, b: Segment) -> bool:
     return a.module != "" and b.module != "" and _same_layer(a.module, b.module)
 
@@ -230,7 +205,7 @@ def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis)
     found = tuple(
         attention
         for mixing in token_mixes(nodes, classes, tokens)
-        if (attention := _attention(mixing, classes, tokens)) is not None
+        if (attention := as_attention(mixing, classes, tokens)) is not None
     )
     found = _with_direct(found, nodes, [segment.end for segment in group[:-1]])
     module = min((s.module for s in group if s.module), key=len, default="")
@@ -258,63 +233,3 @@ def _with_direct(
         above = set().union(read, *(_above(x, inside) for x in read)) - {by_name[attention.output]}
         found.append(replace(attention, direct=not above & changed))
     return tuple(found)
-
-
-def token_mixes(nodes: Sequence[fx.Node], classes: AxisClasses, tokens: Axis) -> list[TokenMix]:
-    """The operators among ``nodes`` that mix rows of the token axis, each with the mix that does it."""
-    found = []
-    for node in nodes:
-        described = axis_map(node)
-        for mix in described.mixes if described else ():
-            if any(classes.same(axis, tokens) for axis in mix.axes):
-                found.append(TokenMix(node, mix))
-    return found
-
-
-def _attention(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> Attention | None:
-    samples = (tokens[0], 0)
-    if mixing.mix.kind == "attention":
-        node = mixing.node
-        names = {argument(node, name): name for name in ("key", "value", "attn_mask") if argument(node, name)}
-        operands = tuple(
-            KeyOperand(node.name, x.name, axis, names[x], classes.sample_axis(x, samples))
-            for x, axis in mixing.mix.axes
-        )
-        scores, rows = node, (argument(node, "query"), rank(node) - 2)
-        output = node
-        kind: Literal["sdpa", "eager"] = "sdpa"
-    elif mixing.mix.kind == "softmax":
-        ((scores, axis),) = mixing.mix.axes
-        product = _weighted_sum(mixing.node, axis)
-        if product is None:
-            return None
-        values = product.args[1]
-        assert isinstance(values, fx.Node)
-        operands = (
-            KeyOperand(mixing.node.name, scores.name, axis, "scores", classes.sample_axis(scores, samples)),
-            KeyOperand(product.name, values.name, rank(values) - 2, "value", classes.sample_axis(values, samples)),
-        )
-        rows, output, kind = (scores, rank(scores) - 2), product, "eager"
-    else:
-        return None
-    batch = classes.sample_axis(scores, samples) if classes.same(rows, tokens) else None
-    return Attention(kind, mixing.node.name, operands, output.name, batch)
-
-
-def _weighted_sum(softmax: fx.Node, axis: int) -> fx.Node | None:
-    """The matmul that the softmax's weights reach through row-wise operators alone, contracting their key axis."""
-    node = softmax
-    while len(node.users) == 1:
-        (user,) = node.users
-        if user.target in _PRODUCTS and user.args[0] is node:
-            return user if axis == rank(node) - 1 else None
-        described = axis_map(user)
-        if (
-            described is None
-            or traits(user.target).sized
-            or len(tensor_inputs(user)) != 1
-            or described.rows[axis] != ((node, axis),)
-        ):
-            return None
-        node = user
-    return None

@@ -12,8 +12,8 @@ from tokgraph.errors import IllegalRewriteError
 from tokgraph.ir.facts import Block, TaskFacts
 from tokgraph.ir.node import ancestors, by_name, is_write, module_path, output_args, tensor, tensor_inputs, where
 
+from ..analysis.attentions import token_mixes
 from ..analysis.axes import AxisClasses
-from ..analysis.blocks import token_mixes
 from ..rules import axis_map, has_rule, traits
 from ..rules.registry import Axis, is_one
 
