@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import fx
+
 from tokgraph.ir.facts import Between
 from tokgraph.ir.node import source_line
 from tokgraph.ir.tensors import tensor_name
@@ -65,7 +67,12 @@ def belong_after(parts: Iterable[Part]) -> tuple[set[Segment], tuple[Between, ..
 
 def parameters(segment: Segment) -> set[str]:
     """Names of the parameters and buffers that a segment reads."""
-    return {tensor_name(x) for node in segment.nodes for x in node.all_input_nodes if x.op == "get_attr"}
+    return read_tensors(segment.nodes)
+
+
+def read_tensors(nodes: Iterable[fx.Node]) -> set[str]:
+    """Names of the parameters and buffers that nodes read."""
+    return {tensor_name(x) for node in nodes for x in node.all_input_nodes if x.op == "get_attr"}
 
 
 def _told(part: Part) -> Between:

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.facts import Attention, Between, Block, Unplaced
+from tokgraph.ir.facts import Attention, Between, Block, Stream, Unplaced
 from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, where
 from tokgraph.ir.program import TaskGraph
 
-from ..rules import axis_map, has_rule
+from ..rules import axis_map, has_rule, traits
 from ..rules.registry import Axis
 from .attentions import TokenMix, as_attention, token_mixes
 from .axes import AxisClasses
-from .between import Part, belong_after, parameters
+from .between import Part, belong_after, parameters, read_tensors
+from .cuts import layer_modules, pointwise, within
 from .projections import find_projections, projection_weights
-from .stream import Segment
-from .units import parts_of_one_layer
+from .states import Layers
+from .stream import Segment, common_module
+from .units import computed_from, parts_of_one_layer
 
 aten = torch.ops.aten
 _PLACING = ("order", "layout")  # what puts rows somewhere makes no layer: image features that come in again
@@ -44,13 +47,26 @@ def token_axis(graph: TaskGraph, segments: Sequence[Segment], classes: AxisClass
     if not votes:
         raise _no_attention(graph, segments)
     axis = 1 if votes[1] else votes.most_common(1)[0][0]  # attention over samples as well is refused in spans
-    if rank(entry) != 3 or axis != 1:
-        raise AnalysisError(
-            f"task {graph.name!r}: the residual stream has shape {tuple(tensor(entry).shape)} with its tokens on axis "  # type: ignore[union-attr]
-            f"{axis}; tokgraph needs [batch, tokens, hidden]",
-            where=where(entry),
-        )
+    _check_layout(graph, entry, axis)
     return entry, axis
+
+
+def check_layout(graph: TaskGraph, node: fx.Node, classes: AxisClasses, tokens: Axis) -> None:
+    """Check that a value of the state is laid out as dropping needs it.
+
+    Raises:
+        AnalysisError: it is not ``[batch, tokens, hidden]``.
+    """
+    _check_layout(graph, node, next(iter(classes.of(node, tokens)), -1))
+
+
+def _check_layout(graph: TaskGraph, node: fx.Node, axis: int) -> None:
+    if rank(node) != 3 or axis != 1:
+        raise AnalysisError(
+            f"task {graph.name!r}: the residual stream has shape {tuple(tensor(node).shape)} with its tokens on axis "  # type: ignore[union-attr]
+            f"{axis}; tokgraph needs [batch, tokens, hidden]",
+            where=where(node),
+        )
 
 
 def _no_attention(graph: TaskGraph, segments: Sequence[Segment]) -> AnalysisError:
@@ -132,6 +148,73 @@ def _between(
             yield Part(segment, before, after)
 
 
+def blocks_of(layers: Layers, classes: AxisClasses) -> tuple[Block, ...]:
+    """The blocks that layers are."""
+    blocks = []
+    main = _residual(layers)
+    order = {node: i for i, node in enumerate(layers.tokens[0].graph.nodes)}
+    for index, (before, after) in enumerate(pairwise(layers.states)):
+        born = layers.born.get(index, ())
+        inside = computed_from(before) & ancestors([*after, *born]) - ancestors(before)
+        nodes = tuple(sorted(inside, key=order.__getitem__))
+        unit = layers.units[index]
+        attentions = _attentions_of(nodes, classes, layers.tokens)
+        attentions = tuple(replace(a, direct=_direct(a, nodes, before)) for a in attentions)
+        streams = [Stream(a.name, b.name) for a, b in zip(before, after, strict=True)]
+        start, end = before[main].name, after[main].name
+        made = computed_from(unit.nodes)
+        blocks.append(
+            Block(
+                index,
+                _module_of(layers, index, nodes),
+                start,
+                end,
+                tuple(node.name for node in nodes),
+                attentions,
+                find_projections(attentions, nodes),
+                tuple(sorted(read_tensors(nodes))),
+                tuple(stream for number, stream in enumerate(streams) if number != main),
+                tuple(node.name for node in born if node in made),
+            )
+        )
+    return tuple(blocks)
+
+
+def _residual(layers: Layers) -> int:
+    """Which of several streams stands for all where one is asked for: the one that ends last."""
+    order = {node: i for i, node in enumerate(layers.tokens[0].graph.nodes)}
+    last = layers.states[-1]
+    return max(range(len(last)), key=lambda role: order[last[role]])
+
+
+def _module_of(layers: Layers, index: int, nodes: Sequence[fx.Node]) -> str:
+    """The module of a layer: what the modules of its nodes have in common, without what lies between layers."""
+    other = layers.units[index - 1 if index else 1]
+    module, _ = layer_modules(layers.units[index], other)
+    return common_module(tuple(node for node in nodes if within(node, module))) if module else ""
+
+
+def _direct(attention: Attention, nodes: Sequence[fx.Node], before: Sequence[fx.Node]) -> bool:
+    """Whether keys and values are made of the state before a block, without anything that the block has added to it.
+
+    Something is added where an operator works element by element on the state and on what linear maps made of it.
+    """
+    by_name, inside = {node.name: node for node in nodes}, set(nodes)
+    read = [by_name[k.node] for k in attention.keys if k.role != "attn_mask" and k.node in by_name]
+    above = set().union(read, *(above_inside(x, inside) for x in read)) - {by_name[attention.output]}
+    plain, mapped = set(before), set()
+    for node in nodes:
+        if node in above:
+            inputs = set(node.all_input_nodes)
+            if pointwise(node) and inputs & plain:
+                if inputs & mapped:
+                    return False
+                plain.add(node)
+            elif traits(node.target).products or inputs & mapped:
+                mapped.add(node)
+    return True
+
+
 def find_unplaced(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> tuple[Unplaced, ...]:
     """The attentions of tokens to tokens whose layers are no blocks, in graph order.
 
@@ -172,14 +255,14 @@ def _one_layer(graph: fx.Graph, block: Block) -> bool:
     weights = {node: projection_weights(node, inside) for node in mine}
     return all(
         a is b
-        or a not in _above(b, inside)
+        or a not in above_inside(b, inside)
         or (not weights[a] & weights[b] and parts_of_one_layer(module_path(a), module_path(b)))
         for a in mine
         for b in mine
     )
 
 
-def _above(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
+def above_inside(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
     """What a node is computed from among ``inside``."""
     found: set[fx.Node] = set()
     stack = [node]
@@ -202,17 +285,21 @@ def _same_layer(a: str, b: str) -> bool:
 
 def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis) -> Block:
     nodes = tuple(node for segment in group for node in segment.nodes)
-    found = tuple(
-        attention
-        for mixing in token_mixes(nodes, classes, tokens)
-        if (attention := as_attention(mixing, classes, tokens)) is not None
-    )
+    found = _attentions_of(nodes, classes, tokens)
     found = _with_direct(found, nodes, [segment.end for segment in group[:-1]])
     module = min((s.module for s in group if s.module), key=len, default="")
     names = tuple(n.name for n in nodes)
     read = set().union(*map(parameters, group))
     projections = find_projections(found, nodes)
     return Block(index, module, group[0].start.name, group[-1].end.name, names, found, projections, tuple(sorted(read)))
+
+
+def _attentions_of(nodes: Sequence[fx.Node], classes: AxisClasses, tokens: Axis) -> tuple[Attention, ...]:
+    return tuple(
+        attention
+        for mixing in token_mixes(nodes, classes, tokens)
+        if (attention := as_attention(mixing, classes, tokens)) is not None
+    )
 
 
 def _with_direct(
@@ -230,6 +317,6 @@ def _with_direct(
     found = []
     for attention in attentions:
         read = {by_name[k.node] for k in attention.keys if k.role != "attn_mask" and k.node in by_name}
-        above = set().union(read, *(_above(x, inside) for x in read)) - {by_name[attention.output]}
+        above = set().union(read, *(above_inside(x, inside) for x in read)) - {by_name[attention.output]}
         found.append(replace(attention, direct=not above & changed))
     return tuple(found)

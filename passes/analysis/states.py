@@ -16,7 +16,7 @@ from ..rules.registry import Axis
 from .axes import AxisClasses
 from .cuts import State, Trunk, boundary, earlier, find_trunk, layer_modules, pointwise, within
 from .likeness import alike, pairs
-from .units import Unit, Units, computed_from
+from .units import Unit, Units, computed_from, reads_values
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,42 @@ def _with_ends(
             "the last layer adds to the stream in another way than those before it", units.units[-1].nodes[0]
         )
     states = (*rows, last)
-    crossing = [set(cut) - set(row) for cut, row in zip(cuts, rows[1:], strict=True)]
-    born: dict[int, State] = {}
+    if set(states[0]) & computed_from(units.units[0].nodes):
+        return Unfound("what the first layer reads depends on its own attention", units.units[0].nodes[0])
+    born = _born(trunk, cuts, states)
+    around = _around(units.units, states, born)
+    return Layers(units.tokens, units.units, states, born) if around is None else around
+
+
+def _born(trunk: Trunk, cuts: Sequence[State], states: Sequence[State]) -> dict[int, State]:
+    """Number of a layer -> the values that it makes beside its state and that later layers read."""
     known = {node for state in states for node in state}
-    for number, more in enumerate(crossing):
-        new = tuple(node for node in trunk.nodes if node in more and node not in known)
-        known.update(new)
-        born |= {number: new} if new else {}
-    return Layers(units.tokens, units.units, states, born)
+    found: dict[int, State] = {}
+    for number, cut in enumerate(cuts):
+        if set(states[number + 1]) <= set(cut):
+            new = tuple(node for node in trunk.nodes if node in cut and node not in known)
+            known.update(new)
+            found |= {number: new} if new else {}
+    return found
+
+
+def _around(units: Sequence[Unit], states: Sequence[State], born: dict[int, State]) -> Unfound | None:
+    """What leads from a layer to later ones around the state between them."""
+    crossing: set[fx.Node] = set()
+    for number, unit in enumerate(units[:-1]):
+        crossing |= set(born.get(number, ()))
+        stops = crossing | set(states[number + 1])
+        wanted = {node for later in units[number + 1 :] for node in later.nodes}
+        wanted |= {node for state in states[number + 2 :] for node in state} - stops
+        seen, stack = set(stops), list(unit.nodes)
+        while stack:
+            node = stack.pop()
+            if node in wanted:
+                return Unfound("values of an earlier layer reach it around the state between them", node)
+            if node not in seen:
+                seen.add(node)
+                stack.extend(user for user in node.users if reads_values(user))
+    return None
 
 
 def _by_role(units: Sequence[Unit], cuts: Sequence[State]) -> list[State] | Unfound:

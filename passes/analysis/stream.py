@@ -181,10 +181,11 @@ def _segment(start: fx.Node, end: fx.Node, position: dict[fx.Node, int]) -> Segm
                 back.add(used)
                 stack.append(used)
     nodes = tuple(sorted(back, key=position.__getitem__))
-    return Segment(start, end, nodes, _common_module(nodes))
+    return Segment(start, end, nodes, common_module(nodes))
 
 
-def _common_module(nodes: tuple[fx.Node, ...]) -> str:
+def common_module(nodes: tuple[fx.Node, ...]) -> str:
+    """The innermost user module that holds all of the nodes."""
     paths = [module_path(node).split(".") for node in nodes if node.meta.get("nn_module_stack")]
     if not paths:
         return ""

@@ -152,6 +152,19 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A further value of the state that blocks hand on: one of several streams.
+
+    Args:
+        start: the value before a block.
+        end: what takes its place after it.
+    """
+
+    start: str
+    end: str
+
+
+@dataclass(frozen=True)
 class Block:
     """One decoder layer.
 
@@ -164,6 +177,8 @@ class Block:
         attention: its attentions over the token axis.
         projections: the projections of these attentions; none where one is no ``linear`` of the model's own parameters.
         tensors: names of the model's parameters and buffers that it reads.
+        streams: further streams beside the residual one, each before and after the block.
+        beside: values beside the streams that later blocks read and that depend on its attention.
     """
 
     index: int
@@ -174,6 +189,18 @@ class Block:
     attention: tuple[Attention, ...]
     projections: tuple[Projection, ...] = ()
     tensors: tuple[str, ...] = field(default=(), repr=False)
+    streams: tuple[Stream, ...] = ()
+    beside: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """The state before the block."""
+        return (self.start, *(stream.start for stream in self.streams))
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The state after it."""
+        return (self.end, *(stream.end for stream in self.streams))
 
 
 @dataclass(frozen=True)
@@ -280,6 +307,7 @@ class TaskFacts:
         unplaced: attentions over the token axis whose layers are no blocks. Where there are some, block numbers are no
             layer numbers, and no drop site can be placed by them.
         between: what is added between two blocks and may be part of either; then, too, no drop site can be placed.
+        unfound: where ``unplaced`` names attentions: why their layers could not be told apart; empty: it is not known.
     """
 
     name: str
@@ -296,6 +324,7 @@ class TaskFacts:
     unruled: tuple[tuple[str, str], ...] = ()
     unplaced: tuple[Unplaced, ...] = ()
     between: tuple[Between, ...] = ()
+    unfound: str = ""
 
     @property
     def stream(self) -> tuple[str, ...]:
