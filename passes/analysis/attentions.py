@@ -87,7 +87,7 @@ def weighted_sum(softmax: fx.Node, axis: int) -> fx.Node | None:
             described is None
             or traits(user.target).sized
             or len(tensor_inputs(user)) != 1
-            or described.rows[axis] != ((node, axis),)
+            or described.rows[axis : axis + 1] != (((node, axis),),)
         ):
             return None
         node = user

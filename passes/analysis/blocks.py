@@ -286,7 +286,7 @@ def _same_layer(a: str, b: str) -> bool:
 def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis) -> Block:
     nodes = tuple(node for segment in group for node in segment.nodes)
     found = _attentions_of(nodes, classes, tokens)
-    found = _with_direct(found, nodes, [segment.end for segment in group[:-1]])
+    found = tuple(replace(attention, direct=_direct(attention, nodes, [group[0].start])) for attention in found)
     module = min((s.module for s in group if s.module), key=len, default="")
     names = tuple(n.name for n in nodes)
     read = set().union(*map(parameters, group))
@@ -300,23 +300,3 @@ def _attentions_of(nodes: Sequence[fx.Node], classes: AxisClasses, tokens: Axis)
         for mixing in token_mixes(nodes, classes, tokens)
         if (attention := as_attention(mixing, classes, tokens)) is not None
     )
-
-
-def _with_direct(
-    attentions: Sequence[Attention], nodes: Sequence[fx.Node], added: Sequence[fx.Node]
-) -> tuple[Attention, ...]:
-    """The attentions, each with whether its keys and values are made of the stream as it is before the block.
-
-    Args:
-        attentions: the attentions of a block.
-        nodes: its nodes.
-        added: the stream inside the block, each time that the block has added something.
-    """
-    by_name, inside = {node.name: node for node in nodes}, set(nodes)
-    changed = {*added, *(by_name[a.output] for a in attentions)}
-    found = []
-    for attention in attentions:
-        read = {by_name[k.node] for k in attention.keys if k.role != "attn_mask" and k.node in by_name}
-        above = set().union(read, *(above_inside(x, inside) for x in read)) - {by_name[attention.output]}
-        found.append(replace(attention, direct=not above & changed))
-    return tuple(found)

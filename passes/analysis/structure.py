@@ -15,6 +15,7 @@ from .axes import AxisClasses
 from .blocks import blocks_of, check_layout, find_blocks, find_unplaced, token_axis
 from .demand import find_demand, find_windows
 from .prompt import find_prompt
+from .sides import with_sides
 from .states import Unfound, find_layers
 from .stream import residual_segments
 from .units import find_units
@@ -52,7 +53,7 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
     nodes = by_name(graph.graph)
     found = _structure(graph, classes)
     blocks, (entry, _) = found.blocks, found.tokens
-    last = nodes[blocks[-1].end]
+    last = [nodes[name] for name in blocks[-1].after]
     visual = visual_mask(graph, found.visual, entry)
     demand = find_demand(graph, visual)
     windows = find_windows(graph, last, classes, visual, demand.reads)
@@ -63,7 +64,7 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
         blocks=blocks,
         visual=found.visual,
         demand=demand,
-        exits=tuple(user.name for user in last.users),
+        exits=tuple(dict.fromkeys(user.name for node in last for user in node.users)),
         windows=windows,
         prompt=find_prompt(graph, last, classes, windows),
         token_axes={node.name: axes for node, axes in classes.members(found.tokens).items()},
@@ -122,4 +123,5 @@ def _cut(graph: TaskGraph, classes: AxisClasses) -> _Structure | Unfound | None:
     for name in dict.fromkeys(name for block in blocks for name in (*block.before, *block.after)):
         check_layout(graph, nodes[name], classes, layers.tokens)
     unplaced = find_unplaced(graph.graph, blocks, classes, (entry, 1))
+    blocks = with_sides(graph.graph, blocks, classes, (entry, 1))
     return _Structure((entry, 1), blocks, find_visual(graph, entry, classes), unplaced)

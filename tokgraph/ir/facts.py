@@ -165,6 +165,29 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Something beside the decoder that mixes rows which a block makes: the mean of a router's probabilities.
+
+    Args:
+        reader: the node that mixes them.
+        value: the value before it whose token axis is still its own; what lies between works on each row alone.
+        axis: the token axis of that value.
+        batch: its batch axis.
+        at: the axis of the reader's operand that the rows are on, those of all samples one after the other where ``merged``.
+        merged: the rows of all samples are on one axis.
+        why: why the reader cannot be given fewer rows, as a clause about it; empty: it can, being a mean.
+    """
+
+    reader: str
+    value: str
+    axis: int = 1
+    batch: int = 0
+    at: int = 1
+    merged: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Block:
     """One decoder layer.
 
@@ -179,6 +202,7 @@ class Block:
         tensors: names of the model's parameters and buffers that it reads.
         streams: further streams beside the residual one, each before and after the block.
         beside: values beside the streams that later blocks read and that depend on its attention.
+        sides: what reads its rows beside the decoder and mixes them.
     """
 
     index: int
@@ -191,6 +215,7 @@ class Block:
     tensors: tuple[str, ...] = field(default=(), repr=False)
     streams: tuple[Stream, ...] = ()
     beside: tuple[str, ...] = ()
+    sides: tuple[Side, ...] = ()
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -330,6 +355,11 @@ class TaskFacts:
     def stream(self) -> tuple[str, ...]:
         """The residual cut points: one before every block and one after the last."""
         return (*(block.start for block in self.blocks), self.blocks[-1].end)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """All values that cross the boundaries of blocks; of one stream these are its cut points."""
+        return tuple(dict.fromkeys(name for block in self.blocks for name in (*block.before, *block.after)))
 
     @property
     def profile(self) -> Mapping[str, float]:
