@@ -24,7 +24,7 @@ from .cuts import layer_modules, pointwise, within
 from .projections import find_projections, projection_weights
 from .states import Layers
 from .stream import Segment, common_module
-from .units import computed_from, parts_of_one_layer
+from .units import computed_from, grown, list_of, parts_of_one_layer
 
 aten = torch.ops.aten
 _PLACING = ("order", "layout")  # what puts rows somewhere makes no layer: image features that come in again
@@ -106,8 +106,8 @@ def find_blocks(
 
     A block begins where tokens mix; segments that mix none (the FFN) belong to the block before them, or to the one after
     them where the module stack or the number of their module says so, and those before the first mix (what is added to
-    embeddings) to none. Neighbours that both mix tokens are one block when the module stack says that one module holds both
-    (self- and cross-attention).
+    embeddings) to none. An item of the list of layers that mixes none is a block. Neighbours that both mix tokens are one
+    block when the module stack says that one module holds both (self- and cross-attention).
 
     Returns:
         The blocks, and the segments of which it is not known to which of two blocks they belong.
@@ -120,11 +120,11 @@ def find_blocks(
         next((s for s, mixes in zip(segments[number:], mixing[number:], strict=True) if mixes), None)
         for number in range(len(segments))
     ]
-    later, unsure = belong_after(_between(segments, mixing, following))
+    later, layers, unsure = belong_after(_between(segments, mixing, following))
     groups: list[list[Segment]] = []
     heading = False  # the last block holds no mix yet, only what belongs to it before that
     for number, segment in enumerate(segments):
-        mixes, after = mixing[number], following[number]
+        mixes, after = mixing[number] or segment in layers, following[number]
         leads = not mixes and after is not None and (_together(segment, after) or segment in later)
         if groups and (heading or _together(groups[-1][0], segment)):
             groups[-1].append(segment)
@@ -218,15 +218,24 @@ def _direct(attention: Attention, nodes: Sequence[fx.Node], before: Sequence[fx.
 def find_unplaced(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> tuple[Unplaced, ...]:
     """The attentions of tokens to tokens whose layers are no blocks, in graph order.
 
-    They are in no block where something beside the stream keeps it from being cut between their layers (a loss in the
-    middle, features that come in later); or in one block with attentions of other layers, one after the other.
+    They are in no block where something beside the stream keeps it from being cut between their layers; or in one block with
+    attentions of other layers, one after the other. Layers of the same list that work on more tokens, or on fewer, since
+    some were joined to them or cut from them, are no blocks either.
     """
+    family = grown(graph, classes, tokens)
+    lists = {list_of(block.module) for block in blocks} - {""}
     inside = {name: block for block in blocks for name in block.nodes}
     crowded = {block.index for block in blocks if not _one_layer(graph, block)}
     found = []
     live = ancestors([graph.output_node()])  # torch keeps dead attentions: their dropout may draw numbers
-    for mixing in token_mixes([node for node in graph.nodes if node in live], classes, tokens):
-        if not _of_tokens(mixing, classes, tokens):
+    mixes = [
+        mixing
+        for axis in family
+        for mixing in token_mixes([node for node in graph.nodes if node in live], classes, axis)
+        if axis is tokens or list_of(module_path(mixing.node)) in lists
+    ]
+    for mixing in sorted(mixes, key=lambda mixing: mixing.node):
+        if not any(_of_tokens(mixing, classes, axis) for axis in family):
             continue
         block = inside.get(mixing.node.name)
         if block is None or block.index in crowded:

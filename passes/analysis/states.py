@@ -55,6 +55,8 @@ def find_layers(graph: fx.Graph, units: Units, classes: AxisClasses) -> Layers |
     again = next((i for i, mine in enumerate(weights) if mine and any(mine <= other for other in weights[:i])), None)
     if again is not None:
         return Unfound("one module is used for several layers", units.units[again].nodes[0])
+    if units.aside is not None:
+        return Unfound("an attention to something else lies between layers, in no module of either", units.aside)
     trunk = find_trunk(graph, units, classes)
     if not trunk.joins:
         return Unfound(

@@ -62,12 +62,12 @@ class Units:
     Args:
         tokens: an axis that indexes its tokens.
         units: its units, in order.
-        elsewhere: attentions of the same tokens before others joined them, or of a part of them: nodes in graph order.
+        aside: an attention to something else in a module of its own, between layers; ``None``: there is none.
     """
 
     tokens: Axis
     units: tuple[Unit, ...]
-    elsewhere: tuple[fx.Node, ...]
+    aside: fx.Node | None = None
 
 
 def reads_values(user: fx.Node) -> bool:
@@ -104,8 +104,11 @@ def find_units(graph: TaskGraph, classes: AxisClasses) -> Units | None:
             last = units.pop()
             unit = Unit((*last.nodes, *unit.nodes), last.weights | unit.weights)
         units.append(unit)
-    elsewhere = tuple(at.node for at in mine if at not in here and classes.same(at.keys, at.queries))
-    return Units(tokens, tuple(units), elsewhere)
+    inner = {at.node for at in here if classes.same(at.keys, tokens)}
+    lists = {list_of(module_path(node)) for node in inner}
+    outer = [unit.nodes[0] for unit in units if not inner & set(unit.nodes)]
+    aside = next((node for node in outer if list_of(module_path(node)) not in lists - {""}), None)
+    return Units(tokens, tuple(units), aside)
 
 
 def _looking(node: fx.Node) -> Looking | None:
@@ -131,7 +134,7 @@ def _family(graph: TaskGraph, classes: AxisClasses, looking: Sequence[Looking]) 
     visual = graph.task.visual
     sources = graph.input_nodes().get(visual.input or "", []) if visual is not None else []
     if len(sources) == 1 and tensor(sources[0]) is not None and rank(sources[0]) == 2:
-        return _grown(graph.graph, classes, (sources[0], 1))
+        return grown(graph.graph, classes, (sources[0], 1))
     inner = [at for at in looking if classes.same(at.queries, at.keys)]
     if graph.task.visual_inputs:
         wanted = set(graph.task.visual_inputs)
@@ -144,10 +147,11 @@ def _family(graph: TaskGraph, classes: AxisClasses, looking: Sequence[Looking]) 
     if not inner:
         return []
     first = max(inner, key=lambda at: sum(classes.same(at.queries, other.queries) for other in inner))
-    return _grown(graph.graph, classes, first.queries)
+    return grown(graph.graph, classes, first.queries)
 
 
-def _grown(graph: fx.Graph, classes: AxisClasses, axis: Axis) -> list[Axis]:
+def grown(graph: fx.Graph, classes: AxisClasses, axis: Axis) -> list[Axis]:
+    """An axis, and those that tokens are on after others were joined to them, or some cut from them."""
     found = [axis]
     for node in graph.nodes:
         if node.target in _JOINS and tensor(node) is not None:
@@ -189,6 +193,13 @@ def _one_layer(a: Unit, b: Unit) -> bool:
     return not a.weights & b.weights and all(
         parts_of_one_layer(module_path(x), module_path(y)) for x in a.nodes for y in b.nodes
     )
+
+
+def list_of(module: str) -> str:
+    """The path of the list that a module is in an item of, up to its first number; empty where it is in none."""
+    path = module.split(".")
+    number = next((i for i, part in enumerate(path) if part.isdigit()), 0)
+    return ".".join(path[:number])
 
 
 def parts_of_one_layer(a: str, b: str) -> bool:

@@ -158,7 +158,7 @@ class SeedSites(GraphPass):
         for site in self.sites:
             if site.start == block and not only_projects(site, facts):
                 inner = emit.chain(stream, indices(spaces))
-                attention = facts.blocks[block - 1].attention[0] if block else None
+                attention = next(iter(facts.blocks[block - 1].attention), None) if block else None
                 keys = tuple(space for space in before if _hides(space.site, block - 1))
                 spaces = (*spaces, build.site(site, spaces, Seen(inner, spaces, attention, before, keys)))
         hidden = [_hides(space.site, block) for space in spaces]
