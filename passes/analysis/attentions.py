@@ -44,6 +44,12 @@ def token_mixes(nodes: Iterable[fx.Node], classes: AxisClasses, tokens: Axis) ->
     return found
 
 
+def attentions(nodes: Iterable[fx.Node]) -> list[TokenMix]:
+    """What is, or may be part of, an attention among ``nodes``, over whatever axes."""
+    mixes = ((node, described) for node in nodes if (described := axis_map(node)) is not None)
+    return [TokenMix(node, mix) for node, d in mixes for mix in d.mixes if mix.kind in ("attention", "softmax")]
+
+
 def as_attention(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> Attention | None:
     """The attention that a mix is, or is part of; ``None`` where it is none that tokgraph knows."""
     samples = (tokens[0], 0)

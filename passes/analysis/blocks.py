@@ -17,7 +17,7 @@ from tokgraph.ir.program import TaskGraph
 
 from ..rules import axis_map, has_rule, traits
 from ..rules.registry import Axis
-from .attentions import TokenMix, as_attention, token_mixes
+from .attentions import TokenMix, as_attention, attentions, token_mixes
 from .axes import AxisClasses
 from .between import Part, belong_after, parameters, read_tensors
 from .cuts import layer_modules, pointwise, within
@@ -95,8 +95,7 @@ def _no_attention(graph: TaskGraph, segments: Sequence[Segment]) -> AnalysisErro
 
 def _may_attend(node: fx.Node) -> bool:
     """Whether a node is, or may be part of, an attention."""
-    described = axis_map(node) if tensor(node) is not None else None
-    return described is not None and any(mix.kind in ("attention", "softmax") for mix in described.mixes)
+    return tensor(node) is not None and bool(attentions([node]))
 
 
 def find_blocks(
@@ -155,14 +154,15 @@ def blocks_of(layers: Layers, classes: AxisClasses) -> tuple[Block, ...]:
     order = {node: i for i, node in enumerate(layers.tokens[0].graph.nodes)}
     for index, (before, after) in enumerate(pairwise(layers.states)):
         born = layers.born.get(index, ())
-        inside = computed_from(before) & ancestors([*after, *born]) - ancestors(before)
+        first, last = min(before), max(*after, *born, after[0])
+        inside = computed_from(before, last) & ancestors([*after, *born], first) - ancestors(before, first)
         nodes = tuple(sorted(inside, key=order.__getitem__))
         unit = layers.units[index]
-        attentions = _attentions_of(nodes, classes, layers.tokens)
-        attentions = tuple(replace(a, direct=_direct(a, nodes, before)) for a in attentions)
+        found = _attentions_of(nodes, classes, layers.tokens)
+        found = tuple(replace(a, direct=_direct(a, nodes, before)) for a in found)
         streams = [Stream(a.name, b.name) for a, b in zip(before, after, strict=True)]
         start, end = before[main].name, after[main].name
-        made = computed_from(unit.nodes)
+        made = computed_from(unit.nodes) if born else set()
         blocks.append(
             Block(
                 index,
@@ -170,8 +170,8 @@ def blocks_of(layers: Layers, classes: AxisClasses) -> tuple[Block, ...]:
                 start,
                 end,
                 tuple(node.name for node in nodes),
-                attentions,
-                find_projections(attentions, nodes),
+                found,
+                find_projections(found, nodes),
                 tuple(sorted(read_tensors(nodes))),
                 tuple(stream for number, stream in enumerate(streams) if number != main),
                 tuple(node.name for node in born if node in made),
@@ -228,14 +228,9 @@ def find_unplaced(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses
     crowded = {block.index for block in blocks if not _one_layer(graph, block)}
     found = []
     live = ancestors([graph.output_node()])  # torch keeps dead attentions: their dropout may draw numbers
-    mixes = [
-        mixing
-        for axis in family
-        for mixing in token_mixes([node for node in graph.nodes if node in live], classes, axis)
-        if axis is tokens or list_of(module_path(mixing.node)) in lists
-    ]
-    for mixing in sorted(mixes, key=lambda mixing: mixing.node):
-        if not any(_of_tokens(mixing, classes, axis) for axis in family):
+    for mixing in attentions(node for node in graph.nodes if node in live):
+        axis = next((axis for axis in family if _of_tokens(mixing, classes, axis)), None)
+        if axis is None or (axis is not tokens and list_of(module_path(mixing.node)) not in lists):
             continue
         block = inside.get(mixing.node.name)
         if block is None or block.index in crowded:
@@ -245,11 +240,13 @@ def find_unplaced(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses
 
 
 def _of_tokens(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> bool:
-    """Whether a mix is an attention whose rows are tokens, too."""
+    """Whether an attention is one of tokens to tokens."""
+    if not any(classes.same(axis, tokens) for axis in mixing.mix.axes):
+        return False
     if mixing.mix.kind == "attention":
         query = argument(mixing.node, "query")
         return classes.same((query, rank(query) - 2), tokens)
-    return mixing.mix.kind == "softmax" and len(classes.of(mixing.mix.axes[0][0], tokens)) > 1
+    return len(classes.of(mixing.mix.axes[0][0], tokens)) > 1
 
 
 def _one_layer(graph: fx.Graph, block: Block) -> bool:
@@ -258,9 +255,9 @@ def _one_layer(graph: fx.Graph, block: Block) -> bool:
     """
     if len(block.attention) < 2:
         return True
-    names, attentions = set(block.nodes), {a.node for a in block.attention}
+    names, attending = set(block.nodes), {a.node for a in block.attention}
     inside = {node for node in graph.nodes if node.name in names}
-    mine = [node for node in inside if node.name in attentions]
+    mine = [node for node in inside if node.name in attending]
     weights = {node: projection_weights(node, inside) for node in mine}
     return all(
         a is b

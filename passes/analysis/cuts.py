@@ -11,8 +11,9 @@ value split into two and infinite arcs against the flow, which keep the early si
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import networkx as nx
@@ -22,9 +23,9 @@ from torch import fx
 from tokgraph.ir.node import ancestors, module_path, tensor, tensor_inputs, value
 
 from ..rules import traits
-from ..rules.registry import is_tagged_pointwise
+from ..rules.registry import Axis, is_tagged_pointwise
 from .axes import AxisClasses
-from .units import Unit, Units, computed_from
+from .units import Unit, Units, computed_from, reads_values
 
 aten = torch.ops.aten
 State = tuple[fx.Node, ...]
@@ -38,10 +39,14 @@ class Trunk:
     Args:
         nodes: they, in graph order.
         joins: those that add what bypasses the last unit to what it makes, in graph order.
+        reaches: value -> the first unit that depends on it; past the last: none does.
+        follows: value -> the last unit that it depends on; past the last: it is a join, or depends on one.
     """
 
     nodes: tuple[fx.Node, ...]
     joins: tuple[fx.Node, ...]
+    reaches: Mapping[fx.Node, int]
+    follows: Mapping[fx.Node, int]
 
 
 def pointwise(node: fx.Node) -> bool:
@@ -68,81 +73,108 @@ def find_trunk(graph: fx.Graph, units: Units, classes: AxisClasses) -> Trunk:
             elif bypassing and classes.of(node, units.tokens):
                 joins.append(node)
     kept = below & ancestors([*last.nodes, *joins])
-    return Trunk(tuple(node for node in graph.nodes if node in kept), tuple(joins))
+    nodes = tuple(node for node in graph.nodes if node in kept)
+    return Trunk(nodes, tuple(joins), *_depths(nodes, joins, units.units))
 
 
-def boundary(trunk: Trunk, units: Sequence[Unit], number: int, classes: AxisClasses, tokens: Any) -> State | None:
+def _depths(
+    nodes: Sequence[fx.Node], joins: Sequence[fx.Node], units: Sequence[Unit]
+) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+    number = {node: i for i, unit in enumerate(units) for node in unit.nodes}
+    reaches: dict[fx.Node, int] = {}
+    for node in reversed(nodes):
+        behind = [reaches[user] for user in node.users if user in reaches]
+        reaches[node] = min([number.get(node, len(units)), *behind])
+    follows = dict.fromkeys(joins, len(units))
+    for node in nodes:
+        before = [follows[x] for x in node.all_input_nodes if x in follows and reads_values(node)]
+        follows[node] = max([number.get(node, 0), follows.get(node, 0), *before])
+    return reaches, follows
+
+
+def regions(trunk: Trunk, units: int) -> list[list[fx.Node]]:
+    """For each number of a unit, what may cross to it and those behind it: what they read of the units before, and what lies
+    between, in graph order.
+    """
+    found: list[list[fx.Node]] = [[] for _ in range(units)]
+    for node in trunk.nodes:
+        farthest = max((trunk.reaches[user] for user in node.users if user in trunk.reaches), default=-1)
+        # early or between for these numbers, and read by something that is not early
+        for number in range(trunk.follows[node] + 1, min(max(farthest, trunk.reaches[node]), units - 1) + 1):
+            found[number].append(node)
+    return found
+
+
+def boundary(
+    trunk: Trunk, region: Sequence[fx.Node], units: Sequence[Unit], number: int, classes: AxisClasses, tokens: Axis
+) -> State | None:
     """The values that cross from units before ``number`` to those from there on, in graph order.
 
-    ``None`` where something must cross that is no value of tokens: it has no token axis, or is no float.
+    Args:
+        trunk: the trunk.
+        region: its values among which the cut lies.
+        units: the units.
+        number: the first unit behind the cut.
+        classes: the graph's axes.
+        tokens: the token axis.
+
+    Returns:
+        ``None`` where something must cross that is no value of tokens: it has no token axis, or is no float.
     """
-    before = [node for unit in units[:number] for node in unit.nodes]
-    after = [node for unit in units[number:] for node in unit.nodes]
-    early, late = ancestors(before), computed_from([*after, *trunk.joins])
-    middle = [node for node in trunk.nodes if node not in early and node not in late]
-    free = _cut(trunk, early, late, (), (), classes, tokens)
-    if free is None or len(middle) == 0:
-        return free
+    cut = partial(_cut, trunk, region, number, classes, tokens)
+    free = cut((), ())
     mine, following = layer_modules(units[number - 1], units[number])
-    if not mine:
+    if free is None or not mine:
         return free
-    mine_nodes = [node for node in middle if within(node, mine)]
-    others = [node for node in middle if within(node, following)]
-    told = _cut(trunk, early, late, mine_nodes, others, classes, tokens)
+    told = cut([node for node in region if within(node, mine)], [node for node in region if within(node, following)])
     return told if told is not None and len(told) == len(free) else free
 
 
 def _cut(
     trunk: Trunk,
-    early: Collection[fx.Node],
-    late: Collection[fx.Node],
+    region: Sequence[fx.Node],
+    number: int,
+    classes: AxisClasses,
+    tokens: Axis,
     before: Collection[fx.Node],
     after: Collection[fx.Node],
-    classes: AxisClasses,
-    tokens: Any,
 ) -> State | None:
-    """The latest minimum cut between early values and late ones.
+    """The latest minimum cut between early values and late ones, among those of a region.
 
     Args:
         trunk: the trunk.
-        early: values that are computed before the cut.
-        late: values that are computed behind it.
-        before: others that are to be computed before it.
-        after: others that are to be computed behind it.
+        region: values that lie between, and early ones that others than these read.
+        number: the first unit that is late.
         classes: the graph's axes.
         tokens: the token axis.
+        before: values that are to be computed before the cut.
+        after: values that are to be computed behind it.
     """
-    known = set(trunk.nodes)
     graph: nx.DiGraph[Any] = nx.DiGraph()
     graph.add_nodes_from((_SOURCE, _SINK))
-    for node in trunk.nodes:
-        readers = [user for user in node.users if user in known and (user not in early)]
-        if node in late or not readers:
-            continue
-        capacity = {"capacity": 1} if _carries(node, classes, tokens) else {}
-        graph.add_edge((node, 0), (node, 1), **capacity)
+    early = {node for node in region if trunk.reaches[node] < number}
+    for node in region:
+        graph.add_edge((node, 0), (node, 1), **({"capacity": 1} if _carries(node, classes, tokens) else {}))
         if node in early or node in before:
             graph.add_edge(_SOURCE, (node, 0))
-        else:
-            for x in node.all_input_nodes:
-                if x in known and x not in early:
-                    graph.add_edge((node, 0), (x, 0))
+        if node not in early:
+            graph.add_edges_from(
+                ((node, 0), (x, 0)) for x in node.all_input_nodes if (x, 0) in graph and x not in early
+            )
         if node in after:
             graph.add_edge((node, 0), _SINK)
-        for user in readers:
-            graph.add_edge((node, 1), _SINK if user in late else (user, 0))
+        for user in node.users:
+            if trunk.reaches.get(user, -1) >= number:
+                graph.add_edge((node, 1), _SINK if trunk.follows[user] >= number else (user, 0))
     try:
         size, (sources, _) = nx.minimum_cut(graph, _SOURCE, _SINK)
     except nx.NetworkXUnbounded:
         return None
-    if size == 0:
-        return None
-    return tuple(
-        node for node in trunk.nodes if (node, 0) in sources and (node, 1) not in sources and (node, 1) in graph
-    )
+    crossing = tuple(node for node in region if (node, 0) in sources and (node, 1) not in sources)
+    return crossing if size else None
 
 
-def _carries(node: fx.Node, classes: AxisClasses, tokens: Any) -> bool:
+def _carries(node: fx.Node, classes: AxisClasses, tokens: Axis) -> bool:
     """Whether a value can be part of a state: one float tensor with one token axis."""
     val = value(node)
     return isinstance(val, torch.Tensor) and val.is_floating_point() and len(classes.of(node, tokens)) == 1

@@ -14,7 +14,7 @@ from torch import fx
 
 from ..rules.registry import Axis
 from .axes import AxisClasses
-from .cuts import State, Trunk, boundary, earlier, find_trunk, layer_modules, pointwise, within
+from .cuts import State, Trunk, boundary, earlier, find_trunk, layer_modules, pointwise, regions, within
 from .likeness import alike, pairs
 from .units import Unit, Units, computed_from, reads_values
 
@@ -63,8 +63,8 @@ def find_layers(graph: fx.Graph, units: Units, classes: AxisClasses) -> Layers |
             "nothing is added to what the last attention makes: there is no stream", units.units[-1].nodes[0]
         )
     cuts: list[State] = []
-    for number in range(1, len(units.units)):
-        found = boundary(trunk, units.units, number, classes, units.tokens)
+    for number, region in enumerate(regions(trunk, len(units.units))[1:], 1):
+        found = boundary(trunk, region, units.units, number, classes, units.tokens)
         if found is None:
             return Unfound(
                 "values without a token axis lead from the layer before to this one", units.units[number].nodes[0]
@@ -190,8 +190,8 @@ def _predecessors(units: Sequence[Unit], rows: Sequence[State], number: int) -> 
     """
     found: dict[fx.Node, set[fx.Node]] = {}
     for behind, state in enumerate(rows):
-        region = computed_from(state)
         later = units[number + 1 + behind]
+        region = computed_from(state, later.nodes[-1])
         looked: dict[fx.Node, set[fx.Node]] = {}
         for a, b in zip(units[number].nodes, later.nodes, strict=False):
             _merge(looked, pairs(a, b, set(state), region))
@@ -201,7 +201,7 @@ def _predecessors(units: Sequence[Unit], rows: Sequence[State], number: int) -> 
         if len(found) == len(rows[0]):
             return found
     for state, after in pairwise(rows):
-        region, made = computed_from(state), {}
+        region, made = computed_from(state, max(after)), {}
         for a, b in zip(rows[0], after, strict=True):
             _merge(made, pairs(a, b, set(state), region))
         for x, y in zip(state, rows[0], strict=True):

@@ -75,15 +75,15 @@ def reads_values(user: fx.Node) -> bool:
     return tensor(user) is not None and not traits(user.target).shape_only
 
 
-def computed_from(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The given nodes and every tensor computed from their values."""
+def computed_from(nodes: Iterable[fx.Node], until: fx.Node | None = None) -> set[fx.Node]:
+    """The given nodes and every tensor computed from their values, as far as it stands at or before ``until``."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in found:
+        if node not in found and (until is None or not until < node):
             found.add(node)
-            stack.extend(user for user in node.users if reads_values(user))
+            stack.extend(user for user in node.users if user not in found and reads_values(user))
     return found
 
 
