@@ -24,11 +24,12 @@ def check_placed(facts: Facts, tasks: Iterable[str]) -> None:
         if task.unplaced:
             first = task.unplaced[0]
             raise PlanError(
-                f"task {name!r}: no site can be placed by depth: {undivided(task)}, so block numbers are not layer numbers",
+                f"task {name!r}: no site can be placed by depth: {undivided(task)}, so block numbers are not layer numbers"
+                + (f" ({task.unfound})" if task.unfound else ""),
                 where=Where(first.node, module=first.module or None, source=first.source),
-                help="layers cannot be told apart where something passes by the residual stream between them (an early exit, a "
-                "loss of the routers, its beginning added to every layer), or where one module is used several times; the "
-                "policies none and exact place no sites",
+                help="layers cannot be told apart where no few values with a token axis lead from one to the next, where the "
+                "tokens between them change, or where one module is used several times; the policies none and exact place no "
+                "sites",
             )
         if task.between:
             part = task.between[0]
