@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from tokgraph.ir.node import ancestors, module_path, tensor, tensor_inputs, value
+from tokgraph.ir.tensors import tensor_name
 
 from ..rules import traits
 from ..rules.registry import Axis, is_tagged_pointwise
@@ -105,8 +106,51 @@ def regions(trunk: Trunk, units: int) -> list[list[fx.Node]]:
     return found
 
 
+@dataclass(frozen=True)
+class Between:
+    """What lies between the modules of two layers and has parameters of its own.
+
+    Args:
+        before: what belongs to the layer before, by its number.
+        after: what belongs to the layer behind.
+        neither: what has the number of another layer.
+        unknown: what has no number.
+    """
+
+    before: tuple[fx.Node, ...] = ()
+    after: tuple[fx.Node, ...] = ()
+    neither: tuple[fx.Node, ...] = ()
+    unknown: tuple[fx.Node, ...] = ()
+
+
+def between(trunk: Trunk, region: Sequence[fx.Node], units: Sequence[Unit], number: int) -> Between:
+    """What lies between the modules of the layers beside a boundary, in graph order; nothing where there are no modules."""
+    modules = layer_modules(units[number - 1], units[number])
+    found: dict[str, list[fx.Node]] = {}
+    for node in region if modules[0] else ():
+        names = [tensor_name(x) for x in node.all_input_nodes if x.op == "get_attr"]
+        if names and trunk.reaches[node] >= number and not any(within(node, module) for module in modules):
+            mine, before, after = (_numbers(path) for path in (names[0], *modules))
+            sides = [bool(mine) and mine[: len(of)] == of for of in (before, after)]
+            side = {(True, False): "before", (False, True): "after", (False, False): "neither"}.get(
+                (sides[0], sides[1])
+            )
+            found.setdefault(side if mine and side is not None else "unknown", []).append(node)
+    return Between(**{side: tuple(nodes) for side, nodes in found.items()})
+
+
+def _numbers(path: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in path.split(".") if part.isdigit())
+
+
 def boundary(
-    trunk: Trunk, region: Sequence[fx.Node], units: Sequence[Unit], number: int, classes: AxisClasses, tokens: Axis
+    trunk: Trunk,
+    region: Sequence[fx.Node],
+    units: Sequence[Unit],
+    number: int,
+    classes: AxisClasses,
+    tokens: Axis,
+    early: bool = False,
 ) -> State | None:
     """The values that cross from units before ``number`` to those from there on, in graph order.
 
@@ -117,17 +161,23 @@ def boundary(
         number: the first unit behind the cut.
         classes: the graph's axes.
         tokens: the token axis.
+        early: what lies between the modules of two layers is to lie behind the cut, where neither number nor name says
+            otherwise; else before it.
 
     Returns:
         ``None`` where something must cross that is no value of tokens: it has no token axis, or is no float.
     """
     cut = partial(_cut, trunk, region, number, classes, tokens)
-    free = cut((), ())
     mine, following = layer_modules(units[number - 1], units[number])
-    if free is None or not mine:
-        return free
-    told = cut([node for node in region if within(node, mine)], [node for node in region if within(node, following)])
-    return told if told is not None and len(told) == len(free) else free
+    if not mine:
+        return None if early else cut((), ())
+    aside = between(trunk, region, units, number)
+    before = {node for node in region if within(node, mine)} | set(aside.before)
+    after = {node for node in region if within(node, following)} | set(aside.after)
+    if early:
+        after |= {node for node in region if trunk.reaches[node] >= number and node not in before}
+    told = cut(before, after)
+    return told if told is not None or early or aside.before or aside.after else cut((), ())
 
 
 def _cut(

@@ -12,9 +12,11 @@ from itertools import pairwise
 
 from torch import fx
 
+from tokgraph.ir.node import module_path
+
 from ..rules.registry import Axis
 from .axes import AxisClasses
-from .cuts import State, Trunk, boundary, earlier, find_trunk, layer_modules, pointwise, regions, within
+from .cuts import State, Trunk, between, boundary, earlier, find_trunk, layer_modules, pointwise, regions, within
 from .likeness import alike, pairs
 from .units import Unit, Units, computed_from, reads_values
 
@@ -62,21 +64,53 @@ def find_layers(graph: fx.Graph, units: Units, classes: AxisClasses) -> Layers |
         return Unfound(
             "nothing is added to what the last attention makes: there is no stream", units.units[-1].nodes[0]
         )
-    cuts: list[State] = []
-    for number, region in enumerate(regions(trunk, len(units.units))[1:], 1):
-        found = boundary(trunk, region, units.units, number, classes, units.tokens)
-        if found is None:
-            return Unfound(
-                "values without a token axis lead from the layer before to this one", units.units[number].nodes[0]
-            )
-        cuts.append(found)
-    back: list[State] | None = cuts
+    found = regions(trunk, len(units.units))
+    beside = [between(trunk, region, units.units, number) for number, region in enumerate(found) if number]
+    unsure = next((node for one in beside for node in one.neither), None)
+    if unsure is not None:
+        return _unplaced(unsure)
+    cuts = [
+        [boundary(trunk, region, units.units, i, classes, units.tokens, early) for i, region in enumerate(found) if i]
+        for early in (False, True)
+    ]
+    lost = next((unit for cut, unit in zip(cuts[0], units.units[1:], strict=True) if cut is None), None)
+    if lost is not None:
+        return Unfound("values without a token axis lead from the layer before to this one", lost.nodes[0])
+    layers = _alike(graph, trunk, units, *([cut for cut in one if cut is not None] for one in cuts))
+    parts = [len(one.unknown) for one in beside]
+    if any(parts) and (len(set(parts)) > 1 or isinstance(layers, Unfound)):
+        return _unplaced(next(node for one in beside for node in one.unknown))
+    if isinstance(layers, Layers):
+        return layers
+    return _with_ends(graph, trunk, units, [cut for cut in cuts[0] if cut is not None], _residual_end)
+
+
+def _unplaced(node: fx.Node) -> Unfound:
+    return Unfound(f"nothing tells to which of two layers {module_path(node) or node.name} belongs, between them", node)
+
+
+def _alike(
+    graph: fx.Graph, trunk: Trunk, units: Units, latest: Sequence[State], earliest: Sequence[State]
+) -> Layers | Unfound:
+    """The layers, all of which end alike, the last one too: with what lies between them at their ends, or else at the
+    beginnings of those behind.
+
+    Args:
+        graph: the graph.
+        trunk: its trunk.
+        units: the attentions of its layers.
+        latest: the states between layers, behind what lies there.
+        earliest: those before it, where there are any.
+    """
+    back: Sequence[State] | None = latest
+    layers: Layers | Unfound | None = None
     while back is not None:
         layers = _with_ends(graph, trunk, units, back)
         if isinstance(layers, Layers):
             return layers
         back = _stepped_back(trunk, units, back)
-    return _with_ends(graph, trunk, units, cuts, _residual_end)
+    assert layers is not None
+    return _with_ends(graph, trunk, units, earliest) if len(earliest) == len(latest) else layers
 
 
 def _stepped_back(trunk: Trunk, units: Units, cuts: Sequence[State]) -> list[State] | None:

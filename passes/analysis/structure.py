@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from tokgraph.errors import AnalysisError
 from tokgraph.ir.facts import Between, Block, TaskFacts, Unplaced, VisualFlow
-from tokgraph.ir.node import by_name, tensor
+from tokgraph.ir.node import by_name, tensor, where
 from tokgraph.ir.program import TaskGraph
 
 from ..rules import has_rule
@@ -91,7 +91,14 @@ def _structure(graph: TaskGraph, classes: AxisClasses) -> _Structure:
         found = _cut(graph, classes)
         if isinstance(found, _Structure):
             return found
-        raise error
+        if found is None:
+            raise
+        place = where(found.node)
+        raise AnalysisError(
+            f"{error.message}; nor can its layers be cut apart at {place.module or place.node}: {found.why}",
+            where=error.where or place,
+            help=error.help,
+        ) from None
     if chain.unplaced:
         found = _cut(graph, classes)
         if isinstance(found, _Structure):
