@@ -76,13 +76,14 @@ def find_layers(graph: fx.Graph, units: Units, classes: AxisClasses) -> Layers |
     lost = next((unit for cut, unit in zip(cuts[0], units.units[1:], strict=True) if cut is None), None)
     if lost is not None:
         return Unfound("values without a token axis lead from the layer before to this one", lost.nodes[0])
-    layers = _alike(graph, trunk, units, *([cut for cut in one if cut is not None] for one in cuts))
     parts = [len(one.unknown) for one in beside]
+    latest, earliest = ([cut for cut in one if cut is not None] for one in cuts)
+    layers = _alike(graph, trunk, units, latest, earliest, begins=any(parts))
     if any(parts) and (len(set(parts)) > 1 or isinstance(layers, Unfound)):
         return _unplaced(next(node for one in beside for node in one.unknown))
     if isinstance(layers, Layers):
         return layers
-    return _with_ends(graph, trunk, units, [cut for cut in cuts[0] if cut is not None], _residual_end)
+    return _with_ends(graph, trunk, units, latest, _residual_end)
 
 
 def _unplaced(node: fx.Node) -> Unfound:
@@ -90,7 +91,7 @@ def _unplaced(node: fx.Node) -> Unfound:
 
 
 def _alike(
-    graph: fx.Graph, trunk: Trunk, units: Units, latest: Sequence[State], earliest: Sequence[State]
+    graph: fx.Graph, trunk: Trunk, units: Units, latest: Sequence[State], earliest: Sequence[State], begins: bool
 ) -> Layers | Unfound:
     """The layers, all of which end alike, the last one too: with what lies between them at their ends, or else at the
     beginnings of those behind.
@@ -101,16 +102,18 @@ def _alike(
         units: the attentions of its layers.
         latest: the states between layers, behind what lies there.
         earliest: those before it, where there are any.
+        begins: whether what lies there is rather the beginning of a layer: a module that is used before each of them.
     """
+    tried: list[Sequence[State]] = []
     back: Sequence[State] | None = latest
-    layers: Layers | Unfound | None = None
     while back is not None:
-        layers = _with_ends(graph, trunk, units, back)
-        if isinstance(layers, Layers):
-            return layers
+        tried.append(back)
         back = _stepped_back(trunk, units, back)
-    assert layers is not None
-    return _with_ends(graph, trunk, units, earliest) if len(earliest) == len(latest) else layers
+    if len(earliest) == len(latest):
+        tried.insert(0 if begins else len(tried), earliest)
+    found = (_with_ends(graph, trunk, units, cuts) for cuts in tried)
+    first = next(found)
+    return first if isinstance(first, Layers) else next((one for one in found if isinstance(one, Layers)), first)
 
 
 def _stepped_back(trunk: Trunk, units: Units, cuts: Sequence[State]) -> list[State] | None:
