@@ -202,7 +202,7 @@ def _direct(attention: Attention, nodes: Sequence[fx.Node], before: Sequence[fx.
     by_name, inside = {node.name: node for node in nodes}, set(nodes)
     read = [by_name[k.node] for k in attention.keys if k.role != "attn_mask" and k.node in by_name]
     above = set().union(read, *(above_inside(x, inside) for x in read)) - {by_name[attention.output]}
-    plain, mapped = set(before), set()
+    plain, mapped = set(before), set[fx.Node]()
     for node in nodes:
         if node in above:
             inputs = set(node.all_input_nodes)

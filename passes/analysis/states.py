@@ -238,7 +238,8 @@ def _predecessors(units: Sequence[Unit], rows: Sequence[State], number: int) -> 
         if len(found) == len(rows[0]):
             return found
     for state, after in pairwise(rows):
-        region, made = computed_from(state, max(after)), {}
+        region = computed_from(state, max(after))
+        made: dict[fx.Node, set[fx.Node]] = {}
         for a, b in zip(rows[0], after, strict=True):
             _merge(made, pairs(a, b, set(state), region))
         for x, y in zip(state, rows[0], strict=True):
