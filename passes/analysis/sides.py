@@ -58,6 +58,7 @@ class _Follow:
         nodes = by_name(graph)
         self._graph, self._classes, self._tokens = graph, classes, tokens
         self._inside = {nodes[name] for block in blocks for name in block.nodes}
+        self._starts = {nodes[name]: block for block in blocks for name in block.before}
         self._ends = {nodes[name]: block for block in blocks for name in block.after}
         self._inner = {nodes[name]: block for block in blocks for name in block.nodes if name not in block.after}
         self._rows: dict[fx.Node, _Rows] = {}
@@ -78,7 +79,7 @@ class _Follow:
     def _visit(self, node: fx.Node) -> None:
         read: dict[fx.Node, _Rows] = {}
         for x in tensor_inputs(node):
-            block = self._inner.get(x) or self._end_of(x, node)
+            block = self._inner.get(x) or self._of_module(x, node)
             rows = self._rows.get(x) if block is None else self._begin(x, block)
             if rows is None and block is not None:
                 self._refuse(node, x, {block.index}, "they cannot be followed there")
@@ -99,10 +100,10 @@ class _Follow:
         elif found:
             self._rows[node] = found[0]
 
-    def _end_of(self, x: fx.Node, reader: fx.Node) -> Block | None:
-        """The block that ends with a value, if its reader is in the block's own module."""
-        block = self._ends.get(x)
-        return block if block is not None and block.module and within(reader, block.module) else None
+    def _of_module(self, x: fx.Node, reader: fx.Node) -> Block | None:
+        """The block that begins or ends with a value, if its reader is in the block's own module."""
+        beside = [ends[x] for ends in (self._starts, self._ends) if x in ends]
+        return next((block for block in beside if block.module and within(reader, block.module)), None)
 
     def _begin(self, x: fx.Node, block: Block) -> _Rows | None:
         axes = self._classes.of(x, self._tokens)

@@ -7,6 +7,7 @@ change; where they are hidden, too, other rows do not see them. What a loss read
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -305,6 +306,19 @@ class LookingLayers(Looped):
         return layer(x, self.inputs[1]) if isinstance(layer, Looking) else layer(x, hidden)
 
 
+class Gate(Block):
+    """A router that chooses nothing, before the layer or behind it."""
+
+    def __init__(self, behind: bool = False) -> None:
+        super().__init__()
+        self.gate, self.behind = nn.Linear(HIDDEN, 3), behind
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        after = super().forward(x, hidden)
+        self.probabilities = self.gate(after if self.behind else x).softmax(-1)
+        return after
+
+
 class DenseFirst(Balanced):
     """The first layer has no experts."""
 
@@ -325,6 +339,8 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], type[Looped]]] = {
     "first before all": (Block, FirstBeforeAll),
     "experts": (Experts, Balanced),
     "experts behind a dense layer": (Experts, DenseFirst),
+    "a router before each layer": (Gate, Balanced),
+    "a router behind each layer": (partial(Gate, behind=True), Balanced),
     "early exit": (Block, EarlyExit),
     "summed exits": (Block, SummedExits),
     "post-norm": (PostNorm, Looped),
