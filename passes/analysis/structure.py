@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import fx
+
 from tokgraph.errors import AnalysisError
 from tokgraph.ir.facts import Between, Block, TaskFacts, Unplaced, VisualFlow
-from tokgraph.ir.node import by_name, tensor, where
+from tokgraph.ir.node import ancestors, by_name, tensor, where
 from tokgraph.ir.program import TaskGraph
 
 from ..rules import has_rule
 from ..rules.registry import Axis
 from .axes import AxisClasses
 from .blocks import blocks_of, check_layout, find_blocks, find_unplaced, token_axis
+from .cuts import pointwise, within
 from .demand import find_demand, find_windows
 from .prompt import find_prompt
 from .sides import with_sides
 from .states import Unfound, find_layers
 from .stream import residual_segments
-from .units import find_units
+from .units import computed_from, find_units
 from .visual import find_visual, visual_mask
 
 
@@ -99,12 +102,39 @@ def _structure(graph: TaskGraph, classes: AxisClasses) -> _Structure:
             where=error.where or place,
             help=error.help,
         ) from None
-    if chain.unplaced:
+    rest = _behind_last(graph.graph, chain, classes)
+    if chain.unplaced or rest is not None:
         found = _cut(graph, classes)
         if isinstance(found, _Structure):
             return found
+        if rest is not None and not chain.unplaced:
+            last = chain.blocks[-1]
+            unplaced = tuple(Unplaced(a.node, last.module, source=where(rest).source) for a in last.attention)
+            why = f"the last layer goes on at {rest.name}, behind the last value that alone leads to the loss"
+            return replace(chain, unplaced=unplaced, unfound=why)
         return chain if found is None else replace(chain, unfound=found.why)
     return chain
+
+
+def _behind_last(graph: fx.Graph, chain: _Structure, classes: AxisClasses) -> fx.Node | None:
+    """What still belongs to the last layer behind the end of a chain: it adds to the stream, or is in the layer's module.
+
+    A loss that reads values inside of the last layer (its router) ends a chain before the layer does.
+    """
+    last = chain.blocks[-1]
+    end = by_name(graph)[last.end]
+    live, behind = ancestors([graph.output_node()]), computed_from([end])
+    direct = {end}
+    for node in graph.nodes:
+        if node in behind and node in live and node is not end:
+            if last.module and within(node, last.module):
+                return node
+            read = [x for x in node.all_input_nodes if x in behind]
+            if pointwise(node) and any(x in direct for x in read):
+                if any(x not in direct for x in read) and classes.of(node, chain.tokens):
+                    return node
+                direct.add(node)
+    return None
 
 
 def _chain(graph: TaskGraph, classes: AxisClasses) -> _Structure:

@@ -330,6 +330,16 @@ class DenseFirst(Balanced):
         return super().beside(number, x, kept) if number else 0.0
 
 
+class ExpertsLast(Balanced):
+    """Only the last layer has experts: the loss of its router reads what is inside of it."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__([*(Block() for _ in blocks[1:]), blocks[-1]])
+
+    def beside(self, number: int, x: Tensor, kept: Tensor | None) -> Tensor | float:
+        return super().beside(number, x, kept) if number == len(self.layers) - 1 else 0.0
+
+
 STRUCTURES: dict[str, tuple[Callable[[], nn.Module], type[Looped]]] = {
     "features again": (Block, Again),
     "features again, by index": (Block, AgainByIndex),
@@ -339,6 +349,7 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], type[Looped]]] = {
     "first before all": (Block, FirstBeforeAll),
     "experts": (Experts, Balanced),
     "experts behind a dense layer": (Experts, DenseFirst),
+    "experts in the last layer": (Experts, ExpertsLast),
     "a router before each layer": (Gate, Balanced),
     "a router behind each layer": (partial(Gate, behind=True), Balanced),
     "early exit": (Block, EarlyExit),

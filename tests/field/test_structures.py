@@ -67,6 +67,13 @@ def test_a_block_is_a_layer_and_drops_are_those_by_hand(structure: str) -> None:
             assert worst(facts, model, site) < 1e-10
 
 
+def test_a_layer_that_goes_on_behind_the_chain_gets_no_site() -> None:
+    """Of one layer there is nothing to compare its end with."""
+    facts = tg.analyze(tg.capture(m.spec(s.model("experts", layers=1), m.batch(), s.loss)))
+    with pytest.raises(tg.PlanError, match="1 of 1 attentions .*the last layer goes on at"):
+        tg.apply(facts, tg.Plan((tg.DropSite(TASK, 0, 1),)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", sorted(set(s.STRUCTURES) - {"features again, by index"}))
 def test_spans_at_the_ends_with_exact_and_symbolic_sizes(structure: str) -> None:
