@@ -125,9 +125,10 @@ def _behind_last(graph: fx.Graph, chain: _Structure, classes: AxisClasses) -> fx
     end = by_name(graph)[last.end]
     live, behind = ancestors([graph.output_node()]), computed_from([end])
     direct = {end}
+    numbered = any(part.isdigit() for part in last.module.split("."))  # else it may hold more than the layer
     for node in graph.nodes:
         if node in behind and node in live and node is not end:
-            if last.module and within(node, last.module):
+            if numbered and within(node, last.module):
                 return node
             read = [x for x in node.all_input_nodes if x in behind]
             if pointwise(node) and any(x in direct for x in read):
