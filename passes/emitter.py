@@ -23,7 +23,8 @@ from tokgraph.ir.node import (
 )
 from tokgraph.ir.tensors import hold, read, target_of
 from tokgraph.ir.values import Values
-from tokgraph.passes.rules.registry import is_one
+from tokgraph.passes.rules import traits
+from tokgraph.passes.rules.registry import first_input, is_one
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -171,6 +172,35 @@ def _nodes(tree: Any) -> list[fx.Node]:
 
 def _hashable(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tuple(v) if isinstance(v, list) else v for v in values)
+
+
+def read_instead(emit: Emitter, reader: fx.Node, operand: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Let a reader that gets ``old`` through copies and a view of merged rows read ``new``; what others read as well stays.
+
+    Args:
+        emit: where nodes go.
+        reader: the reader.
+        operand: what it reads: ``old`` itself, or the last of the operators between.
+        old: the value.
+        new: the value with fewer rows.
+    """
+    between: list[fx.Node] = []
+    last = operand
+    while operand is not old:
+        between.append(operand)
+        operand = first_input(operand)
+    shared = any(len(node.users) > 1 for node in between)
+    for node in reversed(between):
+        args = [new, *node.args[1:]]
+        if traits(node.target).reshape:
+            args[1] = [-1, *list(node.args[1])[1:]]  # type: ignore[arg-type]
+        if shared:
+            new = emit.call(node.target, *args, origin=node, **node.kwargs)
+        else:
+            node.args = tuple(args)
+            new = node
+    if new is not last:
+        reader.replace_input_with(last, new)
 
 
 def hoist(graph: fx.Graph, node: fx.Node) -> None:

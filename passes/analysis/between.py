@@ -2,13 +2,16 @@
 
 A cross-attention in a list of its own (``cross[i]`` before ``layers[i]``) lies in no module of a layer. Its number says
 which layer it is part of, if all parts of its list agree; a module that is used between all layers, and already before the
-first, belongs to the layer after it. What says nothing belongs to the layer before it.
+first, belongs to the layer after it. What says nothing belongs to the layer before it. An item of the layers' own list is a
+layer, whether it lets tokens attend to one another or not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from torch import fx
 
 from tokgraph.ir.facts import Between
 from tokgraph.ir.node import source_line
@@ -31,6 +34,13 @@ class Part:
     before: Segment | None
     after: Segment | None
 
+    def is_layer(self) -> bool:
+        """Whether its module is an item of the list that layers beside it are items of, and is none of these."""
+        mine = _list_name(self.segment)
+        return self.side() == "neither" and any(
+            s is not None and _list_name(s) == mine for s in (self.before, self.after)
+        )
+
     def side(self) -> str:
         """Which layer has its number: ``"before"``, ``"after"``, ``"neither"``; ``"unknown"`` where numbers tell nothing."""
         mine, before, after = (_numbers(s) for s in (self.segment, self.before, self.after))
@@ -41,14 +51,18 @@ class Part:
         return "after" if _match(mine, after) else "neither"
 
 
-def belong_after(parts: Iterable[Part]) -> tuple[set[Segment], tuple[Between, ...]]:
-    """The segments that belong to the layer after them, and those of which it is not known.
+def belong_after(parts: Iterable[Part]) -> tuple[set[Segment], set[Segment], tuple[Between, ...]]:
+    """The segments that belong to the layer after them, those that are layers, and those of which it is not known.
 
     Args:
         parts: all parts between layers, those before the first and behind the last among them.
     """
     lists: dict[str, list[Part]] = {}
+    parts = list(parts)
+    layers = {part.segment for part in parts if part.is_layer()}
     for part in parts:
+        if part.segment in layers:
+            continue
         lists.setdefault(_list_name(part.segment), []).append(part)
     after: set[Segment] = set()
     unsure: list[Between] = []
@@ -60,12 +74,17 @@ def belong_after(parts: Iterable[Part]) -> tuple[set[Segment], tuple[Between, ..
                 after.update(part.segment for part in mine if part.after is not None)
         elif sides != {"before"}:
             unsure.extend(_told(part) for part in mine if part.before is not None and part.after is not None)
-    return after, tuple(unsure)
+    return after, layers, tuple(unsure)
 
 
 def parameters(segment: Segment) -> set[str]:
     """Names of the parameters and buffers that a segment reads."""
-    return {tensor_name(x) for node in segment.nodes for x in node.all_input_nodes if x.op == "get_attr"}
+    return read_tensors(segment.nodes)
+
+
+def read_tensors(nodes: Iterable[fx.Node]) -> set[str]:
+    """Names of the parameters and buffers that nodes read."""
+    return {tensor_name(x) for node in nodes for x in node.all_input_nodes if x.op == "get_attr"}
 
 
 def _told(part: Part) -> Between:

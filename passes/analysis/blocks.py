@@ -4,41 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
-from typing import Literal
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.facts import Attention, Between, Block, KeyOperand, Unplaced
-from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, tensor_inputs, where
+from tokgraph.ir.facts import Attention, Between, Block, Stream, Unplaced
+from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, where
 from tokgraph.ir.program import TaskGraph
 
 from ..rules import axis_map, has_rule, traits
-from ..rules.registry import Axis, Mix
+from ..rules.registry import Axis
+from .attentions import TokenMix, as_attention, attentions, token_mixes
 from .axes import AxisClasses
-from .between import Part, belong_after, parameters
+from .between import Part, belong_after, parameters, read_tensors
+from .cuts import layer_modules, pointwise, within
 from .projections import find_projections, projection_weights
-from .stream import Segment
+from .states import Layers
+from .stream import Segment, common_module
+from .units import computed_from, grown, list_of, parts_of_one_layer
 
 aten = torch.ops.aten
 _PLACING = ("order", "layout")  # what puts rows somewhere makes no layer: image features that come in again
-_PRODUCTS = (aten.matmul.default,)  # not bmm: it merges batch and heads
-
-
-@dataclass(frozen=True)
-class TokenMix:
-    """An operator that mixes rows of the token axis.
-
-    Args:
-        node: the operator.
-        mix: how it mixes them.
-    """
-
-    node: fx.Node
-    mix: Mix
 
 
 def token_axis(graph: TaskGraph, segments: Sequence[Segment], classes: AxisClasses) -> tuple[fx.Node, int]:
@@ -58,13 +47,26 @@ def token_axis(graph: TaskGraph, segments: Sequence[Segment], classes: AxisClass
     if not votes:
         raise _no_attention(graph, segments)
     axis = 1 if votes[1] else votes.most_common(1)[0][0]  # attention over samples as well is refused in spans
-    if rank(entry) != 3 or axis != 1:
-        raise AnalysisError(
-            f"task {graph.name!r}: the residual stream has shape {tuple(tensor(entry).shape)} with its tokens on axis "  # type: ignore[union-attr]
-            f"{axis}; tokgraph needs [batch, tokens, hidden]",
-            where=where(entry),
-        )
+    _check_layout(graph, entry, axis)
     return entry, axis
+
+
+def check_layout(graph: TaskGraph, node: fx.Node, classes: AxisClasses, tokens: Axis) -> None:
+    """Check that a value of the state is laid out as dropping needs it.
+
+    Raises:
+        AnalysisError: it is not ``[batch, tokens, hidden]``.
+    """
+    _check_layout(graph, node, next(iter(classes.of(node, tokens)), -1))
+
+
+def _check_layout(graph: TaskGraph, node: fx.Node, axis: int) -> None:
+    if rank(node) != 3 or axis != 1:
+        raise AnalysisError(
+            f"task {graph.name!r}: the residual stream has shape {tuple(tensor(node).shape)} with its tokens on axis "  # type: ignore[union-attr]
+            f"{axis}; tokgraph needs [batch, tokens, hidden]",
+            where=where(node),
+        )
 
 
 def _no_attention(graph: TaskGraph, segments: Sequence[Segment]) -> AnalysisError:
@@ -93,8 +95,7 @@ def _no_attention(graph: TaskGraph, segments: Sequence[Segment]) -> AnalysisErro
 
 def _may_attend(node: fx.Node) -> bool:
     """Whether a node is, or may be part of, an attention."""
-    described = axis_map(node) if tensor(node) is not None else None
-    return described is not None and any(mix.kind in ("attention", "softmax") for mix in described.mixes)
+    return tensor(node) is not None and bool(attentions([node]))
 
 
 def find_blocks(
@@ -104,8 +105,8 @@ def find_blocks(
 
     A block begins where tokens mix; segments that mix none (the FFN) belong to the block before them, or to the one after
     them where the module stack or the number of their module says so, and those before the first mix (what is added to
-    embeddings) to none. Neighbours that both mix tokens are one block when the module stack says that one module holds both
-    (self- and cross-attention).
+    embeddings) to none. An item of the list of layers that mixes none is a block. Neighbours that both mix tokens are one
+    block when the module stack says that one module holds both (self- and cross-attention).
 
     Returns:
         The blocks, and the segments of which it is not known to which of two blocks they belong.
@@ -118,11 +119,11 @@ def find_blocks(
         next((s for s, mixes in zip(segments[number:], mixing[number:], strict=True) if mixes), None)
         for number in range(len(segments))
     ]
-    later, unsure = belong_after(_between(segments, mixing, following))
+    later, layers, unsure = belong_after(_between(segments, mixing, following))
     groups: list[list[Segment]] = []
     heading = False  # the last block holds no mix yet, only what belongs to it before that
     for number, segment in enumerate(segments):
-        mixes, after = mixing[number], following[number]
+        mixes, after = mixing[number] or segment in layers, following[number]
         leads = not mixes and after is not None and (_together(segment, after) or segment in later)
         if groups and (heading or _together(groups[-1][0], segment)):
             groups[-1].append(segment)
@@ -146,18 +147,90 @@ def _between(
             yield Part(segment, before, after)
 
 
+def blocks_of(layers: Layers, classes: AxisClasses) -> tuple[Block, ...]:
+    """The blocks that layers are."""
+    blocks = []
+    main = _residual(layers)
+    order = {node: i for i, node in enumerate(layers.tokens[0].graph.nodes)}
+    for index, (before, after) in enumerate(pairwise(layers.states)):
+        born = layers.born.get(index, ())
+        first, last = min(before), max(*after, *born, after[0])
+        inside = computed_from(before, last) & ancestors([*after, *born], first) - ancestors(before, first)
+        nodes = tuple(sorted(inside, key=order.__getitem__))
+        unit = layers.units[index]
+        found = _attentions_of(nodes, classes, layers.tokens)
+        found = tuple(replace(a, direct=_direct(a, nodes, before)) for a in found)
+        streams = [Stream(a.name, b.name) for a, b in zip(before, after, strict=True)]
+        start, end = before[main].name, after[main].name
+        made = computed_from(unit.nodes) if born else set()
+        blocks.append(
+            Block(
+                index,
+                _module_of(layers, index, nodes),
+                start,
+                end,
+                tuple(node.name for node in nodes),
+                found,
+                find_projections(found, nodes),
+                tuple(sorted(read_tensors(nodes))),
+                tuple(stream for number, stream in enumerate(streams) if number != main),
+                tuple(node.name for node in born if node in made),
+            )
+        )
+    return tuple(blocks)
+
+
+def _residual(layers: Layers) -> int:
+    """Which of several streams stands for all where one is asked for: the one that ends last."""
+    order = {node: i for i, node in enumerate(layers.tokens[0].graph.nodes)}
+    last = layers.states[-1]
+    return max(range(len(last)), key=lambda role: order[last[role]])
+
+
+def _module_of(layers: Layers, index: int, nodes: Sequence[fx.Node]) -> str:
+    """The module of a layer: what the modules of its nodes have in common, without what lies between layers."""
+    other = layers.units[index - 1 if index else 1]
+    module, _ = layer_modules(layers.units[index], other)
+    return common_module(tuple(node for node in nodes if within(node, module))) if module else ""
+
+
+def _direct(attention: Attention, nodes: Sequence[fx.Node], before: Sequence[fx.Node]) -> bool:
+    """Whether keys and values are made of the state before a block, without anything that the block has added to it.
+
+    Something is added where an operator works element by element on the state and on what linear maps made of it.
+    """
+    by_name, inside = {node.name: node for node in nodes}, set(nodes)
+    read = [by_name[k.node] for k in attention.keys if k.role != "attn_mask" and k.node in by_name]
+    above = set().union(read, *(above_inside(x, inside) for x in read)) - {by_name[attention.output]}
+    plain, mapped = set(before), set[fx.Node]()
+    for node in nodes:
+        if node in above:
+            inputs = set(node.all_input_nodes)
+            if pointwise(node) and inputs & plain:
+                if inputs & mapped:
+                    return False
+                plain.add(node)
+            elif traits(node.target).products or inputs & mapped:
+                mapped.add(node)
+    return True
+
+
 def find_unplaced(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> tuple[Unplaced, ...]:
     """The attentions of tokens to tokens whose layers are no blocks, in graph order.
 
-    They are in no block where something beside the stream keeps it from being cut between their layers (a loss in the
-    middle, features that come in later); or in one block with attentions of other layers, one after the other.
+    They are in no block where something beside the stream keeps it from being cut between their layers; or in one block with
+    attentions of other layers, one after the other. Layers of the same list that work on more tokens, or on fewer, since
+    some were joined to them or cut from them, are no blocks either.
     """
+    family = grown(graph, classes, tokens)
+    lists = {list_of(block.module) for block in blocks} - {""}
     inside = {name: block for block in blocks for name in block.nodes}
     crowded = {block.index for block in blocks if not _one_layer(graph, block)}
     found = []
     live = ancestors([graph.output_node()])  # torch keeps dead attentions: their dropout may draw numbers
-    for mixing in token_mixes([node for node in graph.nodes if node in live], classes, tokens):
-        if not _of_tokens(mixing, classes, tokens):
+    for mixing in attentions(node for node in graph.nodes if node in live):
+        axis = next((axis for axis in family if _of_tokens(mixing, classes, axis)), None)
+        if axis is None or (axis is not tokens and list_of(module_path(mixing.node)) not in lists):
             continue
         block = inside.get(mixing.node.name)
         if block is None or block.index in crowded:
@@ -167,11 +240,13 @@ def find_unplaced(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses
 
 
 def _of_tokens(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> bool:
-    """Whether a mix is an attention whose rows are tokens, too."""
+    """Whether an attention is one of tokens to tokens."""
+    if not any(classes.same(axis, tokens) for axis in mixing.mix.axes):
+        return False
     if mixing.mix.kind == "attention":
         query = argument(mixing.node, "query")
         return classes.same((query, rank(query) - 2), tokens)
-    return mixing.mix.kind == "softmax" and len(classes.of(mixing.mix.axes[0][0], tokens)) > 1
+    return len(classes.of(mixing.mix.axes[0][0], tokens)) > 1
 
 
 def _one_layer(graph: fx.Graph, block: Block) -> bool:
@@ -180,20 +255,20 @@ def _one_layer(graph: fx.Graph, block: Block) -> bool:
     """
     if len(block.attention) < 2:
         return True
-    names, attentions = set(block.nodes), {a.node for a in block.attention}
+    names, attending = set(block.nodes), {a.node for a in block.attention}
     inside = {node for node in graph.nodes if node.name in names}
-    mine = [node for node in inside if node.name in attentions]
+    mine = [node for node in inside if node.name in attending]
     weights = {node: projection_weights(node, inside) for node in mine}
     return all(
         a is b
-        or a not in _above(b, inside)
-        or (not weights[a] & weights[b] and _parts_of_one_layer(module_path(a), module_path(b)))
+        or a not in above_inside(b, inside)
+        or (not weights[a] & weights[b] and parts_of_one_layer(module_path(a), module_path(b)))
         for a in mine
         for b in mine
     )
 
 
-def _above(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
+def above_inside(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
     """What a node is computed from among ``inside``."""
     found: set[fx.Node] = set()
     stack = [node]
@@ -203,17 +278,6 @@ def _above(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
                 found.add(x)
                 stack.append(x)
     return found
-
-
-def _parts_of_one_layer(a: str, b: str) -> bool:
-    """Whether two modules are one numbered module, or named parts of one (``layers.0.self_attn``, ``layers.0.cross_attn``);
-    layers are numbered (``layers.0``, ``layers.1``), or have their parts below them (``first.attn``, ``second.attn``).
-    """
-    one, other = a.split("."), b.split(".")
-    shared = [x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
-    parts = one[len(shared) :], other[len(shared) :]
-    named = all(len(part) <= 1 and not any(name.isdigit() for name in part) for part in parts)
-    return named and any(name.isdigit() for name in shared)
 
 
 def _together(a: Segment, b: Segment) -> bool:
@@ -227,12 +291,8 @@ def _same_layer(a: str, b: str) -> bool:
 
 def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis) -> Block:
     nodes = tuple(node for segment in group for node in segment.nodes)
-    found = tuple(
-        attention
-        for mixing in token_mixes(nodes, classes, tokens)
-        if (attention := _attention(mixing, classes, tokens)) is not None
-    )
-    found = _with_direct(found, nodes, [segment.end for segment in group[:-1]])
+    found = _attentions_of(nodes, classes, tokens)
+    found = tuple(replace(attention, direct=_direct(attention, nodes, [group[0].start])) for attention in found)
     module = min((s.module for s in group if s.module), key=len, default="")
     names = tuple(n.name for n in nodes)
     read = set().union(*map(parameters, group))
@@ -240,81 +300,9 @@ def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis)
     return Block(index, module, group[0].start.name, group[-1].end.name, names, found, projections, tuple(sorted(read)))
 
 
-def _with_direct(
-    attentions: Sequence[Attention], nodes: Sequence[fx.Node], added: Sequence[fx.Node]
-) -> tuple[Attention, ...]:
-    """The attentions, each with whether its keys and values are made of the stream as it is before the block.
-
-    Args:
-        attentions: the attentions of a block.
-        nodes: its nodes.
-        added: the stream inside the block, each time that the block has added something.
-    """
-    by_name, inside = {node.name: node for node in nodes}, set(nodes)
-    changed = {*added, *(by_name[a.output] for a in attentions)}
-    found = []
-    for attention in attentions:
-        read = {by_name[k.node] for k in attention.keys if k.role != "attn_mask" and k.node in by_name}
-        above = set().union(read, *(_above(x, inside) for x in read)) - {by_name[attention.output]}
-        found.append(replace(attention, direct=not above & changed))
-    return tuple(found)
-
-
-def token_mixes(nodes: Sequence[fx.Node], classes: AxisClasses, tokens: Axis) -> list[TokenMix]:
-    """The operators among ``nodes`` that mix rows of the token axis, each with the mix that does it."""
-    found = []
-    for node in nodes:
-        described = axis_map(node)
-        for mix in described.mixes if described else ():
-            if any(classes.same(axis, tokens) for axis in mix.axes):
-                found.append(TokenMix(node, mix))
-    return found
-
-
-def _attention(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> Attention | None:
-    samples = (tokens[0], 0)
-    if mixing.mix.kind == "attention":
-        node = mixing.node
-        names = {argument(node, name): name for name in ("key", "value", "attn_mask") if argument(node, name)}
-        operands = tuple(
-            KeyOperand(node.name, x.name, axis, names[x], classes.sample_axis(x, samples))
-            for x, axis in mixing.mix.axes
-        )
-        scores, rows = node, (argument(node, "query"), rank(node) - 2)
-        output = node
-        kind: Literal["sdpa", "eager"] = "sdpa"
-    elif mixing.mix.kind == "softmax":
-        ((scores, axis),) = mixing.mix.axes
-        product = _weighted_sum(mixing.node, axis)
-        if product is None:
-            return None
-        values = product.args[1]
-        assert isinstance(values, fx.Node)
-        operands = (
-            KeyOperand(mixing.node.name, scores.name, axis, "scores", classes.sample_axis(scores, samples)),
-            KeyOperand(product.name, values.name, rank(values) - 2, "value", classes.sample_axis(values, samples)),
-        )
-        rows, output, kind = (scores, rank(scores) - 2), product, "eager"
-    else:
-        return None
-    batch = classes.sample_axis(scores, samples) if classes.same(rows, tokens) else None
-    return Attention(kind, mixing.node.name, operands, output.name, batch)
-
-
-def _weighted_sum(softmax: fx.Node, axis: int) -> fx.Node | None:
-    """The matmul that the softmax's weights reach through row-wise operators alone, contracting their key axis."""
-    node = softmax
-    while len(node.users) == 1:
-        (user,) = node.users
-        if user.target in _PRODUCTS and user.args[0] is node:
-            return user if axis == rank(node) - 1 else None
-        described = axis_map(user)
-        if (
-            described is None
-            or traits(user.target).sized
-            or len(tensor_inputs(user)) != 1
-            or described.rows[axis] != ((node, axis),)
-        ):
-            return None
-        node = user
-    return None
+def _attentions_of(nodes: Sequence[fx.Node], classes: AxisClasses, tokens: Axis) -> tuple[Attention, ...]:
+    return tuple(
+        attention
+        for mixing in token_mixes(nodes, classes, tokens)
+        if (attention := as_attention(mixing, classes, tokens)) is not None
+    )

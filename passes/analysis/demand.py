@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 from torch.nn import functional as F
@@ -42,10 +44,11 @@ def find_demand(graph: TaskGraph, visual: torch.Tensor) -> Demand:
 
 
 def find_windows(
-    graph: TaskGraph, after: fx.Node, classes: AxisClasses, visual: torch.Tensor, reads: str
+    graph: TaskGraph, last: Sequence[fx.Node], classes: AxisClasses, visual: torch.Tensor, reads: str
 ) -> tuple[Window, ...]:
-    """The slices of the token axis among what is computed from ``after``, the stream after the last block."""
-    read, found, later = demanded(visual, reads), [], descendants([after])
+    """The slices of the token axis among what is computed from ``last``, the streams after the last block."""
+    read, found, later = demanded(visual, reads), [], descendants(last)
+    after = last[0]
     for node in graph.graph.nodes:
         if node in later and node.target is torch.ops.aten.slice.Tensor:
             x = first_input(node)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from tokgraph.ir.facts import Prompt, Window
@@ -12,19 +14,21 @@ from .axes import AxisClasses
 from .loss_rows import LossRows, loss_rows
 
 
-def find_prompt(graph: TaskGraph, after: fx.Node, classes: AxisClasses, windows: tuple[Window, ...]) -> Prompt | None:
+def find_prompt(
+    graph: TaskGraph, last: Sequence[fx.Node], classes: AxisClasses, windows: tuple[Window, ...]
+) -> Prompt | None:
     """The labels of the first cross entropy over rows of the token axis, or of a slice of it that starts at a fixed row.
 
     Args:
         graph: the task graph.
-        after: the stream after the last block.
+        last: the streams after the last block.
         classes: the graph's axes.
         windows: slices of the token axis.
     """
-    later = descendants([after])
+    later = descendants(last)
     for node in graph.graph.nodes:
         rows = loss_rows(node) if node in later else None
-        first = None if rows is None else _first_row(graph, rows, after, classes, windows)
+        first = None if rows is None else _first_row(graph, rows, last[0], classes, windows)
         if rows is not None and first is not None:
             return Prompt(rows.targets.name, argument(node, "ignore_index", -100), first)
     return None

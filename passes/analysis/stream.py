@@ -170,8 +170,9 @@ def _segment(start: fx.Node, end: fx.Node, position: dict[fx.Node, int]) -> Segm
     low, high = position[start], position[end]
     forward, stack = set(), [start]
     while stack:
-        for user in stack.pop().users:
-            if low < position[user] <= high and user not in forward:
+        node = stack.pop()
+        for user in node.users:
+            if low < position[user] <= high and user not in forward and not _sized_by(user, node):
                 forward.add(user)
                 stack.append(user)
     back, stack = {end}, [end]
@@ -181,10 +182,16 @@ def _segment(start: fx.Node, end: fx.Node, position: dict[fx.Node, int]) -> Segm
                 back.add(used)
                 stack.append(used)
     nodes = tuple(sorted(back, key=position.__getitem__))
-    return Segment(start, end, nodes, _common_module(nodes))
+    return Segment(start, end, nodes, common_module(nodes))
 
 
-def _common_module(nodes: tuple[fx.Node, ...]) -> str:
+def _sized_by(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a tensor has its size from a node, and none of its values."""
+    return tensor(user) is not None and (traits(user.target).shape_only or tensor(node) is None)
+
+
+def common_module(nodes: tuple[fx.Node, ...]) -> str:
+    """The innermost user module that holds all of the nodes."""
     paths = [module_path(node).split(".") for node in nodes if node.meta.get("nn_module_stack")]
     if not paths:
         return ""

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import by_name, tensor
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from tokgraph.errors import AnalysisError
+from tokgraph.ir.facts import Between, Block, TaskFacts, Unplaced, VisualFlow
+from tokgraph.ir.node import ancestors, by_name, tensor, where
 from tokgraph.ir.program import TaskGraph
 
 from ..rules import has_rule
+from ..rules.registry import Axis
 from .axes import AxisClasses
-from .blocks import find_blocks, find_unplaced, token_axis
+from .blocks import blocks_of, check_layout, find_blocks, find_unplaced, token_axis
+from .cuts import pointwise, within
 from .demand import find_demand, find_windows
 from .prompt import find_prompt
+from .sides import with_sides
+from .states import Unfound, find_layers
 from .stream import residual_segments
+from .units import computed_from, find_units
 from .visual import find_visual, visual_mask
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """A way to divide a graph into blocks.
+
+    Args:
+        tokens: the stream's first value and its token axis.
+        blocks: the blocks.
+        visual: where the visual tokens are.
+        unplaced: attentions whose layers are no blocks.
+        between: what may be part of either of two blocks.
+        unfound: why there are some in ``unplaced``.
+    """
+
+    tokens: Axis
+    blocks: tuple[Block, ...]
+    visual: VisualFlow
+    unplaced: tuple[Unplaced, ...] = ()
+    between: tuple[Between, ...] = ()
+    unfound: str = ""
 
 
 def task_facts(graph: TaskGraph) -> TaskFacts:
@@ -22,13 +53,11 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
         AnalysisError: the graph does not show a residual stream with attention, or the visual tokens cannot be found.
     """
     classes = AxisClasses(graph.graph)
-    segments = residual_segments(graph)
     nodes = by_name(graph.graph)
-    tokens = token_axis(graph, segments, classes)
-    blocks, between = find_blocks(segments, classes, tokens)
-    entry, last = nodes[blocks[0].start], nodes[blocks[-1].end]
-    flow = find_visual(graph, entry, classes)
-    visual = visual_mask(graph, flow, entry)
+    found = _structure(graph, classes)
+    blocks, (entry, _) = found.blocks, found.tokens
+    last = [nodes[name] for name in blocks[-1].after]
+    visual = visual_mask(graph, found.visual, entry)
     demand = find_demand(graph, visual)
     windows = find_windows(graph, last, classes, visual, demand.reads)
     inside = [nodes[name] for block in blocks for name in block.nodes]
@@ -36,14 +65,101 @@ def task_facts(graph: TaskGraph) -> TaskFacts:
         name=graph.name,
         entry=entry.name,
         blocks=blocks,
-        visual=flow,
+        visual=found.visual,
         demand=demand,
-        exits=tuple(user.name for user in last.users),
+        exits=tuple(dict.fromkeys(user.name for node in last for user in node.users)),
         windows=windows,
         prompt=find_prompt(graph, last, classes, windows),
-        token_axes={node.name: axes for node, axes in classes.members(tokens).items()},
+        token_axes={node.name: axes for node, axes in classes.members(found.tokens).items()},
         dimensions=graph.dimensions,
         unruled=tuple((n.name, str(n.target)) for n in inside if tensor(n) is not None and not has_rule(n)),
-        unplaced=find_unplaced(graph.graph, blocks, classes, tokens),
-        between=between,
+        unplaced=found.unplaced,
+        between=found.between,
+        unfound=found.unfound,
     )
+
+
+def _structure(graph: TaskGraph, classes: AxisClasses) -> _Structure:
+    """The blocks of a task: a chain of single values where one leads through all layers, else cuts.
+
+    A chain's values are dominators, so each is a cut of size one, and finding them takes less time. Where it does not reach
+    every attention, or there is none, the layers are cut from each other.
+
+    Raises:
+        AnalysisError: neither shows a decoder.
+    """
+    try:
+        chain = _chain(graph, classes)
+    except AnalysisError as error:
+        found = _cut(graph, classes)
+        if isinstance(found, _Structure):
+            return found
+        if found is None:
+            raise
+        place = where(found.node)
+        raise AnalysisError(
+            f"{error.message}; nor can its layers be cut apart at {place.module or place.node}: {found.why}",
+            where=error.where or place,
+            help=error.help,
+        ) from None
+    rest = _behind_last(graph.graph, chain, classes)
+    if chain.unplaced or rest is not None:
+        found = _cut(graph, classes)
+        if isinstance(found, _Structure):
+            return found
+        if rest is not None and not chain.unplaced:
+            last = chain.blocks[-1]
+            unplaced = tuple(Unplaced(a.node, last.module, source=where(rest).source) for a in last.attention)
+            why = f"the last layer goes on at {rest.name}, behind the last value that alone leads to the loss"
+            return replace(chain, unplaced=unplaced, unfound=why)
+        return chain if found is None else replace(chain, unfound=found.why)
+    return chain
+
+
+def _behind_last(graph: fx.Graph, chain: _Structure, classes: AxisClasses) -> fx.Node | None:
+    """What still belongs to the last layer behind the end of a chain: it adds to the stream, or is in the layer's module.
+
+    A loss that reads values inside of the last layer (its router) ends a chain before the layer does.
+    """
+    last = chain.blocks[-1]
+    end = by_name(graph)[last.end]
+    live, behind = ancestors([graph.output_node()]), computed_from([end])
+    direct = {end}
+    numbered = any(part.isdigit() for part in last.module.split("."))  # else it may hold more than the layer
+    for node in graph.nodes:
+        if node in behind and node in live and node is not end:
+            if numbered and within(node, last.module):
+                return node
+            read = [x for x in node.all_input_nodes if x in behind]
+            if pointwise(node) and any(x in direct for x in read):
+                if any(x not in direct for x in read) and classes.of(node, chain.tokens):
+                    return node
+                direct.add(node)
+    return None
+
+
+def _chain(graph: TaskGraph, classes: AxisClasses) -> _Structure:
+    segments = residual_segments(graph)
+    tokens = token_axis(graph, segments, classes)
+    blocks, between = find_blocks(segments, classes, tokens)
+    entry = by_name(graph.graph)[blocks[0].start]
+    unplaced = find_unplaced(graph.graph, blocks, classes, tokens)
+    return _Structure((entry, tokens[1]), blocks, find_visual(graph, entry, classes), unplaced, between)
+
+
+def _cut(graph: TaskGraph, classes: AxisClasses) -> _Structure | Unfound | None:
+    """The layers as cuts, why there are none, or ``None`` where there are not two attentions to cut apart."""
+    units = find_units(graph, classes)
+    if units is None or len(units.units) < 2:
+        return None
+    layers = find_layers(graph.graph, units, classes)
+    if isinstance(layers, Unfound):
+        return layers
+    blocks = blocks_of(layers, classes)
+    nodes = by_name(graph.graph)
+    entry = nodes[blocks[0].start]
+    for name in dict.fromkeys(name for block in blocks for name in (*block.before, *block.after)):
+        check_layout(graph, nodes[name], classes, layers.tokens)
+    unplaced = find_unplaced(graph.graph, blocks, classes, (entry, 1))
+    blocks = with_sides(graph.graph, blocks, classes, (entry, 1))
+    return _Structure((entry, 1), blocks, find_visual(graph, entry, classes), unplaced)

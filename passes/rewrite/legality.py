@@ -12,8 +12,8 @@ from tokgraph.errors import IllegalRewriteError
 from tokgraph.ir.facts import Block, TaskFacts
 from tokgraph.ir.node import ancestors, by_name, is_write, module_path, output_args, tensor, tensor_inputs, where
 
+from ..analysis.attentions import token_mixes
 from ..analysis.axes import AxisClasses
-from ..analysis.blocks import token_mixes
 from ..rules import axis_map, has_rule, traits
 from ..rules.registry import Axis, is_one
 
@@ -62,6 +62,7 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
     for block in blocks:
         inside = [nodes[name] for name in block.nodes]
         _check_rules(facts, block, inside)
+        _check_beside(facts, block, nodes)
         attention = {k.user for a in block.attention for k in a.keys}
         for mixing in token_mixes(inside, classes, tokens):
             if mixing.node.name not in attention:
@@ -78,7 +79,7 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
                 where=where(mixing.node),
                 help="choose a span without this block, or keep operators that mix samples out of the decoder blocks",
             )
-        _check_followed(facts, block, [nodes[block.start], *inside], classes, (tokens, samples))
+        _check_followed(facts, block, [*(nodes[name] for name in block.before), *inside], classes, (tokens, samples))
         _check_attention(facts, block, nodes, block.index in frozen)
 
 
@@ -88,9 +89,9 @@ def _check_writes(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block]) ->
     What only a write needs is computed beside the blocks; it matters what it reads of them.
     """
     writes = [node for node in graph.nodes if is_write(node)]
-    owners = {name: block for block in blocks for name in (block.start, *block.nodes, block.end)}
+    owners = {name: block for block in blocks for name in (*block.before, *block.nodes, *block.after)}
     reached = ancestors(output_args(graph)) if writes else set()
-    last = {block.end for block in blocks} - {block.start for block in blocks}
+    last = {x for block in blocks for x in block.after} - {x for block in blocks for x in block.before}
     for write in writes:
         beside = {node for node in ancestors([write]) if node not in reached}
         for reader, read in ((node, x) for node in beside for x in node.all_input_nodes if x.name in owners):
@@ -102,6 +103,26 @@ def _check_writes(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block]) ->
                     where=where(reader),
                     help="choose a span without this block, or capture the model in eval mode",
                 )
+
+
+def _check_beside(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node]) -> None:
+    """Check that nothing beside the streams is made of rows that are not there, or that it is a mean, of those that are."""
+    for name in block.beside:
+        raise IllegalRewriteError(
+            f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: a later block reads what its attention "
+            "makes, past the residual stream, and dropped tokens have none",
+            where=where(nodes[name]),
+            help="choose a span without this block",
+        )
+    for side in block.sides:
+        if side.why:
+            raise IllegalRewriteError(
+                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {nodes[side.reader].target} reads "
+                f"rows of it beside the decoder and {side.why}",
+                where=where(nodes[side.reader]),
+                help="let the loss read a mean over rows, which is then one over those that are kept, or no rows inside the "
+                "span; or choose a span without this block",
+            )
 
 
 def _check_rules(facts: TaskFacts, block: Block, inside: list[fx.Node]) -> None:

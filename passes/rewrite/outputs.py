@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,7 @@ from tokgraph.ir.program import COMPACT_OUTPUTS
 
 from ..analysis.axes import AxisClasses
 from ..analysis.loss_rows import LossRows, loss_rows
-from ..emitter import VISUAL_ROWS, Emitter, refresh_after
-from ..rules import traits
+from ..emitter import VISUAL_ROWS, Emitter, read_instead, refresh_after
 from ..rules.registry import Axis, first_input
 from .index import IndexBuilder
 from .row_space import RowSpace
@@ -44,7 +44,7 @@ def seed_outputs(
     emit: Emitter,
     build: IndexBuilder,
     facts: TaskFacts,
-    stream: fx.Node,
+    streams: Sequence[fx.Node],
     spaces: tuple[RowSpace, ...],
     exact: bool,
 ) -> None:
@@ -55,7 +55,7 @@ def seed_outputs(
         emit: where nodes go.
         build: index building.
         facts: the task's facts.
-        stream: the residual stream after the last block.
+        streams: the streams after the last block, the residual one first.
         spaces: spaces that were never restored; labels and outputs follow their rows.
         exact: select the demanded rows as well.
 
@@ -70,12 +70,13 @@ def seed_outputs(
     graph = module.graph
     classes = AxisClasses(graph)
     nodes = by_name(graph)
+    stream = streams[0]
     reads = [_whole(build, stream, spaces, exact)]
     if exact:
         reads += [
             read for w in facts.windows if (read := _window(build, emit, nodes[w.node], w.length, w.demanded, w.visual))
         ]
-    later = descendants([stream])
+    later = descendants(streams)
     losses = [rows for node in later if (rows := loss_rows(node)) is not None]
     changed: list[fx.Node] = []
     for read in reads:
@@ -98,12 +99,13 @@ def narrowed_readers(graph: fx.Graph, facts: TaskFacts, exact: bool) -> tuple[se
     """
     classes = AxisClasses(graph)
     nodes = by_name(graph)
-    stream = nodes[facts.stream[-1]]
+    streams = [nodes[name] for name in facts.blocks[-1].after]
+    stream = streams[0]
     axes: list[Axis] = [(stream, 1)]
     for window in facts.windows if exact else ():
         if window.demanded < window.length:
             axes.append((nodes[window.node], axis_argument(nodes[window.node], nodes[window.node])))
-    later = descendants([stream])
+    later = descendants(streams)
     losses = {
         node
         for node in later
@@ -157,38 +159,9 @@ def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> 
     ignored = argument(rows.loss, "ignore_index", -100)
     for index in chosen:
         targets = emit.call(tokgraph.select_targets.default, targets, index, ignored, origin=rows.loss)
-    _read_instead(emit, rows.loss, rows.loss.args[0], rows.logits, logits)  # type: ignore[arg-type]
-    _read_instead(emit, rows.loss, rows.loss.args[1], rows.targets, targets)  # type: ignore[arg-type]
+    read_instead(emit, rows.loss, rows.loss.args[0], rows.logits, logits)  # type: ignore[arg-type]
+    read_instead(emit, rows.loss, rows.loss.args[1], rows.targets, targets)  # type: ignore[arg-type]
     return [logits, targets]
-
-
-def _read_instead(emit: Emitter, reader: fx.Node, operand: fx.Node, old: fx.Node, new: fx.Node) -> None:
-    """Let a reader that gets ``old`` through copies and a view of merged rows read ``new``; what others read as well stays.
-
-    Args:
-        emit: where nodes go.
-        reader: the reader.
-        operand: what it reads: ``old`` itself, or the last of the operators between.
-        old: the value.
-        new: the value with fewer rows.
-    """
-    between: list[fx.Node] = []
-    last = operand
-    while operand is not old:
-        between.append(operand)
-        operand = first_input(operand)
-    shared = any(len(node.users) > 1 for node in between)
-    for node in reversed(between):
-        args = [new, *node.args[1:]]
-        if traits(node.target).reshape:
-            args[1] = [-1, *list(node.args[1])[1:]]  # type: ignore[arg-type]
-        if shared:
-            new = emit.call(node.target, *args, origin=node, **node.kwargs)
-        else:
-            node.args = tuple(args)
-            new = node
-    if new is not last:
-        reader.replace_input_with(last, new)
 
 
 def _narrow_outputs(

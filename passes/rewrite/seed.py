@@ -28,6 +28,7 @@ from .outputs import narrowed_readers, seed_outputs
 from .own_projections import seed_projections
 from .row_space import RowSpace, indices, unpadded
 from .scores import Seen
+from .sides import seed_sides, side_nodes
 from .unread import Check, RowReaders, outside_readers, pass_through_checks
 
 aten = torch.ops.aten
@@ -112,20 +113,20 @@ class SeedSites(GraphPass):
         build = IndexBuilder(emit, facts)
         nodes = by_name(graph)
         checks = self._unread(facts, build, emit, nodes)
-        for name in facts.stream:
+        for name in facts.states:
             nodes[name].meta[RESIDUAL] = True
         spaces: tuple[RowSpace, ...] = ()
-        stream = nodes[facts.blocks[0].start]
+        streams = [nodes[name] for name in facts.blocks[0].before]
         for block in facts.blocks:
-            spaces = self._spaces(facts, block.index, spaces, build, emit, stream)
+            spaces = self._spaces(facts, block.index, spaces, build, emit, streams[0])
             if any(s.projections == "own" and s.start <= block.index < (s.end or 0) for s in self.sites):
                 hidden = [space for space in spaces if _hides(space.site, block.index)]
                 order = seed_projections(block, spaces, hidden, self.task, emit, build, nodes)
                 for attention in block.attention:
                     _hide_keys(attention, [] if order is None else [order], None, emit, nodes)
-            stream = self._seed_block(block, spaces, emit, nodes, stream)
+            streams = self._seed_block(block, spaces, emit, nodes, streams)
         spaces = tuple(space for space in spaces if not space.site.restore)
-        seed_outputs(graph_module, emit, build, facts, stream, spaces, self.exact)
+        seed_outputs(graph_module, emit, build, facts, streams, spaces, self.exact)
         pass_through_checks(emit, graph, checks)
         stable_topological_sort(graph_module)  # a choice of rows may stand after nodes that now read it
         remove_dead_code(graph_module.graph)
@@ -136,7 +137,8 @@ class SeedSites(GraphPass):
         if not gone or facts.demand.reads == "all":
             return []
         losses, leaves = narrowed_readers(emit.graph, facts, self.exact)
-        readers = RowReaders(emit, facts, build.demanded, losses)
+        sides = {nodes[side.reader] for block in facts.blocks[min(gone) :] for side in block.sides}
+        readers = RowReaders(emit, facts, build.demanded, losses | sides)
         readers.follow(*outside_readers(facts, nodes, min(gone)))
         readers.leave(node for leaf, node in enumerate(output_args(emit.graph)) if leaf not in leaves)
         return readers.checks
@@ -156,7 +158,7 @@ class SeedSites(GraphPass):
         for site in self.sites:
             if site.start == block and not only_projects(site, facts):
                 inner = emit.chain(stream, indices(spaces))
-                attention = facts.blocks[block - 1].attention[0] if block else None
+                attention = next(iter(facts.blocks[block - 1].attention), None) if block else None
                 keys = tuple(space for space in before if _hides(space.site, block - 1))
                 spaces = (*spaces, build.site(site, spaces, Seen(inner, spaces, attention, before, keys)))
         hidden = [_hides(space.site, block) for space in spaces]
@@ -168,19 +170,27 @@ class SeedSites(GraphPass):
         return spaces
 
     def _seed_block(
-        self, block: Block, spaces: tuple[RowSpace, ...], emit: Emitter, nodes: dict[str, fx.Node], stream: fx.Node
-    ) -> fx.Node:
-        end = nodes[block.end]
+        self,
+        block: Block,
+        spaces: tuple[RowSpace, ...],
+        emit: Emitter,
+        nodes: dict[str, fx.Node],
+        before: list[fx.Node],
+    ) -> list[fx.Node]:
+        after = [nodes[name] for name in block.after]
         if not spaces:
-            return end
+            return after
         hidden = [space for space in spaces if _hides(space.site, block.index)]
         seen = unpadded(emit, spaces, hidden)
         for attention in block.attention:
             _hide_keys(attention, indices(hidden), seen, emit, nodes)
-        readers = list(end.users)
-        merged = _frozen(emit, stream, end, spaces)
-        for reader in readers:
-            reader.replace_input_with(end, merged)
+        seed_sides(block, spaces, self.task, emit, nodes)
+        inside = {*block.nodes, *side_nodes(block, nodes)}
+        readers = [[user for user in end.users if user.name not in inside] for end in after]
+        merged = [_frozen(emit, start, end, spaces) for start, end in zip(before, after, strict=True)]
+        for end, reading, new in zip(after, readers, merged, strict=True):
+            for reader in reading:
+                reader.replace_input_with(end, new)
         return merged
 
 

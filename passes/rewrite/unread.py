@@ -344,7 +344,7 @@ def outside_readers(
 
 def _axes(node: fx.Node, facts: TaskFacts) -> tuple[int, int] | None:
     tokens = facts.token_axes.get(node.name, ())
-    if node.name in facts.stream:
+    if node.name in facts.states:
         return 0, 1
     if len(tokens) != 1 or tokens[0] == 0 or rank(node) < 2:
         return None

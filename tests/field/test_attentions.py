@@ -70,7 +70,11 @@ class Gated(Block):
         return torch.where(x > 0, super().forward(x, hidden), x)
 
 
-def test_a_decoder_without_a_stream_is_told_so() -> None:
-    program = tg.capture(m.spec(m.model(Gated, layers=2), m.batch()))
-    with pytest.raises(tg.AnalysisError, match="gate, mix or replace their rows|no residual stream"):
-        tg.analyze(program)
+def test_layers_that_replace_rows_are_layers() -> None:
+    model = m.model(Gated)
+    facts = tg.analyze(tg.capture(m.spec(model, m.batch())))
+    assert [block.module for block in facts[TASK].blocks] == ["layers.0", "layers.1", "layers.2"]
+    accelerated = tg.apply(facts, tg.Plan((tg.DropSite(TASK, 1, 2, 0.5),)))
+    for inputs in (m.batch(), m.batch((5, 1), seed=3)):
+        by_hand = m.loss(model, **inputs, span=range(1, 2), hidden=m.dropped(inputs["ids"]))
+        assert m.worst(accelerated[TASK](**inputs), by_hand, model) < 1e-10

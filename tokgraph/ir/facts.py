@@ -152,6 +152,42 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A further value of the state that blocks hand on: one of several streams.
+
+    Args:
+        start: the value before a block.
+        end: what takes its place after it.
+    """
+
+    start: str
+    end: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """Something beside the decoder that mixes rows which a block makes: the mean of a router's probabilities.
+
+    Args:
+        reader: the node that mixes them.
+        value: the value before it whose token axis is still its own; what lies between works on each row alone.
+        axis: the token axis of that value.
+        batch: its batch axis.
+        at: the axis of the reader's operand that the rows are on, those of all samples one after the other where ``merged``.
+        merged: the rows of all samples are on one axis.
+        why: why the reader cannot be given fewer rows, as a clause about it; empty: it can, being a mean.
+    """
+
+    reader: str
+    value: str
+    axis: int = 1
+    batch: int = 0
+    at: int = 1
+    merged: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Block:
     """One decoder layer.
 
@@ -164,6 +200,9 @@ class Block:
         attention: its attentions over the token axis.
         projections: the projections of these attentions; none where one is no ``linear`` of the model's own parameters.
         tensors: names of the model's parameters and buffers that it reads.
+        streams: further streams beside the residual one, each before and after the block.
+        beside: values beside the streams that later blocks read and that depend on its attention.
+        sides: what reads its rows beside the decoder and mixes them.
     """
 
     index: int
@@ -174,6 +213,19 @@ class Block:
     attention: tuple[Attention, ...]
     projections: tuple[Projection, ...] = ()
     tensors: tuple[str, ...] = field(default=(), repr=False)
+    streams: tuple[Stream, ...] = ()
+    beside: tuple[str, ...] = ()
+    sides: tuple[Side, ...] = ()
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """The state before the block."""
+        return (self.start, *(stream.start for stream in self.streams))
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The state after it."""
+        return (self.end, *(stream.end for stream in self.streams))
 
 
 @dataclass(frozen=True)
@@ -280,6 +332,7 @@ class TaskFacts:
         unplaced: attentions over the token axis whose layers are no blocks. Where there are some, block numbers are no
             layer numbers, and no drop site can be placed by them.
         between: what is added between two blocks and may be part of either; then, too, no drop site can be placed.
+        unfound: where ``unplaced`` names attentions: why their layers could not be told apart; empty: it is not known.
     """
 
     name: str
@@ -296,11 +349,17 @@ class TaskFacts:
     unruled: tuple[tuple[str, str], ...] = ()
     unplaced: tuple[Unplaced, ...] = ()
     between: tuple[Between, ...] = ()
+    unfound: str = ""
 
     @property
     def stream(self) -> tuple[str, ...]:
         """The residual cut points: one before every block and one after the last."""
         return (*(block.start for block in self.blocks), self.blocks[-1].end)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """All values that cross the boundaries of blocks; of one stream these are its cut points."""
+        return tuple(dict.fromkeys(name for block in self.blocks for name in (*block.before, *block.after)))
 
     @property
     def profile(self) -> Mapping[str, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokgraph.errors import PlanError, Where
-from tokgraph.ir.facts import Facts, TaskFacts
+from tokgraph.ir.facts import Block, Facts, TaskFacts
+from tokgraph.ir.plan import DropSite
 
 
 def check_placed(facts: Facts, tasks: Iterable[str]) -> None:
@@ -24,11 +25,12 @@ def check_placed(facts: Facts, tasks: Iterable[str]) -> None:
         if task.unplaced:
             first = task.unplaced[0]
             raise PlanError(
-                f"task {name!r}: no site can be placed by depth: {undivided(task)}, so block numbers are not layer numbers",
+                f"task {name!r}: no site can be placed by depth: {undivided(task)}, so block numbers are not layer numbers"
+                + (f" ({task.unfound})" if task.unfound else ""),
                 where=Where(first.node, module=first.module or None, source=first.source),
-                help="layers cannot be told apart where something passes by the residual stream between them (an early exit, a "
-                "loss of the routers, its beginning added to every layer), or where one module is used several times; the "
-                "policies none and exact place no sites",
+                help="layers cannot be told apart where no few values with a token axis lead from one to the next, where the "
+                "tokens between them change, or where one module is used several times; the policies none and exact place no "
+                "sites",
             )
         if task.between:
             part = task.between[0]
@@ -76,6 +78,35 @@ def check_same_layers(facts: Facts) -> None:
                     "span is not the same layers",
                     help="write a plan with spans of its own for each task, or let the tasks run through the same layers",
                 )
+
+
+def check_read_behind(facts: Facts, sites: Iterable[DropSite]) -> None:
+    """Check that tokens behind every span still look at what image tokens became in it, in every task.
+
+    Where later layers look at keys of earlier ones only, nobody reads the image rows of a span but the loss that predicts
+    them: work on them is no work of the other tasks, and to drop the same rows would thin the tasks differently.
+
+    Raises:
+        PlanError: behind a span no block makes keys of its own.
+    """
+    for site in sites:
+        task = facts[site.task]
+        end = len(task.blocks) if site.end is None else site.end
+        known = [any(a.keys for a in block.attention) for block in task.blocks]
+        own = [block.index for block in task.blocks if _own_keys(block)]
+        if any(known) and not any(index >= end for index in own):
+            last = own[-1] if own else 0
+            raise PlanError(
+                f"task {site.task!r}: no block behind block {end - 1} makes keys and values of its own tokens, so image tokens "
+                "there are read by the loss alone, which differs from task to task",
+                help=f"end the span at block {last} or before, or write a plan with sites of its own for each task",
+            )
+
+
+def _own_keys(block: Block) -> bool:
+    """Whether a block's attention looks at keys and values that the block makes, and not at those of an earlier one."""
+    inside = set(block.nodes)
+    return any(k.node in inside for a in block.attention for k in a.keys if k.role in ("key", "value"))
 
 
 def _readers(task: TaskFacts, depth: int) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import DropSite, Mode, Plan, Ragged
 
 from .options import Blocks, Kind, L
-from .placement import check_same_layers
+from .placement import check_read_behind, check_same_layers
 from .policy import Exactly, Policy
 from .search import Search, search
 
@@ -94,6 +94,7 @@ class Shared(Policy):
         self._check_ragged(facts)
         if self.target_flops is not None:
             found = self.search(facts).best.sites(facts)
+            check_read_behind(facts, found)
             return self.made([replace(site, ragged=self.ragged) for site in found], self.exact)
         if self.mix is not None or self.mass is not None:
             raise PlanError(
@@ -112,6 +113,7 @@ class Shared(Policy):
             DropSite(name, start, end, keep, self.selector, self.mode, seed=self.seed, ragged=self.ragged)
             for name in facts
         )
+        check_read_behind(facts, sites)
         options = {**self.options(), "span": [start, end]}
         return Plan(sites, exact=self.exact, policy=self.name, options=options)
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokgraph.ir.facts import Projection, TaskFacts
+from tokgraph.ir.facts import Projection, Side, TaskFacts
 from tokgraph.ir.interpreter import GraphInterpreter
 from tokgraph.ir.names import own_name
+from tokgraph.ir.node import argument
 from tokgraph.ir.plan import DropSite
 from tokgraph.ir.program import TaskGraph
 from tokgraph.planning.selectors import selectors
@@ -63,25 +64,50 @@ class Oracle(GraphInterpreter):
         self._visual = visual
         self._dropped: dict[int, torch.Tensor] = {}
         self._starts = {block.start: block.index for block in facts.blocks[:1]}
-        self._ends = {block.end: block.index for block in facts.blocks}
+        self._ends = {b.end: (b.index, b.start) for b in facts.blocks}
+        self._ends |= {s.end: (b.index, s.start) for b in facts.blocks for s in b.streams}
+        self._mains = {block.end: block.index for block in facts.blocks}
+        self._befores = {name for block in facts.blocks for name in block.before}
+        self._sides = {side.reader: (block.index, side) for block in facts.blocks for side in block.sides}
         self._attention = {a.node: (block.index, a.kind, a.batch) for block in facts.blocks for a in block.attention}
-        self._stream = torch.empty(0)
+        self._state: dict[str, torch.Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """One node; attention sees the visible keys only, and a block's end keeps its frozen rows."""
         if n.name in self._attention:
             result = self._attend(n, *self._attention[n.name])
+        elif n.name in self._sides:
+            result = self._aside(n, *self._sides[n.name])
         else:
             result = super().run_node(n)
         if n.name in self._projections:
             result = self._project(n, *self._projections[n.name], result)
         if n.name in self._ends:
-            block = self._ends[n.name]
-            result = torch.where(self._frozen(block).unsqueeze(-1), self._stream, result)
-            self._enter(block + 1, result)
+            block, before = self._ends[n.name]
+            result = torch.where(self._frozen(block).unsqueeze(-1), self._state[before], result)
+        if n.name in self._mains:
+            self._enter(self._mains[n.name] + 1, result)
         elif n.name in self._starts:
             self._enter(0, result)
+        if n.name in self._befores:
+            self._state[n.name] = result
         return result
+
+    def _aside(self, n: fx.Node, block: int, side: Side) -> Any:
+        """A mean over rows of a block: of those that are not dropped in it."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        gone = self._frozen(block)
+        if not gone.any():
+            return self.call_function(n.target, args, kwargs)
+        x, over, keepdim = args[0], argument(n, "dim"), argument(n, "keepdim", False)
+        over = list(range(x.dim())) if over is None else over
+        shape = [1] * x.dim()
+        if side.merged:
+            shape[side.at] = gone.numel()
+        else:
+            shape[side.at], shape[side.batch] = gone.shape[1], gone.shape[0]
+        kept = ~gone.reshape(shape).expand(x.shape)
+        return torch.where(kept, x, 0).sum(over, keepdim) / kept.sum(over, keepdim)
 
     def _project(self, n: fx.Node, block: int, projection: Projection, result: torch.Tensor) -> torch.Tensor:
         """The projected rows, visual ones by their own parameters where a site gives them some."""
@@ -102,7 +128,6 @@ class Oracle(GraphInterpreter):
         return found
 
     def _enter(self, block: int, stream: torch.Tensor) -> None:
-        self._stream = stream
         for number, site in enumerate(self._sites):
             if site.start == block:
                 gone = self._frozen(block)
@@ -111,7 +136,8 @@ class Oracle(GraphInterpreter):
                 )
 
     def _active(self, block: int) -> list[int]:
-        return [i for i in self._dropped if not self._sites[i].restore or block < (self._sites[i].end or 0)]
+        reach = [(i, self._sites[i]) for i in self._dropped]
+        return [i for i, s in reach if s.start <= block and (not s.restore or block < (s.end or 0))]
 
     def _frozen(self, block: int) -> torch.Tensor:
         """``[batch, tokens]``: positions whose residual row does not change in ``block``."""

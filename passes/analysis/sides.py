@@ -1,0 +1,157 @@
+"""What reads the rows of blocks beside the decoder and mixes them: auxiliary losses of routers, penalties, probes.
+
+Rows are followed from values inside of blocks, one by one, through what is no part of a block. Where they are averaged,
+an average over fewer rows is that of a shorter sequence; anything else that mixes them has no such meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from tokgraph.ir.facts import Block, Side
+from tokgraph.ir.node import ancestors, axis_arguments, by_name, output_args, rank, tensor_inputs
+
+from ..rules import axis_map
+from ..rules.registry import Axis
+from .axes import AxisClasses
+from .cuts import within
+from .units import reads_values
+
+aten = torch.ops.aten
+_MEANS = (aten.mean.dim, aten.mean.default)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of blocks in a value.
+
+    Args:
+        blocks: numbers of the blocks.
+        value: the last value with a token axis of its own.
+        axis: that axis.
+        batch: its batch axis.
+        at: the axis of the rows in the value at hand.
+        merged: the rows of all samples are on that axis.
+    """
+
+    blocks: frozenset[int]
+    value: fx.Node
+    axis: int
+    batch: int
+    at: int
+    merged: bool = False
+
+
+def with_sides(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> tuple[Block, ...]:
+    """The blocks, each with what mixes its rows beside the decoder."""
+    follow = _Follow(graph, blocks, classes, tokens)
+    follow.run()
+    return tuple(replace(block, sides=tuple(follow.sides.get(block.index, ()))) for block in blocks)
+
+
+class _Follow:
+    def __init__(self, graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> None:
+        nodes = by_name(graph)
+        self._graph, self._classes, self._tokens = graph, classes, tokens
+        self._inside = {nodes[name] for block in blocks for name in block.nodes}
+        self._starts = {nodes[name]: block for block in blocks for name in block.before}
+        self._ends = {nodes[name]: block for block in blocks for name in block.after}
+        self._inner = {nodes[name]: block for block in blocks for name in block.nodes if name not in block.after}
+        self._rows: dict[fx.Node, _Rows] = {}
+        self.sides: dict[int, list[Side]] = {}
+
+    def run(self) -> None:
+        """Follow all rows through the graph, to the outputs."""
+        live = ancestors([self._graph.output_node()])
+        for node in self._graph.nodes:
+            if node in live and node not in self._inside and node.op == "call_function" and reads_values(node):
+                self._visit(node)
+        for leaf in dict.fromkeys(output_args(self._graph)):
+            if isinstance(leaf, fx.Node) and leaf in {**self._rows, **self._inner}:
+                rows = self._rows.get(leaf) or self._begin(leaf, self._inner[leaf])
+                number = rows.blocks if isinstance(rows, _Rows) else {self._inner[leaf].index}
+                self._refuse(leaf, leaf, number, "leaves the graph with all of them")
+
+    def _visit(self, node: fx.Node) -> None:
+        read: dict[fx.Node, _Rows] = {}
+        for x in tensor_inputs(node):
+            block = self._inner.get(x) or self._of_module(x, node)
+            rows = self._rows.get(x) if block is None else self._begin(x, block)
+            if rows is None and block is not None:
+                self._refuse(node, x, {block.index}, "they cannot be followed there")
+            elif rows is not None:
+                read[x] = rows
+        if not read:
+            return
+        moved = [self._moved(node, x, rows) for x, rows in read.items()]
+        blocks = frozenset().union(*(rows.blocks for rows in read.values()))
+        why = next((found for found in moved if isinstance(found, str)), "")
+        found = [rows for rows in moved if isinstance(rows, _Rows)]
+        if not why and len(found) > 1 and (len({(r.at, r.merged) for r in found}) > 1 or any(r.merged for r in found)):
+            why = "combines them after samples and tokens were merged"
+        if not why and len(blocks) > 1:
+            why = "combines those of several blocks"
+        if why:
+            self._refuse(node, next(iter(read)), blocks, why)
+        elif found:
+            self._rows[node] = found[0]
+
+    def _of_module(self, x: fx.Node, reader: fx.Node) -> Block | None:
+        """The block that begins or ends with a value, if its reader is in the block's own module."""
+        beside = [ends[x] for ends in (self._starts, self._ends) if x in ends]
+        return next((block for block in beside if block.module and within(reader, block.module)), None)
+
+    def _begin(self, x: fx.Node, block: Block) -> _Rows | None:
+        axes = self._classes.of(x, self._tokens)
+        batch = self._classes.sample_axis(x, (self._tokens[0], 0))
+        if len(axes) != 1 or batch is None:
+            return None
+        return _Rows(frozenset({block.index}), x, axes[0], batch, axes[0])
+
+    def _moved(self, node: fx.Node, x: fx.Node, rows: _Rows) -> _Rows | str | None:
+        """The rows in the value of ``node``, ``None`` where it averages them, or what else it does."""
+        described = axis_map(node)
+        if described is None:
+            return f"has no token-axis rule ({node.target})"
+        if node.target in _MEANS and x is node.args[0]:
+            dims = axis_arguments(node, x) or list(range(rank(x)))
+            if rows.at in dims:
+                if rows.merged and len(tensor_inputs(node)) > 1:
+                    return "reads other values beside them"
+                self._add(rows, Side(node.name, rows.value.name, rows.axis, rows.batch, rows.at, rows.merged))
+                return None
+        if described.groups:
+            group = next((group for group in described.groups if rows.at in group.inputs), None)
+            if group is None or len(group.outputs) != 1:
+                return "splits the axis that they are on"
+            if len(group.inputs) == 1:
+                return self._on(node, rows, group.outputs[0])
+            if rows.merged or list(group.inputs) != [rows.batch, rows.at] or rows.value is not x:
+                return "merges the axis that they are on with another"
+            return replace(rows, at=group.outputs[0], merged=True)
+        to = [axis for axis, follows in enumerate(described.rows) if (x, rows.at) in (follows or ())]
+        if len(to) != 1:
+            return "mixes them otherwise than by a mean"
+        if rows.merged and (len(tensor_inputs(node)) > 1 or node.args[0] is not x):
+            return "combines them with other values after samples and tokens were merged"
+        return self._on(node, rows, to[0])
+
+    def _on(self, node: fx.Node, rows: _Rows, at: int) -> _Rows | str:
+        if rows.merged:
+            return replace(rows, at=at)
+        batch = self._classes.sample_axis(node, (self._tokens[0], 0))
+        return "loses track of samples" if batch is None else replace(rows, value=node, axis=at, batch=batch, at=at)
+
+    def _add(self, rows: _Rows, side: Side) -> None:
+        for number in sorted(rows.blocks):
+            self.sides.setdefault(number, []).append(side)
+
+    def _refuse(
+        self, reader: fx.Node, value: fx.Node, blocks: Sequence[int] | frozenset[int] | set[int], why: str
+    ) -> None:
+        for number in sorted(blocks):
+            self.sides.setdefault(number, []).append(Side(reader.name, value.name, why=why))

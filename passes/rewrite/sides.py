@@ -1,0 +1,56 @@
+"""Seeds beside the decoder: a mean over rows of a block becomes one over the rows that are kept in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from tokgraph.errors import PlanError
+from tokgraph.ir.facts import Block
+from tokgraph.ir.node import module_path, where
+
+from ..emitter import Emitter, read_instead, refresh_after
+from .row_space import RowSpace, indices
+
+
+def seed_sides(block: Block, spaces: Sequence[RowSpace], task: str, emit: Emitter, nodes: dict[str, fx.Node]) -> None:
+    """Let what averages rows of a block beside the decoder read the rows that are kept.
+
+    Args:
+        block: the block.
+        spaces: the spaces open in it, outermost first.
+        task: the task.
+        emit: where nodes go.
+        nodes: the graph's nodes by name.
+
+    Raises:
+        PlanError: samples keep different numbers of rows, so that some of the kept are padding.
+    """
+    changed = []
+    for side in block.sides:
+        reader, value = nodes[side.reader], nodes[side.value]
+        if any(space.lost is not None for space in spaces):
+            raise PlanError(
+                f"task {task!r}: {reader.target} averages rows of block {block.index}, and with ragged='pad' some of the "
+                "rows that are kept are padding",
+                where=where(reader),
+                help="use ragged='min', or choose a span without this block",
+            )
+        kept = emit.chain(value, indices(spaces), side.axis, side.batch)
+        read_instead(emit, reader, reader.args[0], value, kept)  # type: ignore[arg-type]
+        changed.append(kept)
+    if changed:
+        refresh_after(emit.graph, changed)
+
+
+def side_nodes(block: Block, nodes: dict[str, fx.Node]) -> set[str]:
+    """What reads the state after a block in its own module, and is followed to what averages rows of it."""
+    if not block.sides or not block.module:
+        return set()
+    return {
+        user.name
+        for name in block.after
+        for user in nodes[name].users
+        if (module_path(user) + ".").startswith(block.module + ".")
+    }

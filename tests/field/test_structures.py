@@ -1,0 +1,82 @@
+"""Layers are found in decoders of every structure, and drops in them are those of a loop by hand."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+from torch.nn import functional as F
+
+import tokgraph as tg
+from tests.field import decoder as m
+from tests.field import structures as s
+from tests.field.decoder import TASK
+
+QUICK = {"features again", "experts", "early exit", "post-norm", "two streams", "shared keys"}
+"""What the default run looks at; the others take longer than they tell."""
+STRUCTURES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in s.STRUCTURES]
+MIDDLE, LAST = range(1, 3), range(2, 4)
+
+
+def facts_of(structure: str, dynamic: bool = False) -> tuple[s.Looped, tg.Facts]:
+    model = s.model(structure)
+    return model, tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss, dynamic=dynamic)))
+
+
+def gone(ids: Tensor) -> Tensor:
+    """What a site without restore drops at a ratio of 0.5: the last image row is demanded, and one of the others stays."""
+    visual = ids == m.IMAGE_ID
+    free = visual & F.pad(visual[:, 1:], (0, 1))
+    return free & (free.cumsum(1) > 1)
+
+
+def worst(facts: tg.Facts, model: s.Looped, site: tg.DropSite, exact: bool = False) -> float:
+    """The largest difference from the loop by hand, on the example batch and on another one."""
+    accelerated = tg.apply(facts, tg.Plan((site,), exact=exact))
+    tg.verify(accelerated).raise_if_failed()
+    span = range(site.start, len(model.layers) if site.end is None else site.end)
+    found = []
+    for inputs in (m.batch(), m.batch((5, 1), seed=3)):
+        dropped = m.dropped(inputs["ids"]) if site.restore else gone(inputs["ids"])
+        by_hand = model.loss(**inputs, span=span, dropped=dropped, hide=site.mode == "hide")
+        found.append(m.worst(accelerated[TASK](**inputs), by_hand, model))
+    return max(found)
+
+
+SITES = {
+    "hide": tg.DropSite(TASK, 1, 3, 0.5),
+    "freeze": tg.DropSite(TASK, 0, 2, 0.5, mode="freeze"),
+    "gone": tg.DropSite(TASK, 2, 4, 0.5, restore=False),
+}
+REFUSED = {
+    ("features again, by index", "hide"): "block 1: aten.index.Tensor reads or writes tokens",
+    ("features again, by index", "freeze"): "block 0: aten.index.Tensor reads or writes tokens",
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_block_is_a_layer_and_drops_are_those_by_hand(structure: str) -> None:
+    model, facts = facts_of(structure)
+    assert [block.module for block in facts[TASK].blocks] == [f"layers.{number}" for number in range(4)]
+    assert (facts[TASK].unplaced, facts[TASK].between) == ((), ())
+    for name, site in SITES.items():
+        why = REFUSED.get((structure, name))
+        if why is not None:
+            with pytest.raises(tg.IllegalRewriteError, match=why):
+                tg.apply(facts, tg.Plan((site,)))
+        else:
+            assert worst(facts, model, site) < 1e-10
+
+
+def test_a_layer_that_goes_on_behind_the_chain_gets_no_site() -> None:
+    """Of one layer there is nothing to compare its end with."""
+    facts = tg.analyze(tg.capture(m.spec(s.model("experts", layers=1), m.batch(), s.loss)))
+    with pytest.raises(tg.PlanError, match="1 of 1 attentions .*the last layer goes on at"):
+        tg.apply(facts, tg.Plan((tg.DropSite(TASK, 0, 1),)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", sorted(set(s.STRUCTURES) - {"features again, by index"}))
+def test_spans_at_the_ends_with_exact_and_symbolic_sizes(structure: str) -> None:
+    model, facts = facts_of(structure, dynamic=True)
+    for start, end, mode in ((0, 1, "hide"), (2, 4, "hide"), (0, 4, "freeze")):
+        assert worst(facts, model, tg.DropSite(TASK, start, end, 0.5, mode=mode), exact=True) < 1e-10
