@@ -41,7 +41,8 @@ class Workspace(TorchDispatchMode):
         return results
 
     def _hold(self, x: torch.Tensor) -> None:
-        storage, size = storage_of(x), int(x.untyped_storage().nbytes())
+        storage, known = storage_of(x), x.untyped_storage().nbytes()
+        size = known if isinstance(known, int) else 0  # its size depends on data
         if not self._holders[storage]:
             self._now += size
             self._most = max(self._most, self._now)

@@ -23,6 +23,7 @@ from tokgraph.passes import GraphPass, Pipeline, pass_of, registered_passes
 from tokgraph.passes.contract import fingerprint
 from tokgraph.passes.device import ToDevice
 from tokgraph.passes.lower.functional import ChecksToOutputs, TensorsToInputs, WritesToOutputs
+from tokgraph.passes.lower.scatter import ScattersByIndex
 from tokgraph.passes.rewrite import PushDown, SeedSites
 from tokgraph.passes.rewrite.realise import rewrite_passes
 from tokgraph.report import make_report
@@ -64,7 +65,13 @@ FIELDS = {
 
 
 def test_the_stages_run_every_pass_there_is() -> None:
-    others = [ToDevice, ChecksToOutputs, WritesToOutputs, TensorsToInputs]  # after a move, and before compilation
+    others = [
+        ToDevice,
+        ScattersByIndex,
+        ChecksToOutputs,
+        WritesToOutputs,
+        TensorsToInputs,
+    ]  # after a move, and before compilation
     assert sorted([*PASSES, *(p.name for p in others)]) == sorted(OURS)
 
 
