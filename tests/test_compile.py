@@ -289,3 +289,14 @@ def test_a_difference_fails() -> None:
     check = CompilationCheck({"t": TaskCompilation(1.0, 1, 1e-6, float("nan"), "output 0", "head.weight")}, 1e-4)
     with pytest.raises(tg.VerificationError, match="the gradient of head.weight of the compiled graph differs by nan"):
         check.raise_if_failed()
+
+
+def speechless(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
+    """A backend with a bare assertion."""
+    assert not inputs
+    return graph_module.forward
+
+
+def test_an_error_without_words_is_told_by_its_line() -> None:
+    with pytest.raises(tg.CompileError, match=r"AssertionError: .*test_compile.py:\d+: assert not inputs$"):
+        step(planned().compile(backend=speechless))

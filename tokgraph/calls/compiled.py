@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -162,9 +163,11 @@ class _WithoutWrites(fx.Interpreter):
 
 
 def _gist(failure: Exception) -> str:
-    """The line of an error that says what happened: PyTorch's have a page of advice around it."""
+    """The line of an error that says what happened: PyTorch's have a page of advice around it; or where, if none does."""
     cause = getattr(failure, "inner_exception", None) or failure.__cause__ or failure
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if not lines and (frames := traceback.extract_tb(cause.__traceback__)):
+        lines = [f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"]
     return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
 
 
