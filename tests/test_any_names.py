@@ -241,6 +241,7 @@ def test_onnx_graphs_have_the_users_names(hostile: Captured, tmp_path: Path) -> 
     assert files["%2E%2E.forward.onnx"]["inputs"] == ["lambda", "model", "a b", "%2F.0", "%2F.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -34,6 +34,7 @@ def whole(facts: tg.Facts, asked: Asked = ASKED) -> Summary:
     return Summary(summary, with_nodes(summary, facts) if asked.nodes else {})
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole() -> None:
     spec = bare()
     program = tg.capture(spec)

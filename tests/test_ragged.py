@@ -243,6 +243,7 @@ def test_what_padding_holds_changes_nothing(ragged: Captured) -> None:
     assert not torch.equal(*losses), "the model itself does see them"
 
 
+@pytest.mark.slow
 def test_padded_shapes_are_static(open_ragged: Captured) -> None:
     """A batch of other counts runs through the same shapes; one with a smaller image than any in the example does not."""
     accelerated = open_ragged.apply(planned(open_ragged, [site(1, 3, 0.4, ragged="pad")]))

@@ -28,6 +28,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_optimize_export_run_profile(run, tmp_path: Path) -> None:
     PLAN.save(tmp_path / "plan.json")
     result = run("optimize", TINY, *SMALL, "--plan", "plan.json", "--no-verify")

@@ -38,6 +38,7 @@ def test_print_after_prints_to_standard_error(run, tmp_path):
     assert (tmp_path / "results/report.json").exists()
 
 
+@pytest.mark.slow
 def test_print_after_all(run):
     stderr = run(*OPTIMIZE, "--print-after", "all").stderr
     expected = [(name, task) for names in (RAN[: SEED - 1], RAN[SEED - 1 :]) for task in TASKS for name in names]
@@ -87,6 +88,7 @@ def test_stop_after_as_json(run, tmp_path):
     assert "seed-sites" not in result.stderr
 
 
+@pytest.mark.slow
 def test_dump_ir_writes_a_file_a_pass(run, tmp_path):
     """Numbered in order, capture's passes first."""
     assert run(*OPTIMIZE, "--dump-ir", "dump").exit_code == 0
@@ -97,6 +99,7 @@ def test_dump_ir_writes_a_file_a_pass(run, tmp_path):
     assert last.read_text() == (tmp_path / "results/ir/generation.after.txt").read_text()
 
 
+@pytest.mark.slow
 def test_time_passes_has_every_stage_and_pass(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     result = run(*OPTIMIZE, "--time-passes", "--json")

@@ -173,6 +173,7 @@ def test_compare_refuses_names(run, names):
     assert ("'magic' is no policy and no plan file" if "magic" in names else "names no policy") in result.stderr
 
 
+@pytest.mark.slow
 def test_optimize_takes_options_of_any_policy(run, tmp_path):
     result = run(
         "optimize", TINY, *FOUR, "--policy", "fastv", "--option", "k=1", "--no-exact", "--no-save", "-o", "results"

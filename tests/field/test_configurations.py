@@ -106,6 +106,7 @@ def test_a_field_that_it_sets_first_is_no_setting() -> None:
     assert_same(acc.model, lambda: understanding(acc.model, **batch()), lambda: acc["u"](**batch()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGURATIONS)
 def test_classes_are_left_as_they_were(kind: str) -> None:
     config = CONFIGURATIONS[kind]()

@@ -11,7 +11,7 @@ from tests.field import decoder as m
 from tests.field import structures as s
 from tests.field.decoder import TASK
 
-QUICK = {"features again", "experts", "early exit", "post-norm", "two streams", "shared keys"}
+QUICK = {"features again", "experts", "two streams"}
 """What the default run looks at; the others take longer than they tell."""
 STRUCTURES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in s.STRUCTURES]
 MIDDLE, LAST = range(1, 3), range(2, 4)

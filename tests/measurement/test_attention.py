@@ -119,6 +119,7 @@ WAYS = {
 ALIKE = ("bias by head", "scale", "dropout in the operator", "eager with dropout")  # one argument more than another way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way in ALIKE else way for way in WAYS])
 def test_the_formula(way: str) -> None:
     attend, key_heads, bias, options = WAYS[way]

@@ -110,6 +110,7 @@ def read_by_the_last_visual_row_only(captured: Captured, task: str) -> set[str]:
     return {n for n, share in facts.profile.items() if 0 < share <= facts.demand.visual / facts.visual.count < 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ["janus", "digits", "tiny", *ODD])
 def test_gradients_are_visual_where_the_profile_says_so(measured: Measure, name: str, task: str) -> None:

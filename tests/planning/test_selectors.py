@@ -37,6 +37,10 @@ def spread(rows: torch.Tensor) -> torch.Tensor:
     return rows.var(-1)
 
 
+FURTHER: list[dict[str, object]] = [{"mode": "freeze"}, {"restore": False}]
+"""Sites of other kinds."""
+
+
 def middle(positions: torch.Tensor) -> torch.Tensor:
     """The centre of the image first."""
     return -(positions - positions.float().mean()).abs()
@@ -47,7 +51,7 @@ def plan(task: str, name: str, **more: object) -> tg.Plan:
     return check_plan(tg.Plan((site,), exact=True), facts(3))
 
 
-@pytest.mark.parametrize("more", [{}, {"mode": "freeze"}, {"restore": False}], ids=str)
+@pytest.mark.parametrize("more", [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in FURTHER)], ids=str)
 def test_the_oracle_agrees(three: Captured, register, more: dict[str, object]) -> None:
     register("spread", spread, causal=False)
     register("middle", middle, causal=True)

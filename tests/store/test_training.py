@@ -62,6 +62,7 @@ def test_a_checkpoint_of_the_model_loads(rich: Captured, rich_saved: Saved) -> N
     assert torch.equal(copied, other[name.split(".", 2)[2]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [pytest.param("shared", marks=pytest.mark.slow), "himix-hmgen-share-partial"])
 def test_a_plan_is_applied_to_a_loaded_baseline(policy: str, tmp_path: Path) -> None:
     """Loaded graphs have another order of nodes: what chooses rows may stand after what is to read them."""

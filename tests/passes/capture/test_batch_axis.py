@@ -194,7 +194,9 @@ class MergedHeads(models.PreNorm):
         return x + self.mlp(self.norm2(x))
 
 
-@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(True, id="dynamic"), pytest.param(False, id="static", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("block", [MergedNorm, MergedHeads])
 def test_rows_can_be_dropped_in_a_block_that_merges_them(block: type[nn.Module], dynamic: bool) -> None:
     spec = models.spec(block)

@@ -91,8 +91,7 @@ def by_hand(spec: tg.ModelSpec, task: str, start: int, stop: int, count: int) ->
 @pytest.mark.parametrize(
     ("task", "layers"),
     [
-        ("generation", 4),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in product(TASKS, (4, 24)) if x != ("generation", 4)),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in product(TASKS, (4, 24))),
     ],
 )
 def test_a_span_of_janus_moves_what_a_loop_by_hand_moves(task: str, layers: int) -> None:

@@ -86,6 +86,7 @@ def test_flat_functional_graphs(
         assert all(node.users for node in nodes if node.op == "call_function"), "no dead code"
 
 
+@pytest.mark.slow
 def test_lowering_leaves_the_graph_as_it_was(rich: Captured) -> None:
     graph = rich.program[U]
     before, state = str(graph.graph), copy.deepcopy(rich.model.state_dict())

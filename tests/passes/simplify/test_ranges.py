@@ -132,6 +132,7 @@ def test_text_before_an_image() -> None:
     Run.of(after).assert_equals(Run.of(found.seeded(site(1, 2, 0.0))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     "sites",
