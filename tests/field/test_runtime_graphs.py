@@ -1,0 +1,90 @@
+"""Graphs for ONNX of models whose sizes depend on data, whose gradients cancel out, and whose operators it lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokgraph as tg
+from tests.field.models import IMAGE, VLM, seeded, spec
+from tokgraph.export import check
+from tokgraph.export.session import Session
+
+pytest.importorskip("onnx")
+
+
+class Counted(VLM):
+    """Features beyond the count of image ids are left out."""
+
+    def embed(self, ids: Tensor, patches: Tensor | None) -> Tensor:
+        count: Any = (ids == IMAGE).sum().item()
+        torch._check(count >= 0)
+        torch._check(count <= 8)
+        assert patches is not None
+        features = self.projector(self.tower(patches)).flatten(0, 1)[:count]
+        return self.embedding(ids).masked_scatter((ids == IMAGE).unsqueeze(-1), features)
+
+
+class Repeated(VLM):
+    """Positions come as numbers and how often to repeat them."""
+
+    def embed(self, ids: Tensor, patches: Tensor | None) -> Tensor:
+        return super().embed(ids, patches) + self.embedding(
+            torch.arange(4).repeat_interleave(torch.tensor([3, 3, 2, 2]))
+        )
+
+
+class Picked(VLM):
+    """Patches that are padding are left out before the tower."""
+
+    def embed(self, ids: Tensor, patches: Tensor | None) -> Tensor:
+        assert patches is not None
+        features = self.projector(self.tower(patches[patches.abs().sum(-1) > 0]))
+        return self.embedding(ids).masked_scatter((ids == IMAGE).unsqueeze(-1), features)
+
+
+def unplanned(model: type[VLM], **options: Any) -> tg.Accelerated:
+    program = tg.capture(spec(seeded(lambda: model(**options))))
+    return tg.apply(program, tg.make_plan(program, "none"))
+
+
+@pytest.mark.parametrize(
+    "model", [Repeated, pytest.param(Counted, marks=pytest.mark.slow), pytest.param(Picked, marks=pytest.mark.slow)]
+)
+def test_sizes_that_depend_on_data_reach_a_file_after_a_file(model: type[VLM], tmp_path: Path) -> None:
+    accelerated = unplanned(model, layers=1)
+    accelerated.export_onnx(tmp_path / "1", "forward")
+    accelerated.export_onnx(tmp_path / "2", "train-step")
+
+
+@pytest.mark.parametrize(
+    ("name", "off"),
+    [("grad/blocks.0.k.bias", 0.0), ("grad/blocks.0.k.bias", 1e-5), ("grad/blocks.0.k.weight", 1e-5)],
+)
+def test_a_gradient_that_is_rounding_passes_and_a_wrong_one_does_not(
+    name: str, off: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bias of keys moves all scores of a query alike, which softmax does not see.
+
+    ``off`` is what is added to a gradient, in terms of the largest of all.
+    """
+    accelerated = unplanned(VLM, layers=1)
+    run = Session.run
+
+    def changed(self: Session, feeds: Any) -> dict[str, Tensor]:
+        found = run(self, feeds)
+        largest = max(float(x.abs().max()) for key, x in found.items() if key.startswith("grad/"))
+        assert float(found["grad/blocks.0.k.bias"].abs().max()) < 1e-6 * largest
+        return {**found, name: found[name] + off * largest}
+
+    monkeypatch.setattr(check, "NOISE", 0.0)  # and no floor that hides it
+    monkeypatch.setattr(Session, "run", changed)
+    if not off:
+        accelerated.export_onnx(tmp_path / "files", "train-step")
+        return
+    with pytest.raises(tg.ExportError, match=rf"{name} differs"):
+        accelerated.export_onnx(tmp_path / "files", "train-step")
