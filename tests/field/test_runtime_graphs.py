@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import tokgraph as tg
 from tests.field.models import IMAGE, VLM, seeded, spec
@@ -15,6 +18,16 @@ from tokgraph.export import check
 from tokgraph.export.session import Session
 
 pytest.importorskip("onnx")
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model can make features of: features, ids, patches, and a convolution of volumes."""
+
+    x: Tensor
+    ids: Tensor
+    patches: Tensor
+    volumes: nn.Conv3d
 
 
 class Counted(VLM):
@@ -88,3 +101,52 @@ def test_a_gradient_that_is_rounding_passes_and_a_wrong_one_does_not(
         return
     with pytest.raises(tg.ExportError, match=rf"{name} differs"):
         accelerated.export_onnx(tmp_path / "files", "train-step")
+
+
+def pooled(pool: Callable[[Tensor], Tensor], axes: int = 2) -> Callable[[Features], Tensor]:
+    """The average of what ``pool`` makes of all features, laid out in a square, is added to each."""
+
+    def change(given: Features) -> Tensor:
+        square = given.x.transpose(1, 2).reshape(*given.x.shape[::2], *([2] * 2 if axes == 2 else [1, 2, 2]))
+        found = pool(square).flatten(2)
+        weights = torch.linspace(0.5, 1.5, found.shape[-1])
+        return given.x + (found * weights).mean(-1).unsqueeze(1)
+
+    return change
+
+
+CHANGES: dict[str, Callable[[Features], Tensor]] = {
+    "convolution of volumes without bias": lambda given: given.volumes(given.patches[:, None, None]).flatten(2).mT,
+    "squeeze of a longer axis": lambda given: given.x.squeeze(1),
+    "integers from a float": lambda given: given.x * (1.0 - (given.ids[:, 2:6] == 0).long())[..., None],
+    "small integers from a float": lambda given: given.x * (1.5 - (given.ids[:, 2:6] == 0).int())[..., None],
+    "average": pooled(lambda x: F.avg_pool2d(x, 2)),
+    "average, padded": pooled(lambda x: F.avg_pool2d(x, 2, 1, 1)),
+    "average, padding not counted": pooled(lambda x: F.avg_pool2d(x, (2, 1), 1, (1, 0), count_include_pad=False)),
+    "average, rounded up": pooled(lambda x: F.avg_pool2d(x, (1, 2), (2, 1), ceil_mode=True)),
+    "average, own divisor": pooled(lambda x: F.avg_pool2d(x, 2, 1, 1, divisor_override=3)),
+    "average over volumes": pooled(lambda x: F.avg_pool3d(x, (1, 2, 1)), 3),
+    "average of a line": lambda given: given.x + F.avg_pool1d(given.x.mT, 2).mean(-1)[:, None],
+    "adaptive average": pooled(lambda x: F.adaptive_avg_pool2d(x, (1, 2))),
+    "adaptive average of a line": lambda given: given.x + F.adaptive_avg_pool1d(given.x.mT, 3)[..., 1][:, None],
+    "smoothed resize": pooled(lambda x: F.interpolate(x, (3, 1), mode="bilinear", antialias=True)),
+}
+IN_SHORT = ("convolution of volumes without bias", "average")
+
+
+@pytest.mark.parametrize(
+    "change", [pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.slow) for name in CHANGES]
+)
+def test_operators_without_a_right_converter(change: str, tmp_path: Path) -> None:
+    class Changed(VLM):
+        def __init__(self) -> None:
+            super().__init__(layers=1)
+            self.volumes = nn.Conv3d(1, 16, (1, 1, 6), bias=False)
+
+        def embed(self, ids: Tensor, patches: Tensor | None) -> Tensor:
+            assert patches is not None
+            x = self.projector(self.tower(patches))
+            features = CHANGES[change](Features(x, ids, patches, self.volumes))
+            return self.embedding(ids).masked_scatter((ids == IMAGE).unsqueeze(-1), features)
+
+    unplanned(Changed).export_onnx(tmp_path / "files", ("forward", "train-step"))
