@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tokgraph as tg
-from tests.field.models import IMAGE, VLM, seeded, spec
+from tests.field.models import IMAGE, VLM, assert_same, batch, seeded, spec, understanding
 from tokgraph.export import check
 from tokgraph.export.session import Session
 
@@ -150,3 +150,12 @@ def test_operators_without_a_right_converter(change: str, tmp_path: Path) -> Non
             return self.embedding(ids).masked_scatter((ids == IMAGE).unsqueeze(-1), features)
 
     unplanned(Changed).export_onnx(tmp_path / "files", ("forward", "train-step"))
+
+
+@pytest.mark.parametrize("model", [Picked, pytest.param(Counted, marks=pytest.mark.slow)])
+def test_sizes_that_depend_on_data_are_reported(model: type[VLM]) -> None:
+    vlm = seeded(lambda: model(layers=1))
+    accelerated = tg.optimize(spec(vlm), "exact")
+    assert accelerated.report["tasks"]["u"]
+    second = batch(seed=3)
+    assert_same(vlm, lambda: understanding(vlm, **second), lambda: accelerated["u"](**second))
