@@ -38,6 +38,7 @@ from .batch_axis import KeepBatchAxis
 from .buffers import read_before_written, rebound_buffers
 from .checks import keeping_checks
 from .conditions import conditions_of
+from .copies import copies
 from .devices import check_devices
 from .eager import held_against_eager
 from .failures import not_traceable
@@ -259,7 +260,7 @@ def _export_once(
             exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         keep_grad_modes(exported)
         _rename_tensors(exported, target_of)
-        functional: ExportedProgram = exported.run_decompositions(row_losses())
+        functional: ExportedProgram = exported.run_decompositions({**row_losses(), **copies()})
         return functional
 
 

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn import functional as F
 
 from tokgraph.ops import decompositions
 from tokgraph.passes.capture.row_losses import smoothed_cross_entropy
+
+from .pools import pools
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
@@ -52,6 +55,10 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
         aten._unsafe_index_put.default: index_put,
         aten.scatter_add.default: half_scatter_add,
         aten.convolution_backward.default: convolution_backward,
+        aten.conv3d.default: plain_conv3d,
+        aten.squeeze.dim: squeeze,
+        aten.rsub.Scalar: rsub,
+        **pools(),
     }
 
 
@@ -62,6 +69,17 @@ def to_dtype(
     if memory_format is not None:
         return NotImplemented
     return aten._to_copy.default(x, dtype=dtype) if copy or x.dtype != dtype else x
+
+
+def squeeze(x: Tensor, dim: int) -> Any:
+    """``x`` without an axis of size 1, and as it is where the axis is longer, which ONNX refuses."""
+    return NotImplemented if guard_or_false(x.shape[dim] == 1) else aten.alias.default(x)
+
+
+def rsub(x: Tensor, other: Any, alpha: Any = 1) -> Any:
+    """``other - alpha * x`` for integers and a float, which the converter's promotion of types does not know."""
+    dtype = torch.result_type(x, other)
+    return NotImplemented if x.dtype == dtype else aten.rsub.Scalar(x.to(dtype), other, alpha)
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
@@ -168,6 +186,26 @@ def half_layer_norm(x: Tensor, shape: Sequence[Any], weight: Tensor | None, bias
     if x.dtype not in HALF:
         return NotImplemented
     return _of_torch[aten.native_layer_norm.default](x, shape, weight, bias, eps)
+
+
+def plain_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """A convolution without bias, for which the converter makes up one of the wrong shape."""
+    if bias is not None:
+        return NotImplemented
+    return aten.convolution.default(x, weight, None, *map(_three, (stride, padding, dilation)), False, [0] * 3, groups)
+
+
+def _three(sizes: Any) -> list[int]:
+    sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+    return sizes * 3 if len(sizes) == 1 else sizes
 
 
 def convolution_backward(

@@ -14,13 +14,14 @@ from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import ExportError, InternalError
 from tokgraph.ir.devices import captured_device
 from tokgraph.ir.names import STEP
-from tokgraph.ir.node import fake_mode, is_write, output_args, value, where
+from tokgraph.ir.node import fake_mode, forget_fresh_symbols, is_write, output_args, value, where
 from tokgraph.ir.program import COMPACT_OUTPUTS, TIED, TaskGraph, loss_node
 from tokgraph.ir.spec import LOSS_KEY
 from tokgraph.ir.tensors import CONSTANTS, read, tensor_name
@@ -155,7 +156,14 @@ class Tracer(fx.Interpreter):
         with fx_traceback.set_current_meta(n), self._origins.recording(place):
             fx_traceback.current_meta["custom"] = carried(place, "forward") if place else {}
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return getattr(self, n.op)(n.target, args, kwargs)
+            try:
+                return getattr(self, n.op)(n.target, args, kwargs)
+            except GuardOnDataDependentSymNode as error:
+                raise ExportError(
+                    f"task {self._source.graph.name!r}: {n.target} asks for a size that depends on values in the batch",
+                    where=where(n),
+                    help="work such sizes out before the forward (Python numbers, NumPy arrays), or give it what they make",
+                ) from error
 
     def mark_backward(self, loss: torch.Tensor) -> None:
         """Let what autograd runs for ``loss`` carry the places of the nodes whose gradients it computes."""
@@ -188,6 +196,7 @@ def _tracing(source: Source, training: bool) -> Iterator[None]:
     attention = sdpa_kernel(SDPBackend.MATH) if training else nullcontext()
     grad = torch.enable_grad() if training else torch.no_grad()
     inference = torch.inference_mode(False)  # that of a caller, in which nothing is recorded
+    forget_fresh_symbols(source.mode)
     with inference, attention, fx_traceback.preserve_node_meta(), source.mode, enable_python_dispatcher(), grad:
         yield
 

@@ -160,11 +160,10 @@ def slice_(node: fx.Node) -> AxisMap:
 
 
 def is_whole_slice(node: fx.Node) -> bool:
-    """Whether a slice takes every element of its axis."""
+    """Whether a slice takes every element of its axis, wherever its start is counted from (``x[:, -n:]`` of ``n``)."""
     x = first_input(node)
     cut = axis_argument(node, x)
-    start, step = argument(node, "start"), argument(node, "step", 1)
-    return start in (None, 0) and step == 1 and same_size(dims(node)[cut], dims(x)[cut])
+    return bool(argument(node, "step", 1) == 1) and same_size(dims(node)[cut], dims(x)[cut])
 
 
 @rule(aten.select.int, axes=("dim",))

@@ -158,3 +158,31 @@ def test_gemma3(train: bool) -> None:
         tg.ModelSpec(model, {"understanding": tg.Task(forward, batch(0), visual=visual, reads="text")}), "exact"
     )["understanding"]
     assert_same(model, lambda: forward(model, **batch(4)), lambda: task(**batch(4)))
+
+
+def test_gated_delta_attention() -> None:
+    """Its state is written chunk by chunk, and rotary embeddings of three axes are put together in place."""
+    torch.manual_seed(0)
+    config = tf.Qwen3_5TextConfig(
+        vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8, linear_conv_kernel_dim=4, layer_types=["linear_attention", "full_attention"],
+        rope_parameters={
+            "rope_type": "default", "mrope_section": [1, 1, 0], "mrope_interleaved": True, "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
+    )  # fmt: skip
+    model: Any = tf.Qwen3_5ForCausalLM._from_config(config, attn_implementation="sdpa")
+
+    def batch(seed: int) -> dict[str, Tensor]:
+        ids = torch.randint(1, 100, (BATCH, 13), generator=torch.Generator().manual_seed(seed))
+        ids[:, 3:7] = IMAGE
+        return {"input_ids": ids, "labels": ids}
+
+    def forward(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return loss_of(model(input_ids, use_cache=False).logits, labels)
+
+    visual = tg.VisualTokens.ids(input="input_ids", equal=IMAGE)
+    program = tg.capture(tg.ModelSpec(model, {"u": tg.Task(forward, batch(0), visual=visual, reads="text")}))
+    task = tg.apply(program, tg.make_plan(program, "none"))["u"]
+    assert_same(model, lambda: forward(model, **batch(4)), lambda: task(**batch(4)))

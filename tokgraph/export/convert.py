@@ -15,6 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 from tokgraph.errors import ExportError
+from tokgraph.ir.node import fake_mode, forget_fresh_symbols
 from tokgraph.passes.lower import Lowered, exported_program
 from tokgraph.passes.lower.graph import lowered_place
 
@@ -81,6 +82,7 @@ def to_onnx(
     """
     _refuse_equal_names(lowered)
     program = exported_program(lowered, into=_Decomposed if is_decomposed(lowered, opset) else ExportedProgram)
+    forget_fresh_symbols(fake_mode(lowered.module.graph))
     with _quiet():
         try:
             converted = torch.onnx.export(

@@ -77,9 +77,15 @@ class GraphInterpreter(fx.Interpreter):
         if target is aten.scaled_dot_product_attention.default:
             args, kwargs = _without_dropout(args, kwargs)
         result = super().call_function(target, args, kwargs)
-        if isinstance(result, torch.Tensor) and not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(args)):
-            return result.to(self._constants(result.dtype))  # made out of numbers, in the default type if none is given
+        if _is_real(result) and not any(map(_is_real, pytree.tree_leaves((args, kwargs)))):
+            return result.to(
+                self._constants(result.dtype)
+            )  # of numbers and integers, in the default type if none is given
         return result
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

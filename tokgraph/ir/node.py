@@ -192,7 +192,7 @@ def entered(mode: FakeTensorMode | None) -> Iterator[None]:
     """Run in a fake mode, without its cache: over symbolic sizes, finding what is in it takes longer than computing it.
 
     Values are made outside of the caller's ``torch.inference_mode()``: they could not be differentiated. Symbols that an
-    operator makes for sizes that depend on data belong to nobody here, and PyTorch would ask the next operator for them.
+    operator makes for sizes that depend on data belong to nobody here (:func:`forget_fresh_symbols`).
     """
     if mode is None:
         with torch.inference_mode(False):
@@ -200,8 +200,7 @@ def entered(mode: FakeTensorMode | None) -> Iterator[None]:
         return
     cached, mode.cache_enabled = mode.cache_enabled, False
     sizes = mode.shape_env
-    if sizes is not None:
-        sizes.pending_fresh_unbacked_symbols.clear()
+    forget_fresh_symbols(mode)
     try:
         with (
             torch.inference_mode(False),
@@ -211,6 +210,14 @@ def entered(mode: FakeTensorMode | None) -> Iterator[None]:
             yield
     finally:
         mode.cache_enabled = cached
+
+
+def forget_fresh_symbols(mode: FakeTensorMode | None) -> None:
+    """Give up symbols of sizes that depend on data, made by what ran before in the mode: PyTorch would ask whatever runs
+    next for them, which did not make them. Conversion to ONNX, for one, runs a graph for its types, and leaves some.
+    """
+    if mode is not None and mode.shape_env is not None:
+        mode.shape_env.pending_fresh_unbacked_symbols.clear()
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
