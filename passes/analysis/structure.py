@@ -125,6 +125,7 @@ def _behind_last(graph: fx.Graph, chain: _Structure, classes: AxisClasses) -> fx
     end = by_name(graph)[last.end]
     live, behind = ancestors([graph.output_node()]), computed_from([end])
     direct = {end}
+    node: fx.Node
     numbered = any(part.isdigit() for part in last.module.split("."))  # else it may hold more than the layer
     for node in graph.nodes:
         if node in behind and node in live and node is not end:

@@ -204,8 +204,8 @@ def plain_conv3d(
 
 
 def _three(sizes: Any) -> list[int]:
-    sizes = [sizes] if isinstance(sizes, int) else list(sizes)
-    return sizes * 3 if len(sizes) == 1 else sizes
+    given: list[int] = [sizes] if isinstance(sizes, int) else list(sizes)
+    return given * 3 if len(given) == 1 else given
 
 
 def convolution_backward(
