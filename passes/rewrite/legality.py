@@ -62,6 +62,7 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
     for block in blocks:
         inside = [nodes[name] for name in block.nodes]
         _check_rules(facts, block, inside)
+        _check_state(facts, block, nodes)
         _check_beside(facts, block, nodes)
         attention = {k.user for a in block.attention for k in a.keys}
         for mixing in token_mixes(inside, classes, tokens):
@@ -103,6 +104,19 @@ def _check_writes(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block]) ->
                     where=where(reader),
                     help="choose a span without this block, or capture the model in eval mode",
                 )
+
+
+def _check_state(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node]) -> None:
+    """Check that rows that do not change fit in behind the block."""
+    for before, after in zip(block.before, block.after, strict=True):
+        x, y = tensor(nodes[before]), tensor(nodes[after])
+        if x is not None and y is not None and (x.shape[2:] != y.shape[2:] or x.dtype != y.dtype):
+            raise IllegalRewriteError(
+                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: its rows are {tuple(x.shape[2:])} of "
+                f"{x.dtype} before it and {tuple(y.shape[2:])} of {y.dtype} behind it, so that none can go past it unchanged",
+                where=where(nodes[after]),
+                help="choose a span without this block",
+            )
 
 
 def _check_beside(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node]) -> None:

@@ -84,7 +84,9 @@ class Oracle(GraphInterpreter):
             result = self._project(n, *self._projections[n.name], result)
         if n.name in self._ends:
             block, before = self._ends[n.name]
-            result = torch.where(self._frozen(block).unsqueeze(-1), self._state[before], result)
+            gone = self._frozen(block)
+            if gone.any():  # where none is, the block may give its rows another width
+                result = torch.where(gone.unsqueeze(-1), self._state[before], result)
         if n.name in self._mains:
             self._enter(self._mains[n.name] + 1, result)
         elif n.name in self._starts:
