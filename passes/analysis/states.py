@@ -155,6 +155,9 @@ def _with_ends(
     states = (*rows, last)
     if set(states[0]) & computed_from(units.units[0].nodes):
         return Unfound("what the first layer reads depends on its own attention", units.units[0].nodes[0])
+    passing = _passing(units.units, cuts, states)
+    if passing is not None:
+        return passing
     born = _born(trunk, cuts, states)
     around = _around(units.units, states, born)
     return Layers(units.tokens, units.units, states, born) if around is None else around
@@ -170,6 +173,21 @@ def _born(trunk: Trunk, cuts: Sequence[State], states: Sequence[State]) -> dict[
             known.update(new)
             found |= {number: new} if new else {}
     return found
+
+
+def _passing(units: Sequence[Unit], cuts: Sequence[State], states: Sequence[State]) -> Unfound | None:
+    """States of earlier layers that cross boundaries one after the other: a layer reads what those before it left.
+
+    A memory that all later layers read, or skips that are read once, do not give way to another one.
+    """
+    old: list[set[fx.Node]] = []
+    for number, cut in enumerate(cuts):
+        earlier_states = {node for state in states[1 : number + 1] for node in state}
+        old.append(set(cut) & earlier_states - set(states[number + 1]))
+    for number, (before, here) in enumerate(pairwise(old), 2):
+        if before - here and here - before:
+            return Unfound("it reads states of two layers before it, as the layer before does", units[number].nodes[0])
+    return None
 
 
 def _around(units: Sequence[Unit], states: Sequence[State], born: dict[int, State]) -> Unfound | None:
