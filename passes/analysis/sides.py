@@ -19,6 +19,7 @@ from ..rules import axis_map
 from ..rules.registry import Axis
 from .axes import AxisClasses
 from .cuts import within
+from .doubts import item_of
 from .units import reads_values
 
 aten = torch.ops.aten
@@ -67,6 +68,13 @@ class _Follow:
     def run(self) -> None:
         """Follow all rows through the graph, to the outputs."""
         live = ancestors([self._graph.output_node()])
+        for end, block in self._ends.items():
+            readers = [user for user in end.users if user in live and reads_values(user)]
+            module = item_of(block.module) or block.module
+            if module and readers and all(within(user, module) for user in readers):
+                self._refuse(
+                    readers[0], end, {block.index}, "is in its own module: there it goes on, as no layer before it"
+                )
         for node in self._graph.nodes:
             if node in live and node not in self._inside and node.op == "call_function" and reads_values(node):
                 self._visit(node)

@@ -17,6 +17,7 @@ from .axes import AxisClasses
 from .blocks import blocks_of, check_layout, find_blocks, find_unplaced, token_axis
 from .cuts import pointwise, within
 from .demand import find_demand, find_windows
+from .doubts import Doubt, find_doubt
 from .prompt import find_prompt
 from .sides import with_sides
 from .states import Unfound, find_layers
@@ -103,15 +104,20 @@ def _structure(graph: TaskGraph, classes: AxisClasses) -> _Structure:
             help=error.help,
         ) from None
     rest = _behind_last(graph.graph, chain, classes)
-    if chain.unplaced or rest is not None:
+    if rest is not None:
+        why = f"the last layer goes on at {rest.name}, behind the last value that alone leads to the loss"
+        doubt: Doubt | None = Doubt(chain.blocks[-1], rest, why)
+    else:
+        doubt = find_doubt(graph.graph, chain.blocks, classes, chain.tokens)
+    if chain.unplaced or doubt is not None:
         found = _cut(graph, classes)
         if isinstance(found, _Structure):
             return found
-        if rest is not None and not chain.unplaced:
-            last = chain.blocks[-1]
-            unplaced = tuple(Unplaced(a.node, last.module, source=where(rest).source) for a in last.attention)
-            why = f"the last layer goes on at {rest.name}, behind the last value that alone leads to the loss"
-            return replace(chain, unplaced=unplaced, unfound=why)
+        if doubt is not None and not chain.unplaced:
+            source = where(doubt.node).source
+            attending = doubt.block.attention or chain.blocks[0].attention
+            unplaced = tuple(Unplaced(a.node, doubt.block.module, source=source) for a in attending)
+            return replace(chain, unplaced=unplaced, unfound=doubt.why)
         return chain if found is None else replace(chain, unfound=found.why)
     return chain
 
@@ -161,6 +167,9 @@ def _cut(graph: TaskGraph, classes: AxisClasses) -> _Structure | Unfound | None:
     entry = nodes[blocks[0].start]
     for name in dict.fromkeys(name for block in blocks for name in (*block.before, *block.after)):
         check_layout(graph, nodes[name], classes, layers.tokens)
+    doubt = find_doubt(graph.graph, blocks, classes, (entry, 1))
+    if doubt is not None:
+        return Unfound(doubt.why, doubt.node)
     unplaced = find_unplaced(graph.graph, blocks, classes, (entry, 1))
     blocks = with_sides(graph.graph, blocks, classes, (entry, 1))
     return _Structure((entry, 1), blocks, find_visual(graph, entry, classes), unplaced)
