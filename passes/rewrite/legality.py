@@ -6,17 +6,32 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import fx
 
 from tokgraph.errors import IllegalRewriteError
 from tokgraph.ir.facts import Block, TaskFacts
-from tokgraph.ir.node import ancestors, by_name, is_write, module_path, output_args, tensor, tensor_inputs, where
+from tokgraph.ir.node import (
+    ancestors,
+    axis_arguments,
+    by_name,
+    is_write,
+    module_path,
+    output_args,
+    rank,
+    tensor,
+    tensor_inputs,
+    where,
+)
 
 from ..analysis.attentions import token_mixes
 from ..analysis.axes import AxisClasses
+from ..analysis.units import computed_from
 from ..rules import axis_map, has_rule, traits
 from ..rules.registry import Axis, is_one
 
+aten = torch.ops.aten
+_TURNS = (aten.flip.default, aten.roll.default)
 _WHY = {
     "attention": "is an attention that tokgraph does not recognise",
     "softmax": "normalises over the token axis outside an attention that tokgraph recognises",
@@ -63,6 +78,7 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
         inside = [nodes[name] for name in block.nodes]
         _check_rules(facts, block, inside)
         _check_state(facts, block, nodes)
+        _check_order(facts, block, nodes, classes, tokens)
         _check_beside(facts, block, nodes)
         attention = {k.user for a in block.attention for k in a.keys}
         for mixing in token_mixes(inside, classes, tokens):
@@ -117,6 +133,22 @@ def _check_state(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node]) -> N
                 where=where(nodes[after]),
                 help="choose a span without this block",
             )
+
+
+def _check_order(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node], classes: AxisClasses, tokens: Axis) -> None:
+    """Check that the rows before the block stand where their tokens do: masks do not tell that they were turned around."""
+    made = computed_from([tokens[0]])
+    for node in ancestors([nodes[name] for name in block.before]) & made:
+        if node.target in _TURNS:
+            x = node.args[0]
+            dims = axis_arguments(node, x, "dim", "dims") or range(rank(x))
+            if any(classes.same((x, axis), tokens) for axis in dims):
+                raise IllegalRewriteError(
+                    f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {node.target} before it moves "
+                    "rows to places of other tokens",
+                    where=where(node),
+                    help="choose a span before that, or leave the order of tokens as it is between layers",
+                )
 
 
 def _check_beside(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node]) -> None:

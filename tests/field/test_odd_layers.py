@@ -133,3 +133,16 @@ def test_a_last_layer_that_goes_on_gets_no_site() -> None:
     facts = facts_of(s.Scaled, at_3=Normed(s.Scaled(), behind=True))
     refused(facts, 3, 4, "block 3: aten.layer_norm.default .*there it goes on, as no layer before it")
     tg.verify(tg.apply(facts, tg.Plan((tg.DropSite(TASK, 1, 3, 0.5),)))).raise_if_failed()
+
+
+class Turned(s.Looped):
+    """Every layer reads the tokens from the last to the first."""
+
+    def each(self, number: int, layer: nn.Module, x: Tensor, hidden: Tensor | None) -> Tensor:
+        return layer(x.flip(1), None if hidden is None else hidden.flip(1)).flip(1)
+
+
+def test_rows_that_were_turned_around_are_not_taken_for_other_tokens() -> None:
+    refused(
+        facts_of(s.Scaled, Turned), 3, 4, "block 3: aten.flip.default before it moves rows to places of other tokens"
+    )
