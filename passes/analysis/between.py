@@ -37,8 +37,10 @@ class Part:
     def is_layer(self) -> bool:
         """Whether its module is an item of the list that layers beside it are items of, and is none of these."""
         mine = _list_name(self.segment)
-        return self.side() == "neither" and any(
-            s is not None and _list_name(s) == mine for s in (self.before, self.after)
+        return (
+            bool(parameters(self.segment))
+            and self.side() == "neither"
+            and any(s is not None and _list_name(s) == mine for s in (self.before, self.after))
         )
 
     def side(self) -> str:
@@ -73,13 +75,32 @@ def belong_after(parts: Iterable[Part]) -> tuple[set[Segment], set[Segment], tup
             if sides or (len(mine) > 1 and any(part.before is None for part in mine) and ends == {False}):
                 after.update(part.segment for part in mine if part.after is not None)
         elif sides != {"before"}:
-            unsure.extend(_told(part) for part in mine if part.before is not None and part.after is not None)
+            inner = (part for part in mine if part.before is not None and part.after is not None)
+            unsure.extend(_told(part) for part in inner if parameters(part.segment))
     return after, layers, tuple(unsure)
 
 
 def parameters(segment: Segment) -> set[str]:
     """Names of the parameters and buffers that a segment reads."""
     return read_tensors(segment.nodes)
+
+
+def named_by(segment: Segment) -> set[str]:
+    """Names of the parameters that tell where a segment belongs: its own, else those of what is made for it alone, as the
+    embeddings that it adds.
+    """
+    own = parameters(segment)
+    if own:
+        return own
+    inside = {segment.start, *segment.nodes}
+    made: set[fx.Node] = set()
+    stack = [x for node in segment.nodes for x in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and node not in inside | made and set(node.users) <= inside | made:
+            made.add(node)
+            stack.extend(node.all_input_nodes)
+    return read_tensors(made)
 
 
 def read_tensors(nodes: Iterable[fx.Node]) -> set[str]:
@@ -95,7 +116,7 @@ def _told(part: Part) -> Between:
 
 def _path(segment: Segment | None) -> str:
     """What the names of a segment's parameters have in common."""
-    names = [name.split(".") for name in sorted(parameters(segment))] if segment is not None else []
+    names = [name.split(".") for name in sorted(named_by(segment))] if segment is not None else []
     shared = []
     for level in zip(*names, strict=False):
         if len(set(level)) > 1:

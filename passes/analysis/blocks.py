@@ -19,7 +19,7 @@ from ..rules import axis_map, has_rule, traits
 from ..rules.registry import Axis
 from .attentions import TokenMix, as_attention, attentions, token_mixes
 from .axes import AxisClasses
-from .between import Part, belong_after, parameters, read_tensors
+from .between import Part, belong_after, named_by, parameters, read_tensors
 from .cuts import layer_modules, pointwise, within
 from .projections import find_projections, projection_weights
 from .states import Layers
@@ -143,7 +143,7 @@ def _between(
     for segment, mixes, after in zip(segments, mixing, following, strict=True):
         if mixes:
             before = segment
-        elif parameters(segment) and not any(s is not None and _together(segment, s) for s in (before, after)):
+        elif named_by(segment) and not any(s is not None and _together(segment, s) for s in (before, after)):
             yield Part(segment, before, after)
 
 

@@ -146,3 +146,29 @@ def test_rows_that_were_turned_around_are_not_taken_for_other_tokens() -> None:
     refused(
         facts_of(s.Scaled, Turned), 3, 4, "block 3: aten.flip.default before it moves rows to places of other tokens"
     )
+
+
+class Placed(s.Looped):
+    """Before each layer embeddings of positions are added: its own, or those of all."""
+
+    def __init__(self, blocks: list[nn.Module], own: bool = True) -> None:
+        super().__init__(blocks)
+        places = [nn.Embedding(32, HIDDEN) for _ in blocks]
+        self.places = nn.ModuleList(places) if own else places[0]
+
+    def each(self, number: int, layer: nn.Module, x: Tensor, hidden: Tensor | None) -> Tensor:
+        places = self.places[number] if isinstance(self.places, nn.ModuleList) else self.places
+        return layer(x + places(torch.arange(x.shape[1]))[None], hidden)
+
+
+@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_what_is_made_for_an_addition_between_layers_tells_where_it_belongs(own: bool) -> None:
+    torch.manual_seed(0)
+    model = Placed([Block() for _ in range(3)], own).double()
+    facts = tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))
+    for start, end in ((1, 2), (0, 2)):
+        accelerated = tg.apply(facts, tg.Plan((tg.DropSite(TASK, start, end, 0.5),)))
+        tg.verify(accelerated).raise_if_failed()
+        for inputs in (m.batch(), m.batch((5, 1), seed=3)):
+            by_hand = model.loss(**inputs, span=range(start, end), dropped=m.dropped(inputs["ids"]))
+            assert m.worst(accelerated[TASK](**inputs), by_hand, model) < 1e-10
