@@ -17,7 +17,7 @@ from ..rules import traits
 from ..rules.registry import Axis
 from .axes import AxisClasses
 from .cuts import within
-from .units import list_of
+from .units import computed_from, list_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def find_doubt(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, t
     return (
         _begins_earlier(blocks[0], rows, nodes)
         or _ends_outside(blocks, nodes)
-        or _no_block(blocks, rows)
+        or _no_block(blocks, rows, live, nodes)
         or _parts(blocks, rows, nodes)
     )
 
@@ -70,16 +70,19 @@ def _ends_outside(blocks: Sequence[Block], nodes: dict[str, fx.Node]) -> Doubt |
     return None
 
 
-def _no_block(blocks: Sequence[Block], rows: Sequence[fx.Node]) -> Doubt | None:
-    """An item of the layers' own list works on tokens and is no block."""
-    lists = {list_of(block.module) for block in blocks} - {""}
-    for node in rows:
-        path = module_path(node)
-        if list_of(path) in lists:
-            item = ".".join(path.split(".")[: len(list_of(path).split(".")) + 1])
-            if not any((block.module + ".").startswith(item + ".") for block in blocks):
-                near = min(blocks, key=lambda block: abs(_number(block.module, item) - _number(item, item)))
-                return Doubt(near, node, f"{item} is an item of the layers' list, and no block")
+def _no_block(
+    blocks: Sequence[Block], rows: Sequence[fx.Node], live: set[fx.Node], nodes: dict[str, fx.Node]
+) -> Doubt | None:
+    """An item of the layers' own list works on tokens, or on what blocks make of them, and is no block."""
+    lists = {item_of(block.module).rpartition(".")[0] for block in blocks} - {""}
+    reached = (computed_from([nodes[blocks[0].start]]) | set(rows)) & live
+    for node in nodes.values() if lists else ():
+        path = module_path(node).split(".") if node in reached else []
+        for at, part in enumerate(path):
+            item = ".".join(path[: at + 1])
+            listed = part.isdigit() and ".".join(path[:at]) in lists
+            if listed and not any((block.module + ".").startswith(item + ".") for block in blocks):
+                return Doubt(blocks[-1], node, f"{item} is an item of the layers' list, and no block")
     return None
 
 
@@ -103,9 +106,3 @@ def item_of(module: str) -> str:
     """The innermost item of a list that a module is or lies in; empty where it is in none, and may hold more than a layer."""
     path = module.split(".")
     return ".".join(path[: max((at + 1 for at, part in enumerate(path) if part.isdigit()), default=0)])
-
-
-def _number(module: str, item: str) -> int:
-    at = len(item.split(".")) - 1
-    parts = module.split(".")
-    return int(parts[at]) if len(parts) > at and parts[at].isdigit() else 0

@@ -167,9 +167,9 @@ def _cut(graph: TaskGraph, classes: AxisClasses) -> _Structure | Unfound | None:
     entry = nodes[blocks[0].start]
     for name in dict.fromkeys(name for block in blocks for name in (*block.before, *block.after)):
         check_layout(graph, nodes[name], classes, layers.tokens)
-    doubt = find_doubt(graph.graph, blocks, classes, (entry, 1))
+    unplaced = find_unplaced(graph.graph, blocks, classes, (entry, 1))
+    doubt = None if unplaced else find_doubt(graph.graph, blocks, classes, (entry, 1))  # no site is placed as it is
     if doubt is not None:
         return Unfound(doubt.why, doubt.node)
-    unplaced = find_unplaced(graph.graph, blocks, classes, (entry, 1))
     blocks = with_sides(graph.graph, blocks, classes, (entry, 1))
     return _Structure((entry, 1), blocks, find_visual(graph, entry, classes), unplaced)
