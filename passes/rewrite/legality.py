@@ -141,6 +141,7 @@ def _check_order(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node], clas
     for node in ancestors([nodes[name] for name in block.before]) & made:
         if node.target in _TURNS:
             x = node.args[0]
+            assert isinstance(x, fx.Node)
             dims = axis_arguments(node, x, "dim", "dims") or range(rank(x))
             if any(classes.same((x, axis), tokens) for axis in dims):
                 raise IllegalRewriteError(
