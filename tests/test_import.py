@@ -61,6 +61,7 @@ def test_every_public_name_is_there() -> None:
     assert python("from tokgraph import *\nprint(optimize.__name__)").strip() == "optimize"
 
 
+@pytest.mark.slow
 def test_rooms_are_attributes() -> None:
     code = "import tokgraph; print(tokgraph.measurement.measure is tokgraph.measure, tokgraph.cli.main.name)"
     assert python(code).split() == ["True", "main"]
@@ -100,6 +101,7 @@ def test_commands_that_need_onnx_say_so(tmp_path, arguments: list[str]) -> None:
     assert "help: pip install 'tokgraph[onnx]'" in found
 
 
+@pytest.mark.slow
 def test_onnxruntime_alone_may_be_missing() -> None:
     code = "import sys; sys.modules['onnxruntime'] = None\nimport tokgraph as tg, tokgraph.export.packages as p\n"
     code += "try:\n    p.require_packages()\nexcept tg.DependencyError as error:\n    print(error)\n"

@@ -96,6 +96,7 @@ def test_profile_of_exported_graphs(run, saved: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_profile_prints_tables(run, saved: Path) -> None:
     result = run("profile", str(saved), "--runtime", "torch", "--graph", "train-step", "--runs", "1", "--warmup", "0")
     assert result.exit_code == 0, result.output

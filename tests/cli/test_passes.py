@@ -65,7 +65,9 @@ def test_a_pass_that_did_not_run_is_named(run):
     assert printed(result.stderr) == [("keep-batch-axis", task) for task in TASKS]
 
 
-@pytest.mark.parametrize("name", ["split-to-slices", "seed-sites", pytest.param("push-down", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["seed-sites", *(pytest.param(n, marks=pytest.mark.slow) for n in ("split-to-slices", "push-down"))]
+)
 def test_stop_after_prints_the_graphs_as_they_are_then(run, tmp_path, name):
     """The same IR as after that pass of a whole run; nothing else is written."""
     whole = run(*OPTIMIZE, "--dump-ir", "dump")

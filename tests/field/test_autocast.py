@@ -16,7 +16,7 @@ def z_loss(model: nn.Module, ids: Tensor, patches: Tensor, labels: Tensor) -> Te
 
 
 @pytest.mark.parametrize("forward", [understanding, z_loss])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_autocast_around_the_call(dtype: torch.dtype, forward) -> None:  # type: ignore[no-untyped-def]
     model, b = seeded(VLM), batch(seed=3)
     acc = tg.optimize(spec(model, forward), "none", verify=False)

@@ -146,14 +146,14 @@ def same_block_again(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (other_head, "the module head was replaced"),
+        pytest.param(other_head, "the module head was replaced", marks=pytest.mark.slow),
         (wrap_head, "the module head was replaced"),
         (other_setting, r"tau was 1.0, it is 2.0"),
         (setting_in_place, r"kept was \[0.5\], it is \[0.25\]"),
-        (class_setting, r"blocks.0.norm1.eps was 1e-05, it is 0.5"),
+        pytest.param(class_setting, r"blocks.0.norm1.eps was 1e-05, it is 0.5", marks=pytest.mark.slow),
         (hook, "hooks of blocks.1 were added or removed"),
         (other_forward, "the forward of the model was replaced"),
-        (same_block_again, "the module blocks.1 was replaced"),
+        pytest.param(same_block_again, "the module blocks.1 was replaced", marks=pytest.mark.slow),
     ],
 )
 def test_another_model_is_refused_and_refreshed(

@@ -61,11 +61,15 @@ CONFIGURATIONS: dict[str, Callable[[], Any]] = {
 }
 
 
+QUICK: dict[str, Any] = {"class": (), "transformers": ()}
+"""Looked at in the default run."""
+
+
 def accelerated(model: type[Configured], config: Any) -> tg.Accelerated:
     return tg.optimize(spec(seeded(lambda: model(config))), "none", verify=False)
 
 
-@pytest.mark.parametrize("kind", CONFIGURATIONS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=QUICK.get(k, pytest.mark.slow)) for k in CONFIGURATIONS])
 def test_a_field_that_the_forward_reads(kind: str) -> None:
     acc = accelerated(Configured, CONFIGURATIONS[kind]())
     acc["u"](**batch())
@@ -76,7 +80,9 @@ def test_a_field_that_the_forward_reads(kind: str) -> None:
     assert_same(acc.model, lambda: understanding(acc.model, **batch()), lambda: acc["u"](**batch()))
 
 
-@pytest.mark.parametrize("kind", ["dataclass", "class", "transformers"])
+@pytest.mark.parametrize(
+    "kind", ["dataclass", *(pytest.param(k, marks=pytest.mark.slow) for k in ("class", "transformers"))]
+)
 def test_a_field_that_it_does_not_read(kind: str) -> None:
     acc = accelerated(Configured, CONFIGURATIONS[kind]())
     acc.model.config.unread = 4

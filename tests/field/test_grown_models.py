@@ -98,14 +98,16 @@ def function(model: nn.Module) -> None:
     ("change", "what"),
     [
         (one_more_block, "blocks.2 was added"),
-        (first_of_a_list, "extra.0 was added"),
+        pytest.param(first_of_a_list, "extra.0 was added", marks=pytest.mark.slow),
         (entry, "named.adapter was added"),
-        (parameter_that_was_none, "prompt, which the forward looked for, was added"),
+        pytest.param(
+            parameter_that_was_none, "prompt, which the forward looked for, was added", marks=pytest.mark.slow
+        ),
         (bias_that_was_none, "head.bias, which the forward looked for, was added"),
         (parameter_looked_for, "soft, which the forward looked for, was added"),
-        (attribute_looked_for, "gain, which the forward looked for, was added"),
+        pytest.param(attribute_looked_for, "gain, which the forward looked for, was added", marks=pytest.mark.slow),
         (forward_of_a_block, "the forward of blocks.1 was replaced"),
-        (method_of_a_block, "the feed of blocks.1 was replaced"),
+        pytest.param(method_of_a_block, "the feed of blocks.1 was replaced", marks=pytest.mark.slow),
         (number_in_depth, r"nested was .*2.0.*, it is .*3.0"),
         (function, r"activation was \w+ .*gelu, it is \w+ .*relu"),
     ],

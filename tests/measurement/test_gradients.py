@@ -160,6 +160,7 @@ def batch_of(task: str, samples: int, text: int, seed: int) -> dict[str, Tensor]
     return {"patches": patches, "ids": ids, "labels": ids.masked_fill(ids == tiny.IMAGE_ID, -100)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_mean_over_batches_of_any_size(measured: Measure, task: str) -> None:
     captured = measured("tiny").captured

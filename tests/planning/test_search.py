@@ -162,6 +162,7 @@ def test_predictions_are_what_the_rewritten_graphs_cost(five: Captured) -> None:
     assert counted(five, tg.Plan(exact=True)) == pytest.approx(search(five.facts, 1.0).best.flops, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_report_says_that_the_tasks_share(five: Captured) -> None:
     plan = tg.make_plan(five.program, "shared", facts=five.facts, target_flops=0.7)
     accelerated = five.apply(plan)

@@ -160,7 +160,7 @@ def test_the_scan_sees_code() -> None:
         assert found == f"{read.__module__} read"
 
 
-@pytest.mark.parametrize("which", ["saved", "rich_saved"])
+@pytest.mark.parametrize("which", ["saved", pytest.param("rich_saved", marks=pytest.mark.slow)])
 def test_no_code_is_pickled(request: pytest.FixtureRequest, which: str) -> None:
     it: Saved = request.getfixturevalue(which)
     members = 0

@@ -41,6 +41,7 @@ def test_shapes_tell_of_a_range_of_positions() -> None:
     assert assumed(captured_tiny(3, dynamic=True).facts[G].cost) == ()
 
 
+@pytest.mark.slow
 def test_ids_do_not_tell_how_many_images_there_are() -> None:
     assert assumed(captured_tiny(3, dynamic=True).facts[U].cost) == (
         GROWS + "an image for every 6 visual tokens of a sample",

@@ -38,7 +38,7 @@ def test_the_same_outputs(two: Captured, accelerated: Any, lower: Callable[..., 
             assert lower is lower_forward or torch.equal(actual, right), name
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)])
 def test_what_is_lowered_for_a_runtime_holds_none_of_our_operators(
     two: Captured, accelerated: Any, train_step: Any, task: str
 ) -> None:
