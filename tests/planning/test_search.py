@@ -75,11 +75,11 @@ def test_the_rewritten_graphs_meet_the_target(wide: Captured, target: float) -> 
 
 @pytest.mark.slow
 def test_the_rewritten_graphs_meet_the_target_at_full_depth() -> None:
-    """Janus-Pro-1B: all ten targets. What ``exact`` removes is enough for 0.95, which then costs less than asked for."""
-    model = published_janus(24)
-    assert all(check_target(model, target) for target in TARGETS)
-    *others, last = (tg.make_plan(model.program, "shared", facts=model.facts, target_flops=t) for t in TARGETS)
-    for plan, target in zip(others, TARGETS, strict=False):
+    """Janus-Pro-1B: four of the ten targets. What ``exact`` removes is enough for 0.95, which then costs less than asked for."""
+    model, targets = published_janus(24), TARGETS[::3]
+    assert all(check_target(model, target) for target in targets)
+    *others, last = (tg.make_plan(model.program, "shared", facts=model.facts, target_flops=t) for t in targets)
+    for plan, target in zip(others, targets, strict=False):
         assert counted(model, plan) == pytest.approx(target, rel=TOLERANCE)
     assert last.sites == ()
     assert counted(model, last) < TARGETS[-1]
