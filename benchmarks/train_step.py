@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,13 +112,19 @@ def variants(spec: tg.ModelSpec, facts: tg.Facts, options: argparse.Namespace, c
             graph = accelerated.program[task]
             flops = task_cost(graph, facts[task]).at().total().flops / whole
             moved = sum(move.forward + move.backward for move in row_moves(graph)) / 2**20
-            run = lambda a=accelerated, t=task, b=batch: a[t](**b)[0]  # noqa: E731
             predicted = None if compiled else peak_memory(graph).bytes
-            found.append(Variant(task, name, run, flops, moved, predicted=predicted))
+            found.append(
+                Variant(task, name, partial(_loss, accelerated[task], batch), flops, moved, predicted=predicted)
+            )
     if compiled:
         for variant in found:
             variant.name += ", compiled"
     return found
+
+
+def _loss(task: tg.TaskModule, batch: dict[str, Any]) -> Tensor:
+    loss: Tensor = task(**batch)[0]
+    return loss
 
 
 class Clock:

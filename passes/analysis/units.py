@@ -77,14 +77,7 @@ def reads_values(user: fx.Node) -> bool:
 
 def computed_from(nodes: Iterable[fx.Node], until: fx.Node | None = None) -> set[fx.Node]:
     """The given nodes and every tensor computed from their values, as far as it stands at or before ``until``."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found and (until is None or not until < node):
-            found.add(node)
-            stack.extend(user for user in node.users if user not in found and reads_values(user))
-    return found
+    return descendants(nodes, until, reads_values)
 
 
 def find_units(graph: TaskGraph, classes: AxisClasses) -> Units | None:

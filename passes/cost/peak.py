@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import sympy
 from torch import fx
 
 from tokgraph.ir.node import output_args, tensor
 from tokgraph.ir.program import TaskGraph, loss_node
 from tokgraph.ir.values import plain
 
-from .works import Counted, Held, count_nodes, example_symbols
+from .works import Counted, Held, count_nodes, example_number
 
 Number = Callable[[Any], int]
 
@@ -52,10 +51,10 @@ def peak_memory(graph: TaskGraph, counted: Counted | None = None) -> Peak:
     Raises:
         AnalysisError: a size depends on values that have no storage.
     """
-    symbols = example_symbols(graph)
+    of_example = example_number(graph)
 
     def number(amount: Any) -> int:
-        return int(amount.xreplace(symbols)) if isinstance(amount, sympy.Basic) else int(amount)
+        return int(of_example(amount))
 
     memory = _Memory()
     held = (counted or count_nodes(graph)).held

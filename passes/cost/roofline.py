@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import sympy
 import torch
 from torch import fx
 
@@ -19,7 +18,7 @@ from tokgraph.ir.node import tensor, value
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.rates import Rates
 
-from .works import Counted, count_nodes, example_symbols
+from .works import Counted, count_nodes, example_number
 
 Bound = Literal["matmul", "memory", "rows"]
 BOUNDS: tuple[Bound, ...] = get_args(Bound)
@@ -49,11 +48,7 @@ def roofline(graph: TaskGraph, rates: Rates, counted: Counted | None = None) -> 
     Raises:
         AnalysisError: a size depends on values that have no storage.
     """
-    symbols = example_symbols(graph)
-
-    def number(amount: Any) -> float:
-        return float(amount.xreplace(symbols)) if isinstance(amount, sympy.Basic) else float(amount)
-
+    number = example_number(graph)
     works = (counted or count_nodes(graph)).works
     return [_least(node, Work(*map(number, work.amounts())), rates) for node, work in works.items()]
 

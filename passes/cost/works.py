@@ -152,6 +152,12 @@ def example_symbols(graph: TaskGraph) -> dict[sympy.Symbol, int]:
     return found
 
 
+def example_number(graph: TaskGraph) -> Callable[[Any], float]:
+    """What an amount in the graph's symbols is in the example batch."""
+    symbols = example_symbols(graph)
+    return lambda amount: float(amount.xreplace(symbols) if isinstance(amount, sympy.Basic) else amount)
+
+
 def tensors(val: Any) -> list[torch.Tensor]:
     """The tensors of a node's value."""
     return [x for x in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(x, torch.Tensor)]

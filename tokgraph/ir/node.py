@@ -141,15 +141,17 @@ def ancestors(nodes: Iterable[fx.Node], since: fx.Node | None = None) -> set[fx.
     return found
 
 
-def descendants(nodes: Iterable[fx.Node], until: fx.Node | None = None) -> set[fx.Node]:
-    """The given nodes and everything computed from them, as far as it stands at or before ``until``."""
+def descendants(
+    nodes: Iterable[fx.Node], until: fx.Node | None = None, through: Callable[[fx.Node], bool] = lambda _: True
+) -> set[fx.Node]:
+    """The given nodes and all computed from them by nodes that ``through`` allows, as far as it stands at or before ``until``."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found and (until is None or not until < node):
             found.add(node)
-            stack.extend(node.users)
+            stack.extend(filter(through, node.users))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.rates import Rates
 from tokgraph.passes.cost.roofline import BOUNDS, roofline, seconds_by_bound
-from tokgraph.passes.cost.works import example_symbols, node_works
+from tokgraph.passes.cost.works import Counted, count_nodes, example_number
 
 from .events import RunProfile, spread
 
@@ -39,9 +39,11 @@ def kept_promise(
         matrix products (``matmul``), by memory, for moving ``rows``, and for what passes between kernels, seconds of a run
         ``before`` and ``after``, those ``promised`` (before, times what the roofline leaves of them), and the ``excess``.
     """
-    times = {"before": roofline(before, rates), "after": roofline(after, rates)}
+    graphs = {"before": before, "after": after}
+    counted = {when: count_nodes(graph) for when, graph in graphs.items()}
+    times = {when: roofline(graph, rates, counted[when]) for when, graph in graphs.items()}
     least = {when: seconds_by_bound(found, backward) for when, found in times.items()}
-    flops = _flops(after, backward) / _flops(before, backward)
+    flops = _flops(after, counted["after"], backward) / _flops(before, counted["before"], backward)
     bounds = [{time.node: time.bound for time in found} for found in times.values()]
     measured = [_by_bound(runs, bound) for runs, bound in zip(profiles, bounds, strict=True)]
     by_bound = {}
@@ -59,10 +61,9 @@ def kept_promise(
     }
 
 
-def _flops(graph: TaskGraph, backward: bool) -> float:
-    symbols = example_symbols(graph)
-    amounts = [w.flops if backward else w.forward_flops for w in node_works(graph).values()]
-    return float(sum(x.xreplace(symbols) if hasattr(x, "xreplace") else x for x in amounts))
+def _flops(graph: TaskGraph, counted: Counted, backward: bool) -> float:
+    number = example_number(graph)
+    return sum(number(work.flops if backward else work.forward_flops) for work in counted.works.values())
 
 
 def _by_bound(runs: Sequence[RunProfile], bound: Mapping[str, str]) -> dict[str, dict[str, float]]:
