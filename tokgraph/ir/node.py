@@ -144,7 +144,7 @@ def ancestors(nodes: Iterable[fx.Node], since: fx.Node | None = None) -> set[fx.
 def descendants(
     nodes: Iterable[fx.Node], until: fx.Node | None = None, through: Callable[[fx.Node], bool] = lambda _: True
 ) -> set[fx.Node]:
-    """The given nodes and all computed from them by nodes that ``through`` allows, as far as it stands at or before ``until``."""
+    """The given nodes and what is computed from them by nodes that ``through`` allows, if it stands at or before ``until``."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
