@@ -33,7 +33,8 @@ from pathlib import Path
 import torch
 
 import tokgraph as tg
-from tokgraph.ir.facts import Block, TaskFacts
+from tokgraph.ir.blocks import Block
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import argument
 from tokgraph.passes.cost.moves import drop_overhead
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tokgraph.ir.facts import Block, Facts
+from tokgraph.ir.blocks import Block
+from tokgraph.ir.facts import Facts
 from tokgraph.ir.spec import ModelSpec, load
 from tokgraph.passes.capture.export import capture
 from tokgraph.report.summary import batches_of, of_all_tasks, one_sample, summarise, with_nodes

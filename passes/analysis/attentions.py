@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from tokgraph.ir.facts import Attention, KeyOperand
+from tokgraph.ir.blocks import Attention, KeyOperand
 from tokgraph.ir.node import argument, rank, tensor_inputs
 
 from ..rules import axis_map, traits

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tokgraph.ir.facts import Between
+from tokgraph.ir.blocks import Between
 from tokgraph.ir.node import source_line
 from tokgraph.ir.tensors import tensor_name
 

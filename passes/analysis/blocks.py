@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.facts import Attention, Between, Block, Stream, Unplaced
+from tokgraph.ir.blocks import Attention, Between, Block, Stream, Unplaced
 from tokgraph.ir.node import ancestors, argument, module_path, rank, source_line, tensor, where
 from tokgraph.ir.program import TaskGraph
 

@@ -10,7 +10,7 @@ from itertools import permutations
 
 from torch import fx
 
-from tokgraph.ir.facts import Block
+from tokgraph.ir.blocks import Block
 from tokgraph.ir.node import ancestors, by_name, module_path, tensor
 
 from ..rules import traits

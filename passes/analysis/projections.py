@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import fx
 
-from tokgraph.ir.facts import Attention, Projection
+from tokgraph.ir.blocks import Attention, Projection
 from tokgraph.ir.node import argument, rank, tensor_inputs
 from tokgraph.ir.tensors import tensor_name
 

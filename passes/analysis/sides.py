@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from tokgraph.ir.facts import Block, Side
+from tokgraph.ir.blocks import Block, Side
 from tokgraph.ir.node import ancestors, axis_arguments, by_name, output_args, rank, tensor_inputs
 
 from ..rules import axis_map

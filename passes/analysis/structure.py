@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.facts import Between, Block, TaskFacts, Unplaced, VisualFlow
+from tokgraph.ir.blocks import Between, Block, Unplaced
+from tokgraph.ir.facts import TaskFacts, VisualFlow
 from tokgraph.ir.node import ancestors, by_name, tensor, where
 from tokgraph.ir.program import TaskGraph
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx
 
-from tokgraph.ir.facts import Block, TaskFacts
+from tokgraph.ir.blocks import Block
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import ancestors, by_name, descendants, module_path, tensor, tensor_inputs
 from tokgraph.ir.program import TaskGraph
 

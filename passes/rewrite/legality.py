@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from tokgraph.errors import IllegalRewriteError
-from tokgraph.ir.facts import Block, TaskFacts
+from tokgraph.ir.blocks import Block
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import (
     ancestors,
     axis_arguments,

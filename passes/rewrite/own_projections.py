@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from tokgraph.ir.facts import Block, Projection
+from tokgraph.ir.blocks import Block, Projection
 from tokgraph.ir.names import own_name
 from tokgraph.ir.node import argument
 

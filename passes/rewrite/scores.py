@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from tokgraph.errors import InternalError, PlanError
-from tokgraph.ir.facts import Attention, TaskFacts
+from tokgraph.ir.blocks import Attention
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.names import STEP
 from tokgraph.ir.node import argument, by_name, rank, where
 from tokgraph.ir.plan import DropSite

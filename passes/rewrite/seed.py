@@ -15,7 +15,8 @@ from torch import fx
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.errors import PlanError
-from tokgraph.ir.facts import Attention, Block, TaskFacts
+from tokgraph.ir.blocks import Attention, Block
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import argument, by_name, output_args, rank, refresh_value, set_argument
 from tokgraph.ir.plan import DropSite
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from tokgraph.errors import PlanError
-from tokgraph.ir.facts import Block
+from tokgraph.ir.blocks import Block
 from tokgraph.ir.node import module_path, where
 
 from ..emitter import Emitter, read_instead, refresh_after

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 import tokgraph as tg
+from tokgraph.ir.blocks import Block, Projection
 from tokgraph.ir.cost import NodeCost, Region, TaskCost, Work
-from tokgraph.ir.facts import Block, Demand, KnownAccounts, Projection, Prompt, VisualFlow
+from tokgraph.ir.facts import Demand, KnownAccounts, Prompt, VisualFlow
 from tokgraph.ir.sizes import Sizes, expression
 
 U, G = "understanding", "generation"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokgraph.errors import PlanError, Where
-from tokgraph.ir.facts import Block, Facts, TaskFacts
+from tokgraph.ir.blocks import Block
+from tokgraph.ir.facts import Facts, TaskFacts
 from tokgraph.ir.plan import DropSite
 
 

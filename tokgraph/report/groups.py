@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from tokgraph.ir.facts import Block
+from tokgraph.ir.blocks import Block
 from tokgraph.measurement.measurements import Measurements, TaskMeasures
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokgraph.ir.facts import Projection, Side, TaskFacts
+from tokgraph.ir.blocks import Projection, Side
+from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.interpreter import GraphInterpreter
 from tokgraph.ir.names import own_name
 from tokgraph.ir.node import argument
