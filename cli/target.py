@@ -17,7 +17,7 @@ from tokgraph.runtime import Accelerated
 from tokgraph.stages import optimize
 from tokgraph.store.batches import EXAMPLE, read_batches
 from tokgraph.store.loading import load_accelerated
-from tokgraph.store.saving import MANIFEST
+from tokgraph.store.manifest import MANIFEST
 
 from .common import chosen_options, load_model
 

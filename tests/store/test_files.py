@@ -20,7 +20,7 @@ import tokgraph as tg
 from tests import tiny
 from tests.harness import captured_tiny
 from tests.store.programs import TASKS, THINNED, G, Saved, read, same
-from tokgraph.store.saving import MANIFEST
+from tokgraph.store.manifest import MANIFEST
 from tokgraph.store.weights import write_weights
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tokgraph.errors import ExportError
+from tokgraph.files import is_plain
 from tokgraph.ir.names import STEP, file_part
 from tokgraph.store.weights import WEIGHTS, read_weights
 
@@ -21,6 +24,8 @@ BASELINE = "baseline"
 ACCELERATED = "accelerated"
 PREFIX = "tokgraph."
 """Prefix of the metadata keys that we write into ONNX models and nodes."""
+_MOST_STATE = 8
+"""Bytes of optimizer state for a byte of weights: twice as many numbers, in up to four times as many bytes."""
 OTHERS = ("param/", "state/", STEP)
 """How inputs that are none of the task's begin."""
 _TORCH = {
@@ -89,13 +94,33 @@ class ExportedFile:
         """Inputs that are none of the task's: parameters as in the weights file, counters and optimizer state at zero."""
         wanted = {name: kind for name, kind in self.inputs.items() if name.startswith(OTHERS)}
         held = [name for name in wanted if name.startswith("param/")]
-        weights = read_weights(self.path.parent / WEIGHTS) if held else {}
+        path = self.path.parent / WEIGHTS
+        weights = read_weights(path) if held else {}
+        self._check_claims(wanted, held, path.stat().st_size if held else 0)
         made = {
             name: torch.zeros([1 if size is None else size for size in sizes], dtype=dtype)
             for name, (dtype, sizes) in wanted.items()
             if name not in held
         }
+        lacking = [name for name in held if name.removeprefix("param/") not in weights]
+        if lacking:
+            raise ExportError(
+                f"{path} lacks {lacking[0]!r}, which {self.path.name} takes", help="export the program again"
+            )
         return made | {name: weights[name.removeprefix("param/")] for name in held}
+
+    def _check_claims(self, wanted: Mapping[str, Any], held: Collection[str], weights: int) -> None:
+        """That inputs which start at zero are no larger than what an optimizer keeps for the weights."""
+        sizes = [
+            dtype.itemsize * math.prod(1 if size is None else size for size in shape)
+            for name, (dtype, shape) in wanted.items()
+            if name not in held
+        ]
+        if sum(sizes) > _MOST_STATE * weights + 2**20:
+            raise ExportError(
+                f"{self.path.name} asks for {sum(sizes):,} bytes of optimizer state, for {weights:,} bytes of weights",
+                help="it was changed: export the program again",
+            )
 
 
 def read_exported(path: Path) -> ExportedFile:
@@ -119,9 +144,23 @@ def read_exported(path: Path) -> ExportedFile:
         raise ExportError(
             f"{path} does not say which {missing[0]} it is of", help="name a file that `tokgraph export` wrote"
         )
-    nodes = {node.name: _place({e.key: e.value for e in node.metadata_props}) for node in model.graph.node}
-    inputs = {value.name: _type(value.type.tensor_type) for value in model.graph.input}
-    return ExportedFile(path, about["task"], about["kind"], about["variant"], nodes, int(about["blocks"]), inputs)
+    try:
+        _check_places(model.graph)
+        nodes = {node.name: _place({e.key: e.value for e in node.metadata_props}) for node in model.graph.node}
+        inputs = {value.name: _type(value.type.tensor_type) for value in model.graph.input}
+        return ExportedFile(path, about["task"], about["kind"], about["variant"], nodes, int(about["blocks"]), inputs)
+    except (ValueError, LookupError) as error:
+        raise ExportError(
+            f"{path} was changed since it was exported: {error}", help="export the program again"
+        ) from error
+
+
+def _check_places(graph: Any) -> None:
+    """That weights lie beside the model: older releases of ONNX Runtime read any file that a model names."""
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and not is_plain(entry.value):
+                raise ValueError(f"it reads {entry.value[:80]!r}, which is not in its folder")
 
 
 def _type(found: Any) -> tuple[torch.dtype, tuple[int | None, ...]]:

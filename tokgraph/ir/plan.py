@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tokgraph.errors import PlanError
-from tokgraph.files import write_atomically
+from tokgraph.files import parse_json, read_text, write_atomically
 
 SCHEMA = 1
 Mode = Literal["hide", "freeze"]
@@ -128,8 +128,8 @@ class Plan:
             PlanError: not JSON, not a tokgraph plan, another schema version, or a field is missing or out of range.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise PlanError(f"{origin} is not JSON: {error}") from None
         if not isinstance(data, dict) or data.pop("kind", None) != "tokgraph.plan":
             raise PlanError(f"{origin} is not a tokgraph plan", help="plans are written by `tokgraph optimize -o OUT`")
@@ -155,7 +155,7 @@ class Plan:
             PlanError: no such file, or not a valid plan.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(Path(path))
+        except (OSError, ValueError) as error:
             raise PlanError(f"cannot read plan file {path}: {error}") from None
         return cls.from_json(text, origin=str(path))

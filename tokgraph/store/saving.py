@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from tokgraph.errors import FileError
 from tokgraph.files import is_plain, new_directory
 from tokgraph.ir.names import file_part
 from tokgraph.ir.program import TaskGraph, is_meta, is_training
-from tokgraph.ir.spec import Task
 from tokgraph.passes.device import program_on_device
 from tokgraph.passes.lower import Lowered, lower_program
 from tokgraph.passes.lower.exported import exported_program
@@ -25,12 +23,21 @@ from tokgraph.runtime import Accelerated
 from tokgraph.version import VERSION
 
 from .batches import EXAMPLE, write_example
-from .conditions import conditions_to_json
+from .conditions import saved_conditions
+from .manifest import (
+    MANIFEST,
+    SCHEMA,
+    Fingerprint,
+    Manifest,
+    SavedDimension,
+    SavedInput,
+    SavedTask,
+    SavedVariant,
+    SavedVisual,
+)  # fmt: skip
 from .weights import WEIGHTS, write_weights
 
-SCHEMA = 3
-MANIFEST, PLAN, REPORT = "manifest.json", "plan.json", "report.json"
-_REQUIRED = ("versions", "training", "state", "parameters", "own", "tasks", "files")
+PLAN, REPORT = "plan.json", "report.json"
 
 
 def graph_file(task: str, variant: str) -> str:
@@ -60,34 +67,36 @@ def save(accelerated: Accelerated, folder: str | Path, *, with_baseline: bool = 
     with new_directory(folder) as temporary:
         write_weights(temporary / WEIGHTS, state)
         accelerated.plan.save(temporary / PLAN)
-        tasks: dict[str, dict[str, Any]] = {}
+        described: dict[str, dict[str, SavedVariant]] = {}
         for variant, program in programs.items():
             for name, graph in program_on_device(program, torch.device("cpu")).items():
                 lowered = lower_program(graph)
                 torch.export.save(exported_program(lowered, state.keys()), temporary / graph_file(name, variant))
-                tasks.setdefault(name, _described(graph))["variants"][variant] = _variant(graph, lowered)
+                described.setdefault(name, {})[variant] = _variant(graph, lowered)
+        tasks = {name: _described(graph, described[name]) for name, graph in accelerated.program.items()}
         write_example(temporary / EXAMPLE, accelerated.program)
         manifest = _manifest(accelerated, tasks, temporary)
         if accelerated.report:
             (temporary / REPORT).write_text(json.dumps(accelerated.report, indent=2) + "\n", encoding="utf-8")
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        text = manifest.model_dump_json(by_alias=True, indent=1)
+        (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
         for name in _written_before(folder):
             if not (temporary / name).exists():
                 (folder / name).unlink(missing_ok=True)
 
 
-def _manifest(accelerated: Accelerated, tasks: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _manifest(accelerated: Accelerated, tasks: dict[str, SavedTask], folder: Path) -> Manifest:
     model = accelerated.model
-    return {
-        "schema": SCHEMA,
-        "versions": {"tokgraph": VERSION, "torch": torch.__version__, "python": platform.python_version()},
-        "training": is_training(model),
-        "state": list(accelerated.weights()),
-        "parameters": {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
-        "own": {name: p.requires_grad for name, p in accelerated.own_parameters.items()},
-        "tasks": tasks,
-        "files": {path.name: _fingerprint(path) for path in sorted(folder.iterdir())},
-    }
+    return Manifest(
+        schema=SCHEMA,
+        versions={"tokgraph": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        training=is_training(model),
+        state=tuple(accelerated.weights()),
+        parameters={name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
+        own={name: p.requires_grad for name, p in accelerated.own_parameters.items()},
+        tasks=tasks,
+        files={path.name: Fingerprint.of(path) for path in sorted(folder.iterdir())},
+    )
 
 
 def _written_before(folder: Path) -> set[str]:
@@ -106,44 +115,41 @@ def _written_before(folder: Path) -> set[str]:
     return {name for name in names if is_plain(name)}
 
 
-def _described(graph: TaskGraph) -> dict[str, Any]:
+def _described(graph: TaskGraph, variants: dict[Any, SavedVariant]) -> SavedTask:
     task = graph.task
-    return {
-        "inputs": {key: _plain_input(graph.name, key, x) for key, x in task.inputs.items()},
-        "reads": task.reads,
-        "outputs": task.outputs,
-        "visual": None if task.visual is None else asdict(task.visual),
-        "visual_inputs": list(task.visual_inputs),
-        "dynamic": {key: {str(d): n for d, n in dims.items()} for key, dims in (task.dynamic or {}).items()},
-        "dimensions": [asdict(d) for d in graph.dimensions],
-        "conditions": conditions_to_json(graph.conditions),
-        "result": _plain_result(graph),
-        "variants": {},
-    }
+    return SavedTask(
+        inputs={key: _plain_input(graph.name, key, x) for key, x in task.inputs.items()},
+        reads=task.reads,
+        outputs=task.outputs,
+        visual=None if task.visual is None else SavedVisual(**asdict(task.visual)),
+        visual_inputs=tuple(task.visual_inputs),
+        dynamic={key: dict(dims) for key, dims in (task.dynamic or {}).items()},
+        dimensions=tuple(SavedDimension(**asdict(d)) for d in graph.dimensions),
+        conditions=saved_conditions(graph.conditions),
+        result=_plain_result(graph),
+        variants=variants,
+    )
 
 
-def _variant(graph: TaskGraph, lowered: Lowered) -> dict[str, Any]:
-    return {
-        "state": list(lowered.state),
-        "compact": {str(leaf): position for leaf, position in graph.compact_outputs.items()},
-        "fixed": {str(position): value for position, value in lowered.fixed.items()},
-    }
+def _variant(graph: TaskGraph, lowered: Lowered) -> SavedVariant:
+    return SavedVariant(state=tuple(lowered.state), compact=graph.compact_outputs, fixed=dict(lowered.fixed))
 
 
-def _plain_input(task: str, key: str, x: Any) -> dict[str, Any]:
+def _plain_input(task: str, key: str, x: Any) -> SavedInput:
     """The structure of an input, and its leaves that are no tensors, as JSON gives them back."""
     leaves, structure = pytree.tree_flatten(x)
-    plain = {str(i): leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
+    plain = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
     try:
-        text = pytree.treespec_dumps(structure)
-        same = pytree.treespec_loads(text) == structure and json.loads(json.dumps(plain)) == plain
+        saved = SavedInput(structure=pytree.treespec_dumps(structure), plain=plain)
+        same = pytree.treespec_loads(saved.structure) == structure
+        same = same and SavedInput.model_validate_json(saved.model_dump_json()).plain == plain
     except (TypeError, ValueError, NotImplementedError):
         same = False
     if not same:
         raise FileError(
             f"task {task!r}: input {key!r} cannot be written as JSON", help="pass numbers, strings, lists and tensors"
         )
-    return {"structure": text, "plain": plain}
+    return saved
 
 
 def _plain_result(graph: TaskGraph) -> str:
@@ -163,59 +169,3 @@ def _plain_result(graph: TaskGraph) -> str:
             f"task {graph.name!r} returns a structure that cannot be saved", help="return a dict, list or tuple"
         )
     return pytree.treespec_dumps(pytree.tree_structure(found))
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a saved program, after checking every file that it names.
-
-    Raises:
-        FileError: there is no program, its files were changed, or another version wrote it.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise FileError(
-            f"{folder} holds no saved program: it has no {MANIFEST}", help="save one with `tokgraph optimize MODEL`"
-        ) from None
-    except ValueError as error:
-        raise FileError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise FileError(
-            f"{path} is not of schema {SCHEMA}, which this version of tokgraph reads", help="save the program again"
-        )
-    missing = [key for key in _REQUIRED if key not in manifest]
-    if missing:
-        raise FileError(f"{path} says nothing of {missing[0]!r}: it was changed", help="save the program again")
-    for name, expected in manifest["files"].items():
-        if not is_plain(name):
-            raise FileError(
-                f"{path} names the file {name!r}, which is not in its folder", help="save the program again"
-            )
-        file = folder / name
-        if not file.is_file():
-            raise FileError(f"{folder} is incomplete: {name} is missing", help="save the program again")
-        if _fingerprint(file) != expected:
-            raise FileError(
-                f"{file} is not the file that was saved: its hash differs from the manifest's",
-                help="it was changed, or belongs to another program; save the program again",
-            )
-    return manifest
-
-
-def task_of(described: Mapping[str, Any], inputs: Mapping[str, Any], forward: Any, visual: Any) -> Task:
-    """The task that a manifest describes."""
-    return Task(
-        forward=forward,
-        inputs=inputs,
-        dynamic={k: {int(d): n for d, n in dims.items()} for k, dims in described["dynamic"].items()} or None,
-        visual=visual,
-        visual_inputs=tuple(described["visual_inputs"]),
-        reads=described["reads"],
-        outputs=described["outputs"],
-    )

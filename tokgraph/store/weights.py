@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tokgraph.errors import FileError
+from tokgraph.files import parse_json
 
 WEIGHTS = "weights.safetensors"
 _ALIASES = "tokgraph.aliases"
@@ -68,17 +69,21 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
         FileError: the file is no safetensors file.
     """
     try:
+        with safe_open(path, "pt"):  # which checks that its header is one, and that its tensors fill it
+            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
+            header = parse_json(file.read(length).decode("utf-8"))
+        aliases = parse_json(header.pop("__metadata__", {}).get(_ALIASES, "{}"))
+        found = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            found[name] = Stored(name, tuple(entry["shape"]), 8 + length + start, end - start)
+        return found | {name: found[of] for name, of in aliases.items()}
+    except (OSError, ValueError, SafetensorError) as error:
         raise FileError(f"{path} is no safetensors file: {error}") from error
-    metadata = header.pop("__metadata__", {})
-    found = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        found[name] = Stored(name, tuple(entry["shape"]), 8 + length + start, end - start)
-    return found | {name: found[of] for name, of in _aliases(metadata).items()}
+    except (LookupError, AttributeError, TypeError) as error:
+        raise FileError(f"{path}: the names of its tied tensors are not those of tensors: {error}") from error
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -93,8 +98,3 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise FileError(f"{path} is no safetensors file: {error}") from error
     names = {name: place.name for name, place in stored_tensors(path).items()}
     return {name: tensors[of] for name, of in names.items()}
-
-
-def _aliases(metadata: Mapping[str, str]) -> dict[str, str]:
-    found: dict[str, str] = json.loads(metadata.get(_ALIASES, "{}"))
-    return found
