@@ -211,15 +211,12 @@ def write_folder(folder: Path, files: dict[str, str], write: Callable[[Path], No
         files: path within it -> text.
         write: writes more, to the folder that it is given.
     """
-    try:
-        with new_directory(folder) as temporary:
-            if write is not None:
-                write(temporary)
-            for name, text in files.items():
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                (temporary / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise click.ClickException(f"cannot write {folder}: {error}") from None
+    with new_directory(folder) as temporary:
+        if write is not None:
+            write(temporary)
+        for name, text in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_text(text, encoding="utf-8")
 
 
 def plain_console() -> Console:

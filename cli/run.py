@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 import torch
-from safetensors.torch import save_file
 
 from tokgraph.errors import ExportError, FileError
 from tokgraph.export.files import ACCELERATED, BASELINE, ExportedFile, find_exported
@@ -18,6 +17,7 @@ from tokgraph.files import new_file
 from tokgraph.ir.names import quoted
 from tokgraph.runtime import Accelerated
 from tokgraph.store.loading import load_accelerated
+from tokgraph.store.weights import write_tensors
 
 from .profile import exported_inputs, first
 from .target import Batches, batches_in, example_of, holds_onnx, holds_program, move
@@ -73,7 +73,7 @@ def run(
             for name, x in outputs.items()
         }
         with new_file(out) as temporary:
-            save_file(tensors, temporary)
+            write_tensors(temporary, tensors)
     losses = {task: float(outputs["loss"]) for task, outputs in found.items()}
     click.echo(json.dumps({"schema": 1, "runtime": chosen, "graph": graph, "loss": losses}, indent=2))
 

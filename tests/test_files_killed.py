@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import tokgraph as tg
+from tests.harness import captured_tiny
 from tokgraph.files import new_directory, new_file, write_atomically
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks of directories need POSIX")
@@ -84,7 +86,7 @@ def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine").write_text("user's")
-    both = [SPAWN.Process(target=write_many, args=(target, text, 100)) for text in ("one", "two")]
+    both = [SPAWN.Process(target=write_many, args=(target, text, 40)) for text in ("one", "two")]
     for process in both:
         process.start()
     for process in both:
@@ -94,3 +96,31 @@ def test_two_runs_into_one_folder(tmp_path: Path) -> None:
     assert len(texts) == 1
     assert (target / "mine").read_text() == "user's"
     assert names(tmp_path) == ["out", *(f"out/{name}" for name in (*"abcdefgh", "mine"))]
+
+
+def saved_tiny() -> tg.Accelerated:
+    return captured_tiny(1).apply(tg.Plan())
+
+
+def limited(target: Path, size: int) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        saved_tiny().save(target)
+    except tg.FileError as error:
+        (target.parent / "said").symlink_to(str(error).splitlines()[0].replace("/", "|"))  # no byte is left to write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [0, 100, 3000, 20_000])
+def test_a_full_disk(tmp_path: Path, size: int) -> None:
+    """Wherever it fails (weights, plan, graphs), it is said, and nothing is left."""
+    target = tmp_path / "out"
+    process = SPAWN.Process(target=limited, args=(target, size))
+    process.start()
+    process.join()
+    (said,) = tmp_path.iterdir()
+    assert str(said.readlink()).startswith("error[TG011]: cannot write")
+    assert not target.exists()

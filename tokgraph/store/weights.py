@@ -57,7 +57,19 @@ def write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
         storage = tensor.untyped_storage().data_ptr()
         if tensor.numel() and shared.setdefault(storage, name) != name:
             stored[name] = tensor.clone()
-    save_file(stored, path, metadata={_ALIASES: json.dumps(aliases)})
+    write_tensors(path, stored, {_ALIASES: json.dumps(aliases)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors that share no memory.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # it has no class of its own for a full disk
+        raise OSError(str(error)) from error
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
