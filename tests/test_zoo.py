@@ -138,8 +138,12 @@ def check_shared(model: Captured) -> None:
 
 
 def cases() -> list[object]:
-    """Fused attention with fixed shapes by default; symbolic shapes, and eager attention, in the slow run."""
+    """Fused attention with fixed shapes; symbolic shapes, and eager attention, of models that differ there."""
     kinds: tuple[tuple[Attention, bool], ...] = (("sdpa", False), ("sdpa", True), ("eager", False))
+    also = {
+        kinds[1]: ("janus", "chameleon", "llava", "emu3", "qwen2_5_vl"),
+        kinds[2]: ("janus", "glm_image", "paligemma"),
+    }
     return [
         pytest.param(
             name,
@@ -149,7 +153,7 @@ def cases() -> list[object]:
             marks=() if (attention, dynamic) == kinds[0] and name not in SLOW else pytest.mark.slow,
         )
         for attention, dynamic in kinds
-        for name in ZOO
+        for name in also.get((attention, dynamic), ZOO)
     ]
 
 

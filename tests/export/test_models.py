@@ -15,7 +15,6 @@ from tests.harness import Captured
 
 pytest.importorskip("onnx")
 EXAMPLES = Path(__file__).parents[2] / "examples"
-POLICIES = ("none", "exact", "shared", "himix-hmgen-share-partial")
 
 
 @cache
@@ -27,9 +26,17 @@ def captured(example: str) -> Captured:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("task", ["understanding", "generation"])
-@pytest.mark.parametrize("example", ["janus", "digits"])
+@pytest.mark.parametrize(
+    ("example", "task", "policy"),
+    [
+        ("digits", "generation", "none"),
+        ("digits", "understanding", "exact"),
+        ("digits", "generation", "himix-hmgen-share-partial"),
+        ("janus", "understanding", "himix-hmgen-share-partial"),
+        ("janus", "understanding", "none"),
+        ("janus", "generation", "shared"),
+    ],
+)
 def test_training_steps_of_the_examples(example: str, task: str, policy: str, tmp_path: Path) -> None:
     held = captured(example)
     plan = tg.make_plan(held.program, policy, facts=held.facts)
@@ -52,10 +59,10 @@ def test_training_steps_of_the_examples(example: str, task: str, policy: str, tm
 
 
 @pytest.mark.slow
-def test_two_graphs_of_a_hundred_million_parameters_take_no_more_disk_than_their_weights(tmp_path: Path) -> None:
-    spec = tg.load(EXAMPLES / "digits.py", layers=6, hidden=1152, heads=8, batch=2)
+def test_two_graphs_of_ten_million_parameters_take_no_more_disk_than_their_weights(tmp_path: Path) -> None:
+    spec = tg.load(EXAMPLES / "digits.py", layers=6, hidden=384, heads=8, batch=2)
     raw = sum(x.numel() * x.element_size() for x in spec.model.state_dict().values())
-    assert sum(p.numel() for p in spec.model.parameters()) > 100e6
+    assert sum(p.numel() for p in spec.model.parameters()) > 10e6
     program = tg.capture(spec)
     facts = tg.analyze(program)
     accelerated = tg.apply(program, tg.make_plan(program, "shared", facts=facts), facts=facts)

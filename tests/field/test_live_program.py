@@ -150,4 +150,4 @@ def test_every_call_is_right_or_refused() -> None:
 
 @pytest.mark.slow
 def test_every_call_is_right_or_refused_often() -> None:
-    property_of(25)()
+    property_of(12)()

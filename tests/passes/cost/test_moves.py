@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,9 +89,7 @@ def by_hand(spec: tg.ModelSpec, task: str, start: int, stop: int, count: int) ->
 
 @pytest.mark.parametrize(
     ("task", "layers"),
-    [
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in product(TASKS, (4, 24))),
-    ],
+    [pytest.param(*x, marks=pytest.mark.slow) for x in zip(TASKS, (4, 12), strict=True)],
 )
 def test_a_span_of_janus_moves_what_a_loop_by_hand_moves(task: str, layers: int) -> None:
     options = {"size": "tiny"} if layers == 4 else {"size": "1b"}
