@@ -135,3 +135,13 @@ def understanding(
         reads="text",
     )
     return Example(model, {"understanding": task}, batch, {"understanding": tuple(layers)})
+
+
+def from_features(model: Any, input_ids: Tensor, features: Tensor, **options: Any) -> Tensor:
+    """Logits of a model whose features were made elsewhere: `[batch, image tokens, hidden]`, in the places of image tokens."""
+    inner = model.model
+    rows = model.get_input_embeddings()(input_ids)
+    rows = rows.masked_scatter((input_ids == IMAGE).unsqueeze(-1), features)
+    decoder = getattr(inner, "language_model", inner)
+    logits: Tensor = model.lm_head(decoder(inputs_embeds=rows, use_cache=False, **options).last_hidden_state)
+    return logits
