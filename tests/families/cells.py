@@ -16,7 +16,6 @@ from torch import Tensor
 import tokgraph as tg
 from tests.families import eager_drops
 from tests.families.family import Example, Family
-from tokgraph.passes.cost.flops import count_flops
 from tokgraph.verification.compare import compare_gradients, compare_outputs, run_oracle, run_rewritten
 
 Cell = dict[str, Any]
@@ -88,7 +87,11 @@ class Row:
                     raise
                 continue
             self.made |= {"program": program, "why": reasons}
-            return sorted({d.name for d in program[self.name].dimensions if d.symbol is not None})
+            found = {d.name for d in program[self.name].dimensions if d.symbol is not None}
+            fixed = {d.name for d in program[self.name].dimensions} - found
+            if fixed and not reasons:
+                reasons.append(f"asked for, and fixed by the model's code: {', '.join(sorted(fixed))}")
+            return sorted(found)
         raise AssertionError
 
     @cached_property
@@ -205,8 +208,9 @@ class Row:
         """What of a training step's FLOPs is left under `exact`."""
         if "exact" not in self.made:
             raise Failed("no plan was applied")
-        before, after = (count_flops(p[self.name]) for p in (self._program, self.made["exact"].program))
-        return after.total / before.total
+        programs = (self._program, self.made["exact"].program)
+        before, after = (tg.costs(program, self.facts)[self.name].at().total().flops for program in programs)
+        return after / before
 
 
 def _dimensions(asked: Mapping[str, Mapping[int, str]] | None) -> Iterator[Mapping[str, Mapping[int, str]] | None]:

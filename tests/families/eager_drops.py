@@ -23,6 +23,7 @@ import tokgraph as tg
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+GROUPED = ("grouped_mm", "_grouped_mm")  # products of experts, which PyTorch has for no float64
 FLOOR = 1e-6  # of the largest gradient: those of key biases are zero but for rounding
 
 
@@ -84,6 +85,8 @@ class _Wide(TorchFunctionMode):
             args, kwargs = pytree.tree_map(lambda x: torch.float64 if _is_narrow(x) else x, (args, kwargs))
         if func is F.scaled_dot_product_attention:
             return self._attend(func, *args, **kwargs)
+        if getattr(func, "__name__", "") in GROUPED:
+            return _grouped(*args, **kwargs)
         if func in SOFTMAX and self.visible is not None:
             scores, seen = args[0], self._over(args[0].shape)
             if seen is not None:
@@ -116,6 +119,12 @@ class _Wide(TorchFunctionMode):
                 mask = mask.masked_fill(~seen, -torch.inf)
         found: Tensor = attention(q, k, v, attn_mask=mask, **options)
         return found
+
+
+def _grouped(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """Rows `offs[i - 1] .. offs[i] - 1` times matrix `i`."""
+    ends = offs.tolist()
+    return torch.cat([rows[a:b] @ w for a, b, w in zip([0, *ends[:-1]], ends, weights, strict=True)])
 
 
 def _is_narrow(x: Any) -> bool:

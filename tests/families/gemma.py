@@ -21,7 +21,6 @@ from tests.families.kin import (
     TOWER,
     VOCABULARY,
     build,
-    from_features,
     listed,
     understanding,
 )
@@ -45,7 +44,13 @@ def gemma3() -> Example:
     )  # fmt: skip
     model = build(tf.Gemma3ForConditionalGeneration, config)
     return understanding(
-        model, LANGUAGE, count=PATCHES // 4, before=(START,), after=(END,), more=_kinds, dynamic={"token_type_ids": TOKENS}
+        model,
+        LANGUAGE,
+        count=PATCHES // 4,
+        before=(START,),
+        after=(END,),
+        more=_kinds,
+        dynamic={"token_type_ids": TOKENS},
     )
 
 

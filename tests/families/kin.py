@@ -29,7 +29,7 @@ TEXT: dict[str, Any] = {
 TOWER: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,

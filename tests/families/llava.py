@@ -25,7 +25,7 @@ from tests.families.kin import (
 LLAMA = {"model_type": "llama", **TEXT}
 MISTRAL = {"model_type": "mistral", **TEXT, "head_dim": 8}
 QWEN = {"model_type": "qwen2", **TEXT}
-CLIP = {"model_type": "clip_vision_model", **TOWER, "projection_dim": HIDDEN}
+CLIP = {"model_type": "clip_vision_model", **TOWER, "num_hidden_layers": 2, "projection_dim": HIDDEN}
 SIGLIP = {"model_type": "siglip_vision_model", **TOWER, "vision_use_head": False}
 PIXTRAL = {"model_type": "pixtral", **TOWER}
 LANGUAGE = listed("model.language_model.layers")
@@ -57,7 +57,9 @@ def with_low_rank(model: nn.Module, names: tuple[str, ...] = ("q_proj", "v_proj"
     return model
 
 
-def llava(attention: str = "sdpa", dtype: torch.dtype = torch.float32, train: bool = False, lora: bool = False) -> Example:
+def llava(
+    attention: str = "sdpa", dtype: torch.dtype = torch.float32, train: bool = False, lora: bool = False
+) -> Example:
     """LLaVA: a CLIP tower and a Llama decoder."""
     config = tf.LlavaConfig(text_config=LLAMA, vision_config=CLIP, image_token_index=IMAGE)
     model = build(tf.LlavaForConditionalGeneration, config, attention, dtype)
@@ -100,9 +102,7 @@ def llava_onevision() -> Example:
 
 def video_llava() -> Example:
     """Video-LLaVA: frames, each with its class token."""
-    config = tf.VideoLlavaConfig(
-        text_config=LLAMA, vision_config=CLIP, video_token_index=IMAGE, image_token_index=111
-    )
+    config = tf.VideoLlavaConfig(text_config=LLAMA, vision_config=CLIP, video_token_index=IMAGE, image_token_index=111)
     model = build(tf.VideoLlavaForConditionalGeneration, config)
     return understanding(
         model, LANGUAGE, count=2 * (PATCHES + 1), pixels=(BATCH, 2, 3, 32, 32), name="pixel_values_videos"
@@ -111,7 +111,9 @@ def video_llava() -> Example:
 
 def vipllava() -> Example:
     """ViP-LLaVA: features of several layers of the tower."""
-    config = tf.VipLlavaConfig(text_config=LLAMA, vision_config=CLIP, image_token_index=IMAGE, vision_feature_layers=[-1, -2])
+    config = tf.VipLlavaConfig(
+        text_config=LLAMA, vision_config=CLIP, image_token_index=IMAGE, vision_feature_layers=[-1, -2]
+    )
     config.vision_feature_layer = [-1, -2]
     return understanding(build(tf.VipLlavaForConditionalGeneration, config), LANGUAGE)
 
@@ -128,7 +130,11 @@ def pixtral() -> Example:
 def mistral3() -> Example:
     """Mistral 3: Pixtral's tower, patches merged by fours."""
     config = tf.Mistral3Config(
-        text_config=MISTRAL, vision_config=PIXTRAL, image_token_index=IMAGE, spatial_merge_size=2, vision_feature_layer=-1
+        text_config=MISTRAL,
+        vision_config=PIXTRAL,
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
     )
     model = build(tf.Mistral3ForConditionalGeneration, config)
     return understanding(model, LANGUAGE, count=PATCHES // 4, fixed={"image_sizes": SIZES})
@@ -167,7 +173,11 @@ def deepseek_vl_hybrid() -> Example:
     model = build(tf.DeepseekVLHybridForConditionalGeneration, config)
 
     def more(ids: Tensor) -> dict[str, Tensor]:
-        return {"high_res_pixel_values": torch.randn(BATCH, 3, 64, 64, generator=torch.Generator().manual_seed(int(ids.sum())))}
+        return {
+            "high_res_pixel_values": torch.randn(
+                BATCH, 3, 64, 64, generator=torch.Generator().manual_seed(int(ids.sum()))
+            )
+        }
 
     return understanding(model, LANGUAGE, more=more, dynamic={"high_res_pixel_values": {0: "batch"}})
 
@@ -232,10 +242,20 @@ def ovis2() -> Example:
 CONDITIONAL = "ForConditionalGeneration"
 FAMILIES = [
     Family("LLaVA", f"Llava{CONDITIONAL}", llava),
-    Family("LLaVA, eager attention", f"Llava{CONDITIONAL}", partial(llava, "eager"), ("attention as products and a softmax",)),
+    Family(
+        "LLaVA, eager attention",
+        f"Llava{CONDITIONAL}",
+        partial(llava, "eager"),
+        ("attention as products and a softmax",),
+    ),
     Family("LLaVA, bfloat16", f"Llava{CONDITIONAL}", partial(llava, dtype=torch.bfloat16), ("parameters in bfloat16",)),
     Family("LLaVA, train mode", f"Llava{CONDITIONAL}", partial(llava, train=True), ("`model.train()`",)),
-    Family("LLaVA, LoRA", f"Llava{CONDITIONAL}", partial(llava, lora=True), ("rank 4 on query and value projections, all else frozen",)),
+    Family(
+        "LLaVA, LoRA",
+        f"Llava{CONDITIONAL}",
+        partial(llava, lora=True),
+        ("rank 4 on query and value projections, all else frozen",),
+    ),
     Family("LLaVA-NeXT", f"LlavaNext{CONDITIONAL}", llava_next),
     Family("LLaVA-NeXT-Video", f"LlavaNextVideo{CONDITIONAL}", llava_next_video),
     Family("LLaVA-OneVision", f"LlavaOnevision{CONDITIONAL}", llava_onevision),

@@ -12,7 +12,19 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from tests.families.family import Example, Family
-from tests.families.kin import BATCH, END, IMAGE, PATCHES, START, TEXT, TOWER, build, from_features, listed, understanding
+from tests.families.kin import (
+    BATCH,
+    END,
+    IMAGE,
+    PATCHES,
+    START,
+    TEXT,
+    TOWER,
+    build,
+    from_features,
+    listed,
+    understanding,
+)
 
 LANGUAGE = listed("model.language_model.layers")
 ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 1e4}
@@ -30,7 +42,9 @@ def positions(ids: Tensor) -> dict[str, Tensor]:
     rows = []
     for row in ids:
         at = int((row == IMAGE).nonzero()[0])
-        grid = torch.stack(torch.meshgrid(torch.zeros(1, dtype=torch.long), torch.arange(side), torch.arange(side), indexing="ij"))
+        grid = torch.stack(
+            torch.meshgrid(torch.zeros(1, dtype=torch.long), torch.arange(side), torch.arange(side), indexing="ij")
+        )
         image = at + grid.flatten(1)
         rest = at + side + torch.arange(len(row) - at - side * side)
         rows.append(torch.cat([torch.arange(at).expand(3, -1), image, rest.expand(3, -1)], 1))
@@ -79,9 +93,7 @@ def qwen3_5() -> Example:
         rope_parameters={**ROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5},
     )  # fmt: skip
     model = build(tf.Qwen3_5ForCausalLM, text)
-    return understanding(
-        model, ("model.layers.1",), pixels=(BATCH, PATCHES, 32), name="features", logits=from_features
-    )
+    return understanding(model, ("model.layers.1",), pixels=(BATCH, PATCHES, 32), name="features", logits=from_features)
 
 
 def qwen_decoder(cls: str, **options: Any) -> Example:

@@ -107,7 +107,7 @@ def lfm2_vl() -> Example:
     fixed = {
         "spatial_shapes": torch.tensor([[4, 4]] * BATCH), "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
     }  # fmt: skip
-    layers = listed("model.language_model.layers", 4)[1:]
+    layers = listed("model.language_model.layers", 4)
     return understanding(model, layers, count=4, pixels=(BATCH, 16, 192), fixed=fixed)
 
 
@@ -235,11 +235,20 @@ CONDITIONAL = "ForConditionalGeneration"
 FAMILIES = [
     Family("BLIP-2", f"Blip2{CONDITIONAL}", blip2),
     Family("InstructBLIP", f"InstructBlip{CONDITIONAL}", partial(blip2, "InstructBlip")),
-    Family("InstructBLIP, Vicuna", f"InstructBlip{CONDITIONAL}", partial(blip2, "InstructBlip", {"model_type": "llama", **TEXT})),
+    Family(
+        "InstructBLIP, Vicuna",
+        f"InstructBlip{CONDITIONAL}",
+        partial(blip2, "InstructBlip", {"model_type": "llama", **TEXT}),
+    ),
     Family("Kosmos-2", f"Kosmos2{CONDITIONAL}", kosmos2),
     Family("Idefics2", f"Idefics2{CONDITIONAL}", idefics2),
     Family("LFM2-VL", f"Lfm2Vl{CONDITIONAL}", lfm2_vl),
-    Family("Llama 3.2 Vision", f"Mllama{CONDITIONAL}", mllama, ("its visual tokens are placeholders; the image is read by cross-attention",)),
+    Family(
+        "Llama 3.2 Vision",
+        f"Mllama{CONDITIONAL}",
+        mllama,
+        ("its visual tokens are placeholders; the image is read by cross-attention",),
+    ),
     Family("Llama 4", f"Llama4{CONDITIONAL}", llama4),
     Family("Fuyu", "FuyuForCausalLM", fuyu),
     Family("GIT", "GitForCausalLM", git),

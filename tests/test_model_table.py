@@ -1,0 +1,103 @@
+"""The table of models: the page is what its figures give, and some of its rows are measured again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from tests.families import eager_drops
+from tests.families.cells import TOLERANCE, Row, measure
+from tests.families.collect import all_families
+from tests.families.page import is_green, page
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+FIGURES: dict[str, Any] = json.loads((DOCS / "models.json").read_text(encoding="utf-8"))
+ROWS = FIGURES["rows"]
+LIGHT = ("capture", "blocks", "exact", "hide", "eager")
+MORE = (*LIGHT, "freeze", "fastv", "oracle", "flops")
+FAST = ("Fuyu",)
+SLOW = ("Gemma 3n", "Idefics2", "Kosmos-2", "Llama 4", "Qwen3-VL", "Video-LLaVA")
+
+
+def test_the_page_is_what_the_figures_give() -> None:
+    assert (DOCS / "models.md").read_text(encoding="utf-8") == page(FIGURES)
+
+
+def test_every_row_is_of_a_family_and_every_cell_says_why() -> None:
+    assert set(ROWS) <= set(all_families())
+    cells = [cell for row in ROWS.values() for task in row["tasks"].values() for cell in task.values()]
+    assert all(cell["state"] == "ok" or (cell["code"] and cell["why"]) for cell in cells)
+
+
+def check_row(name: str, columns: tuple[str, ...]) -> None:
+    """Measured anew, its cells are what they are in the table; errors of rounding may differ."""
+    for task, column, cell in measure(all_families()[name], columns):
+        known = ROWS[name]["tasks"][task][column]
+        assert cell["state"] == known["state"], (name, task, column, cell)
+        if cell["state"] != "ok":
+            assert cell["code"] == known["code"]
+        elif column in ("oracle", "eager"):
+            assert cell["value"] <= TOLERANCE
+        elif column == "flops":
+            assert cell["value"] == pytest.approx(known["value"], rel=0.01)
+        elif column != "seconds":
+            assert cell.get("value") == known.get("value")
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_row_again(name: str) -> None:
+    check_row(name, LIGHT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_rows_again(name: str) -> None:
+    check_row(name, MORE)
+
+
+def test_the_check_against_eager_sees_mistakes() -> None:
+    """Another row that goes, a layer more, rows that are frozen and not hidden: each is told from what was asked for."""
+    row = Row(all_families()["Fuyu"].make(), "understanding")
+    task, inputs = row.task, row.example.batch("understanding", 0)
+    assert task.visual is not None
+    visual = eager_drops.visual_rows(task.visual, inputs, inputs["input_ids"].shape[1])
+    rows = eager_drops.dropped_evenly(visual, 0.5)
+
+    def run(*drops: eager_drops.Drop) -> Any:
+        return eager_drops.run(row.example.model, task, inputs, row.layers, drops)
+
+    asked = run(eager_drops.Drop(0, 2, rows, "hide"))
+    assert eager_drops.distance(run(eager_drops.Drop(0, 2, rows, "hide")), asked)[0] == 0
+    for wrong in (
+        (),
+        (eager_drops.Drop(0, 2, visual & ~rows, "hide"),),
+        (eager_drops.Drop(0, 1, rows, "hide"),),
+        (eager_drops.Drop(0, 2, rows, "freeze"),),
+    ):
+        assert eager_drops.distance(run(*wrong), asked)[0] > 1e4 * TOLERANCE
+    loss, gradients = asked
+    name = max(gradients, key=lambda found: float(gradients[found].abs().max()))
+    assert eager_drops.distance((loss, gradients | {name: gradients[name] * 1.001}), asked)[0] > 1e4 * TOLERANCE
+    assert eager_drops.distance((loss, {k: v for k, v in gradients.items() if k != name}), asked)[0] == 1
+
+
+def test_rows_that_go_are_evenly_spaced() -> None:
+    visual = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1]]).bool()
+    found = eager_drops.dropped_evenly(visual, 0.5)
+    assert found.int().tolist() == [[0, 0, 1, 0, 1, 0], [0, 1, 0, 0, 0, 1]]
+
+
+def test_a_row_with_a_gap_is_not_green() -> None:
+    name, row = next((name, row) for name, row in ROWS.items() if is_green(row))
+    broken = json.loads(json.dumps(row))
+    next(iter(broken["tasks"].values()))["hide"] = {"state": "refused", "code": "TG006", "why": "mixes | rows"}
+    assert not is_green(broken)
+    text = page({**FIGURES, "rows": {name: broken}})
+    assert "0 of them without a gap" in text
+    assert "TG006<sup>" in text
+    assert "mixes \\| rows" in text
