@@ -31,7 +31,7 @@ def test_the_page_is_what_the_figures_give() -> None:
 def test_every_row_is_of_a_family_and_every_cell_says_why() -> None:
     assert set(ROWS) <= set(all_families())
     cells = [cell for row in ROWS.values() for task in row["tasks"].values() for cell in task.values()]
-    assert all(cell["state"] == "ok" or (cell["code"] and cell["why"]) for cell in cells)
+    assert all(cell["state"] in ("ok", "skipped") or (cell["code"] and cell["why"]) for cell in cells)
 
 
 def check_row(name: str, columns: tuple[str, ...]) -> None:
@@ -40,7 +40,7 @@ def check_row(name: str, columns: tuple[str, ...]) -> None:
         known = ROWS[name]["tasks"][task][column]
         assert cell["state"] == known["state"], (name, task, column, cell)
         if cell["state"] != "ok":
-            assert cell["code"] == known["code"]
+            assert cell.get("code") == known.get("code")
         elif column in ("oracle", "eager"):
             assert cell["value"] <= TOLERANCE
         elif column == "flops":

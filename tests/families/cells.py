@@ -32,6 +32,10 @@ class Failed(Exception):
     """A comparison that did not hold, or a fact that is not as it should be."""
 
 
+class Skipped(Exception):
+    """Nothing to do: what comes before it was refused."""
+
+
 def cell_of(make: Callable[[], Any]) -> Cell:
     """What a column holds: its value, or the code and the reason of what it failed with."""
     try:
@@ -40,6 +44,8 @@ def cell_of(make: Callable[[], Any]) -> Cell:
         where = error.where
         place = next((x for x in (where.module, where.source) if x), None) if where is not None else None
         return {"state": "refused", "code": error.code, "why": _short(error.message) + (f" ({place})" if place else "")}
+    except Skipped:
+        return {"state": "skipped"}
     except Failed as error:
         return {"state": "failed", "code": "differs", "why": _short(str(error))}
     except Exception as error:  # what a table is for: every crash is a row's cell, not the end of the table
@@ -102,7 +108,7 @@ class Row:
     @property
     def _program(self) -> tg.Program:
         if "program" not in self.made:
-            raise Failed("not captured")
+            raise Skipped
         program: tg.Program = self.made["program"]
         return program
 
@@ -135,7 +141,7 @@ class Row:
     def _accelerated(self) -> dict[str, tg.Accelerated]:
         found = {kind: self.made[kind] for kind in PLANS if kind in self.made}
         if not found:
-            raise Failed("no plan was applied")
+            raise Skipped
         return found
 
     def oracle(self) -> float:
@@ -166,7 +172,7 @@ class Row:
         worst = 0.0
         done = [kind for kind in CHECKED if kind in self.made]
         if not done:
-            raise Failed("no plan was applied")
+            raise Skipped
         for kind in done:
             for seed in BATCHES:
                 error, where = eager_drops.distance(self._mine(kind, seed), self._by_hand(kind, seed))
@@ -207,7 +213,7 @@ class Row:
     def flops(self) -> float:
         """What of a training step's FLOPs is left under `exact`."""
         if "exact" not in self.made:
-            raise Failed("no plan was applied")
+            raise Skipped
         programs = (self._program, self.made["exact"].program)
         before, after = (tg.costs(program, self.facts)[self.name].at().total().flops for program in programs)
         return after / before

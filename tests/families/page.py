@@ -52,7 +52,7 @@ class _Notes:
 def is_green(row: Mapping[str, Any]) -> bool:
     """Whether every cell of a row is as it should be."""
     needed = set(COLUMNS)
-    cells = [task for task in row["tasks"].values()]
+    cells = list(row["tasks"].values())
     return bool(cells) and all(
         needed <= set(task) and all(cell["state"] == "ok" for cell in task.values()) for task in cells
     )
@@ -88,7 +88,7 @@ def _lines(name: str, row: Mapping[str, Any], notes: _Notes) -> list[str]:
 
 
 def _cell(column: str, cell: Mapping[str, Any] | None, notes: _Notes) -> str:
-    if cell is None:
+    if cell is None or cell["state"] == "skipped":
         return "-"
     if cell["state"] != "ok":
         return cell["code"] + notes.mark(_escaped(cell["why"]))

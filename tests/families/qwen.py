@@ -88,12 +88,14 @@ def geometry(model: Any) -> dict[str, Any]:
 def qwen3_5() -> Example:
     """Qwen3.5: gated delta nets between full attentions; features are an input."""
     text = tf.Qwen3_5TextConfig(
-        **TEXT, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
-        linear_conv_kernel_dim=4, layer_types=["linear_attention", "full_attention", "linear_attention"],
+        **{**TEXT, "num_hidden_layers": 4}, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_conv_kernel_dim=4, layer_types=["linear_attention", "full_attention", "full_attention", "full_attention"],
         rope_parameters={**ROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5},
     )  # fmt: skip
     model = build(tf.Qwen3_5ForCausalLM, text)
-    return understanding(model, ("model.layers.1",), pixels=(BATCH, PATCHES, 32), name="features", logits=from_features)
+    return understanding(
+        model, listed("model.layers", 4), pixels=(BATCH, PATCHES, 32), name="features", logits=from_features
+    )
 
 
 def qwen_decoder(cls: str, **options: Any) -> Example:

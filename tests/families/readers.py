@@ -128,7 +128,7 @@ def mllama() -> Example:
         "aspect_ratio_ids": torch.ones(BATCH, 1, dtype=torch.long),
         "aspect_ratio_mask": torch.ones(BATCH, 1, 1, dtype=torch.long),
     }
-    layers = tuple(f"model.language_model.layers.{i}" for i in (0, 1, 3))
+    layers = listed("model.language_model.layers", 4)
 
     def seen(ids: Tensor) -> dict[str, Tensor]:
         return {"cross_attention_mask": (ids == IMAGE).cumsum(1).clamp(max=1)[..., None, None]}
