@@ -123,7 +123,7 @@ class _Wide(TorchFunctionMode):
         return found
 
 
-def _grouped(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+def _grouped(rows: Tensor, weights: Tensor, offs: Tensor, **options: Any) -> Tensor:
     """Rows `offs[i - 1] .. offs[i] - 1` times matrix `i`."""
     ends = offs.tolist()
     return torch.cat([rows[a:b] @ w for a, b, w in zip([0, *ends[:-1]], ends, weights, strict=True)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.families.family import Example, Family
 from tests.families.kin import (
     BATCH,
+    BATCHED,
     END,
     IMAGE,
     PATCHES,
@@ -84,7 +85,7 @@ def gemma4(experts: bool = False, shared: int = 0, each: int = 0) -> Example:
         **TEXT, **HEAD, global_head_dim=8, hidden_size_per_layer_input=each, sliding_window=8, num_kv_shared_layers=shared,
         vocab_size_per_layer_input=VOCABULARY, enable_moe_block=experts, layer_types=layers, **more,
     )  # fmt: skip
-    model = build(tf.Gemma4ForCausalLM, text)
+    model = build(tf.Gemma4ForCausalLM, text, experts="batched_mm" if experts else None)
 
     def logits(model: Any, input_ids: Tensor, features: Tensor) -> Tensor:
         text = input_ids.masked_fill(input_ids == IMAGE, 0)
@@ -122,6 +123,6 @@ FAMILIES = [
     Family("Gemma 3n", "Gemma3nForCausalLM", gemma3n, (FEATURES,)),
     Family("Gemma 4", "Gemma4ForCausalLM", gemma4, (FEATURES,)),
     Family("Gemma 4, embeddings for each layer", "Gemma4ForCausalLM", partial(gemma4, each=8), (FEATURES,)),
-    Family("Gemma 4, experts", "Gemma4ForCausalLM", partial(gemma4, experts=True), (FEATURES,)),
+    Family("Gemma 4, experts", "Gemma4ForCausalLM", partial(gemma4, experts=True), (FEATURES, BATCHED)),
     Family("PaliGemma 2", "PaliGemmaForConditionalGeneration", paligemma2, ("eager attention: its scores are capped",)),
 ]

@@ -39,7 +39,12 @@ PATCHES = 16  # of one image of that size in patches of that size
 TOKENS = {0: "batch", 1: "tokens"}
 
 
-def build(cls: Any, config: Any, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+BATCHED = "experts as batched products (`set_experts_implementation`); grouped ones have no form in ONNX"
+
+
+def build(
+    cls: Any, config: Any, attention: str = "sdpa", dtype: torch.dtype = torch.float32, experts: str | None = None
+) -> Any:
     """A model in eval mode, whose weights are moved away from their initial values."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -47,6 +52,8 @@ def build(cls: Any, config: Any, attention: str = "sdpa", dtype: torch.dtype = t
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
+    if experts is not None:
+        model.set_experts_implementation(experts)
     return model.to(dtype)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests.families.family import Example, Family
 from tests.families.kin import (
     BATCH,
+    BATCHED,
     HIDDEN,
     IMAGE,
     PATCHES,
@@ -227,7 +228,7 @@ def aria() -> Example:
         text_config=text, vision_config={"model_type": "idefics3_vision", **TOWER}, image_token_index=IMAGE,
         projector_patch_to_query_dict={PATCHES: 4}, vision_feature_layer=-1,
     )  # fmt: skip
-    return understanding(build(tf.AriaForConditionalGeneration, config), LANGUAGE, count=4)
+    return understanding(build(tf.AriaForConditionalGeneration, config, experts="batched_mm"), LANGUAGE, count=4)
 
 
 def ovis2() -> Example:
@@ -280,7 +281,7 @@ FAMILIES = [
     Family("Command A Vision", f"Cohere2Vision{CONDITIONAL}", cohere2_vision),
     Family("GOT-OCR2", f"GotOcr2{CONDITIONAL}", got_ocr2),
     Family("Qianfan-OCR", f"QianfanOCR{CONDITIONAL}", qianfan_ocr),
-    Family("Aria", f"Aria{CONDITIONAL}", aria),
+    Family("Aria", f"Aria{CONDITIONAL}", aria, (BATCHED,)),
     Family(
         "Ovis2",
         f"Ovis2{CONDITIONAL}",

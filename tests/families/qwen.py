@@ -14,6 +14,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from tests.families.family import Example, Family
 from tests.families.kin import (
     BATCH,
+    BATCHED,
     END,
     IMAGE,
     PATCHES,
@@ -54,7 +55,7 @@ def positions(ids: Tensor) -> dict[str, Tensor]:
 OPEN = {"position_ids": {1: "batch", 2: "tokens"}}
 
 
-def qwen3_vl(experts: bool = False) -> Example:
+def qwen3_vl(experts: str | None = None) -> Example:
     """Qwen3-VL: features of inner layers of the tower are added behind the first layers of the decoder (DeepStack)."""
     text = {**TEXT, "head_dim": 8, "rope_parameters": ROPE}
     name = "Qwen3VL"
@@ -64,7 +65,7 @@ def qwen3_vl(experts: bool = False) -> Example:
     config = getattr(tf, f"{name}Config")(
         text_config=text, vision_config={**VISION, "deepstack_visual_indexes": [0]}, **IDS
     )
-    model = build(getattr(tf, f"{name}ForConditionalGeneration"), config)
+    model = build(getattr(tf, f"{name}ForConditionalGeneration"), config, experts=experts)
     return understanding(
         model, LANGUAGE, pixels=(BATCH * SIDE * SIDE, 96), before=(START,), after=(END,), more=positions, dynamic=OPEN,
         fixed=geometry(model),
@@ -117,10 +118,12 @@ def video_llama3() -> Example:
     return understanding(model, LANGUAGE, pixels=(BATCH, PATCHES, 32), name="features", logits=from_features)
 
 
+MOE = "Qwen3VLMoeForConditionalGeneration"
 FEATURES = "image features are an input"
 FAMILIES = [
     Family("Qwen3-VL", "Qwen3VLForConditionalGeneration", qwen3_vl),
-    Family("Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration", partial(qwen3_vl, experts=True)),
+    Family("Qwen3-VL-MoE", MOE, partial(qwen3_vl, experts="batched_mm"), (BATCHED,)),
+    Family("Qwen3-VL-MoE, grouped experts", MOE, partial(qwen3_vl, experts="grouped_mm")),
     Family("Qwen3.5", "Qwen3_5ForCausalLM", qwen3_5, (FEATURES,)),
     Family("VideoLLaMA 3", "VideoLlama3ForConditionalGeneration", video_llama3, (FEATURES,)),
 ]

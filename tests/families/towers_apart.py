@@ -13,7 +13,19 @@ import transformers as tf
 from torch import Tensor
 
 from tests.families.family import Example, Family
-from tests.families.kin import BATCH, HIDDEN, IMAGE, PATCHES, TEXT, TOWER, build, from_features, listed, understanding
+from tests.families.kin import (
+    BATCH,
+    BATCHED,
+    HIDDEN,
+    IMAGE,
+    PATCHES,
+    TEXT,
+    TOWER,
+    build,
+    from_features,
+    listed,
+    understanding,
+)
 from tests.families.qwen import OPEN, positions
 
 IDS = {"image_token_id": IMAGE, "video_token_id": 111}
@@ -30,7 +42,7 @@ LANGUAGE = "model.language_model.layers"
 def example(
     name: str, text: dict[str, Any], vision: dict[str, Any], *, path: str = LANGUAGE, three: bool = False,
     attention: str = "sdpa", suffix: str = "ForConditionalGeneration", logits: Callable[..., Tensor] = from_features,
-    **options: Any,
+    experts: str | None = None, **options: Any,
 ) -> Example:  # fmt: skip
     """A family by its configuration.
 
@@ -43,10 +55,11 @@ def example(
         attention: implementation.
         suffix: of the model's class.
         logits: the forward.
+        experts: implementation of experts.
         options: further fields of the configuration.
     """
     config = getattr(tf, f"{name}Config")(text_config=text, vision_config=vision, **options)
-    model = build(getattr(tf, f"{name}{suffix}"), config, attention)
+    model = build(getattr(tf, f"{name}{suffix}"), config, attention, experts=experts)
     inner = getattr(model.model, "visual", None) or getattr(model.model, "vision_tower", None)
     if inner is not None:
         inner.requires_grad_(False)  # the features come from elsewhere
@@ -124,19 +137,20 @@ def _family(
     title: str, name: str, text: dict[str, Any], vision: dict[str, Any], note: str = NOTE, **options: Any
 ) -> Family:
     suffix = options.get("suffix", CONDITIONAL)
-    return Family(title, f"{name}{suffix}", partial(example, name, text, vision, **options), (note,))
+    notes = (note, BATCHED) if "experts" in options else (note,)
+    return Family(title, f"{name}{suffix}", partial(example, name, text, vision, **options), notes)
 
 
 GLM_MOE = {**TEXT, **EXPERTS, "first_k_dense_replace": 1, "rope_parameters": HALF, "n_group": 1, "topk_group": 1}
 FAMILIES = [
     _family("GLM-4V", "Glm4v", {**TEXT, "rope_parameters": ROPE}, VISION, three=True, **IDS, **MARKS),
-    _family("GLM-4V-MoE", "Glm4vMoe", GLM_MOE, VISION, three=True, **IDS, **MARKS),
+    _family("GLM-4V-MoE", "Glm4vMoe", GLM_MOE, VISION, three=True, experts="batched_mm", **IDS, **MARKS),
     _family("GLM-4.6V", "Glm46V", {"model_type": "glm4v_text", **TEXT, "rope_parameters": ROPE},
             {"model_type": "glm4v_vision", **VISION}, three=True, **IDS, **MARKS),
     _family("GLM-OCR", "GlmOcr", {**TEXT, "head_dim": 8, "rope_parameters": ROPE}, VISION, three=True, **IDS, **MARKS),
     _family("Kimi K2.5", "Kimi_K25", LATENT,
             {"patch_size": 4, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1},
-            image_token_id=IMAGE, video_token_id=111),
+            image_token_id=IMAGE, video_token_id=111, experts="batched_mm"),
     Family("Phi-4 multimodal", "Phi4MultimodalForCausalLM", phi4, (ALONE,)),
     _family("EXAONE 4.5", "Exaone4_5_",
             {"model_type": "exaone4", **TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},

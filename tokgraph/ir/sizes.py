@@ -17,6 +17,14 @@ def expression(x: Any) -> sympy.Expr:
     return found
 
 
+def _roots(left: sympy.Expr, symbol: sympy.Symbol) -> list[sympy.Expr]:
+    """What a symbol has to be for the expression to be 0; none where sympy cannot tell."""
+    try:
+        return list(sympy.solve(left, symbol))
+    except NotImplementedError:
+        return []
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How a task's named sizes are written in the symbols of its graph.
@@ -79,11 +87,11 @@ class Sizes:
         for name in sorted(wanted, key=lambda n: (len(self.names[n].free_symbols), n not in asked)):
             left = sympy.expand(self.names[name].xreplace(solved) - wanted[name])
             free = sorted(left.free_symbols, key=str)
-            roots = sympy.solve(left, free[0]) if free else []
+            roots = _roots(left, free[0]) if free else []
             value = expression(roots[0].xreplace(dict(self.example))) if roots else None
             if value is not None and value.is_integer and value >= 0:
                 solved[free[0]] = int(value)
-            elif left != 0 and (free or name in asked):
+            elif left.xreplace(dict(self.example)) != 0 and (free or name in asked):
                 raise AnalysisError(
                     f"task {self.task!r}: the captured graph fixes {name} to {self.example_of(name)}, so its cost at "
                     f"{wanted[name]} cannot be told",
