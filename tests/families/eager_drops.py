@@ -83,8 +83,8 @@ class _Wide(TorchFunctionMode):
             return args[0].double()
         if getattr(func, "__name__", "") != "__get__":
             args, kwargs = pytree.tree_map(lambda x: torch.float64 if _is_narrow(x) else x, (args, kwargs))
-        if func is torch.full and isinstance(args[1], float):
-            kwargs.setdefault("dtype", torch.float64)  # the smallest number of that type is none of float32
+        if func is torch.full and isinstance((*args, *kwargs.values())[1], float):
+            kwargs = {"dtype": torch.float64, **kwargs}  # the smallest number of that type is none of float32
         if func is F.scaled_dot_product_attention:
             return self._attend(func, *args, **kwargs)
         if getattr(func, "__name__", "") in GROUPED:
