@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,4 +106,5 @@ def _cell(column: str, cell: Mapping[str, Any] | None, notes: _Notes) -> str:
 
 
 def _escaped(text: str) -> str:
+    text = re.sub(r"^task '[^']*': ", "", text)  # the line's own, so that equal reasons share a note
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
