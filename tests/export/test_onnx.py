@@ -374,6 +374,22 @@ def test_refusals(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["forward", "train-step"])
+def test_what_pytorch_fails_with_names_task_and_kind(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds of sizes that contradict one another are an assertion deep inside of PyTorch's tracer."""
+
+    def fails(*args: object) -> None:
+        raise AssertionError("tgt_bound=VR[8, 9] not a subset of src_bound=VR[8, 8]\nmore")
+
+    monkeypatch.setattr(f"tokgraph.export.onnx.lower_{kind.replace('-', '_')}", fails)
+    accelerated = captured_tiny(1).apply(tg.Plan(), "generation")
+    with pytest.raises(tg.ExportError) as refused:
+        accelerated.export_onnx(tmp_path / "onnx", kind)
+    assert f"task 'generation', {kind}: PyTorch cannot trace the graph: AssertionError: tgt_bound" in refused.value.message
+    assert "more" not in refused.value.message
+    assert not (tmp_path / "onnx").exists()
+
+
 @pytest.mark.slow
 def test_weights_of_another_model_are_not_replaced(exported, tmp_path: Path) -> None:
     made: Exported = exported()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokgraph.errors import ExportError
+from tokgraph.errors import ExportError, TokgraphError
 from tokgraph.files import new_directory
 from tokgraph.ir.interpreter import trains_with_dropout
 from tokgraph.ir.program import Program, TaskGraph, is_meta
@@ -186,13 +186,27 @@ def _jobs(programs: Mapping[str, Program], options: ExportOptions, tell: Callabl
         for name, graph in program_on_device(program, torch.device("cpu")).items():
             for kind in options.kinds:
                 tell(f"lower {file_name(name, kind, variant)}")
-                if kind == "forward":
-                    lowered = lower_forward(graph, decompositions)
-                elif kind == "train-step":
-                    lowered = lower_train_step(graph, decompositions)
-                else:
-                    lowered = lower_update_step(graph, options.rule(), decompositions)
+                lowered = _lowered(graph, kind, options, decompositions)
                 yield _Job(variant, graph, lowered, _blocks(lowered), (*trained, *graph.own_parameters()))
+
+
+def _lowered(graph: TaskGraph, kind: str, options: ExportOptions, decompositions: Any) -> Lowered:
+    """The flat graph of one kind; what fails in PyTorch on the way is an error of the export."""
+    try:
+        if kind == "forward":
+            return lower_forward(graph, decompositions)
+        if kind == "train-step":
+            return lower_train_step(graph, decompositions)
+        return lower_update_step(graph, options.rule(), decompositions)
+    except (TokgraphError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        open_sizes = sorted({d.name for d in graph.dimensions if d.symbol is not None})
+        raise ExportError(
+            f"task {graph.name!r}, {kind}: PyTorch cannot trace the graph: {type(error).__name__}: {first}",
+            help=f"capture the task with {', '.join(open_sizes)} fixed (Task.dynamic)" if open_sizes else "please report this",
+        ) from error
 
 
 def _blocks(lowered: Lowered) -> int:
