@@ -4,6 +4,7 @@
     python benchmarks/model_table.py --only Janus --only LLaVA # these; the others stay as they are in the JSON file
     python benchmarks/model_table.py --columns eager           # these cells of each row
     python benchmarks/model_table.py --missing                 # rows that lack a cell of these columns
+    python benchmarks/model_table.py --page                    # write the page anew, and measure nothing
     python benchmarks/model_table.py --check                   # is docs/models.md what docs/models.json gives?
 
 Every row runs in a process of its own, with a time limit. Figures are kept in docs/models.json, from which the page is
@@ -116,6 +117,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="a family's name (default: all)")
     parser.add_argument("--columns", action="append", choices=COLUMNS, help="a column (default: all)")
     parser.add_argument("--missing", action="store_true", help="rows that lack a cell of these columns")
+    parser.add_argument("--page", action="store_true", help="write the page from the figures, and measure nothing")
     parser.add_argument("--check", action="store_true", help="compare the page with the figures, and measure nothing")
     parser.add_argument("--limit", type=int, default=LIMIT, help=f"seconds of a row (default: {LIMIT})")
     options = parser.parse_args()
@@ -127,6 +129,9 @@ def main() -> int:
             "the page is what the figures give" if same else "run python benchmarks/model_table.py: the page is stale"
         )
         return 0 if same else 1
+    if options.page:
+        write_atomically(PAGE, page(load()))
+        return 0
     (ROOT / "build").mkdir(exist_ok=True)
     for name in options.only or families:
         if not options.missing or lacks(load()["rows"].get(name), columns):
