@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokgraph.errors import AnalysisError
 from tokgraph.ir.cost import Work
 from tokgraph.ir.evaluate import evaluate, example_leaves
 from tokgraph.ir.node import ancestors, argument, entered, fake_mode, tensor, value
@@ -203,10 +204,20 @@ class _Prober:
             except RuntimeError:  # it asks for the value of a size that depends on data: those of the example batch
                 return seen
             return replace(found, workspace=seen.workspace)
-            return replace(found, workspace=seen.workspace)
 
     def _numbers(self, sizes: Iterable[Any]) -> list[int]:
-        return [int(sympy.sympify(plain(size)).xreplace(self._example)) for size in sizes]
+        return [_number(sympy.sympify(plain(size)).xreplace(self._example)) for size in sizes]
+
+
+def _number(size: Any) -> int:
+    unknown = sorted(map(str, getattr(size, "free_symbols", ())))
+    if unknown:
+        raise AnalysisError(
+            f"costs cannot be told: the size {unknown[0]} depends on values of the batch, and no operator of the graph "
+            "makes it of them",
+            help="give what the model makes such sizes of (an image's grid) as plain numbers or NumPy arrays",
+        )
+    return int(size)
 
 
 def _key(x: Any, needs_grad: Callable[[fx.Node], bool]) -> Any:

@@ -375,7 +375,9 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["forward", "train-step"])
-def test_what_pytorch_fails_with_names_task_and_kind(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_pytorch_fails_with_names_task_and_kind(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bounds of sizes that contradict one another are an assertion deep inside of PyTorch's tracer."""
 
     def fails(*args: object) -> None:
@@ -385,7 +387,9 @@ def test_what_pytorch_fails_with_names_task_and_kind(tmp_path: Path, kind: str, 
     accelerated = captured_tiny(1).apply(tg.Plan(), "generation")
     with pytest.raises(tg.ExportError) as refused:
         accelerated.export_onnx(tmp_path / "onnx", kind)
-    assert f"task 'generation', {kind}: PyTorch cannot trace the graph: AssertionError: tgt_bound" in refused.value.message
+    assert (
+        f"task 'generation', {kind}: PyTorch cannot trace the graph: AssertionError: tgt_bound" in refused.value.message
+    )
     assert "more" not in refused.value.message
     assert not (tmp_path / "onnx").exists()
 

@@ -205,7 +205,9 @@ def _lowered(graph: TaskGraph, kind: str, options: ExportOptions, decompositions
         open_sizes = sorted({d.name for d in graph.dimensions if d.symbol is not None})
         raise ExportError(
             f"task {graph.name!r}, {kind}: PyTorch cannot trace the graph: {type(error).__name__}: {first}",
-            help=f"capture the task with {', '.join(open_sizes)} fixed (Task.dynamic)" if open_sizes else "please report this",
+            help=f"capture the task with {', '.join(open_sizes)} fixed (Task.dynamic)"
+            if open_sizes
+            else "please report this",
         ) from error
 
 

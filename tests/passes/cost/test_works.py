@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +22,7 @@ from tokgraph.ir.cost import Work
 from tokgraph.ir.node import fake_mode, value
 from tokgraph.ir.spec import split_outputs
 from tokgraph.passes.cost.attribution import task_cost
-from tokgraph.passes.cost.works import count_nodes, node_works
+from tokgraph.passes.cost.works import _Prober, count_nodes, node_works
 
 pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
 
@@ -382,3 +384,12 @@ def test_every_call_that_makes_tensors_has_a_cost(digits_example: Captured) -> N
         costs = digits_example.facts[task].cost.nodes
         assert [n.node for n in costs] == made
         assert isinstance(graph.graph, fx.Graph)
+
+
+def test_a_size_that_nothing_makes_is_refused() -> None:
+    """A size of data whose maker is no part of the graph, as an image's grid in a constant."""
+    known, lost = sympy.symbols("s0 u6")
+    prober = _Prober(FakeTensorMode(), {known: 3})
+    assert prober._numbers([2, known + 1]) == [2, 4]
+    with pytest.raises(tg.AnalysisError, match="the size u6 depends on values of the batch"):
+        prober._numbers([known, known * lost])
