@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 
 import tokgraph as tg
@@ -14,6 +15,7 @@ from examples import digits, janus
 from tests import tiny
 from tests.harness import Captured
 from tokgraph.ir.cost import TaskCost, Work
+from tokgraph.ir.sizes import Sizes
 
 pytestmark = pytest.mark.xdist_group("janus")  # one process captures it
 
@@ -272,3 +274,14 @@ def test_work_adds_and_scales() -> None:
     assert one.scaled(10) == two
     assert (one.flops, one.moved) == (3, 18)
     assert Work(0.4, 1.6).rounded() == Work(0, 2)
+
+
+def test_sizes_that_cannot_be_solved_for_are_those_of_the_example() -> None:
+    """An image's patches in halves rounded down: sympy has no way to say which grid gives a number of them."""
+    a, b, c, d = sympy.symbols("u6 u7 u10 u11", integer=True)
+    visual = (a // 2) * (b // 2) / 2 + (c // 2) * (d // 2) / 2
+    names = {"batch": sympy.Integer(2), "tokens": sympy.Integer(9), "visual": visual}
+    sizes = Sizes("u", names, dict.fromkeys((a, b, c, d), 4))
+    assert sizes.values() == dict.fromkeys((a, b, c, d), 4)
+    with pytest.raises(tg.AnalysisError, match="fixes visual to 4"):
+        sizes.values(visual=6)
