@@ -27,7 +27,7 @@ def _saved_input(found: Input) -> SavedTensor | SavedNumber | SavedConstant:
     if isinstance(found, TensorInput):
         return SavedTensor(dtype=str(found.dtype).removeprefix("torch."), shape=tuple(found.shape))
     if isinstance(found, NumberInput):
-        return SavedNumber(number=found.kind.__name__)
+        return SavedNumber(number="int" if found.kind is int else "float")
     return SavedConstant(constant=found.value)
 
 

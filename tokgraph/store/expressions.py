@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 from torch.utils import _pytree as pytree
 
@@ -104,7 +105,7 @@ def structure(text: str) -> str:
     return text
 
 
-def _check_structure(tree: dict[str, object]) -> None:
+def _check_structure(tree: dict[str, Any]) -> None:
     waiting = [tree]
     while waiting:
         node = waiting.pop()
@@ -113,7 +114,7 @@ def _check_structure(tree: dict[str, object]) -> None:
         context = node["context"]
         if isinstance(context, str) and not _plain_keys(parse_json(context)):
             raise ValueError(f"the keys {context[:80]}")
-        waiting += node["children_spec"]  # type: ignore[operator]
+        waiting += node["children_spec"]
 
 
 def _plain_keys(keys: object) -> bool:

@@ -97,7 +97,7 @@ def _write_graph(exported: ExportedProgram, path: Path) -> None:
 def _manifest(accelerated: Accelerated, tasks: dict[str, SavedTask], folder: Path) -> Manifest:
     model = accelerated.model
     return Manifest(
-        schema=SCHEMA,
+        schema=3,
         versions={"tokgraph": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         training=is_training(model),
         state=tuple(accelerated.weights()),
