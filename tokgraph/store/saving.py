@@ -28,7 +28,6 @@ from .batches import EXAMPLE, write_example
 from .conditions import saved_conditions
 from .manifest import (
     MANIFEST,
-    SCHEMA,
     Fingerprint,
     Manifest,
     SavedDimension,
