@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tokgraph.errors import CaptureError, Where
-from tokgraph.ir.frames import methods_of, text_of, where_raised
+from tokgraph.ir.frames import causes, methods_of, text_of, where_raised
 
 _VALUES = ("data-dependent", "data dependent", "DataDependent", "DynamicOutputShape", "unbacked")
 """Words by which torch says that it needs the value of a tensor."""
@@ -116,8 +116,9 @@ def _part(error: Exception, model: nn.Module) -> str | None:
     of one for features, in which the error lies.
     """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    tokens = max(tables, key=lambda m: m.num_embeddings, default=None)
-    for path, name in methods_of((frame for frame, _ in traceback.walk_tb(error.__traceback__)), model):
+    tokens = max(tables, key=lambda m: (m.embedding_dim, m.num_embeddings), default=None)
+    frames = (frame for cause in causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__))
+    for path, name in methods_of(frames, model):
         module = model.get_submodule(path)
         if path and name == "forward" and tokens is not None and all(m is not tokens for m in module.modules()):
             return None if path.rpartition(".")[2].isdigit() else path

@@ -81,7 +81,7 @@ def where_raised(error: BaseException, model: nn.Module | None = None) -> Where 
         error: the error.
         model: the model, to name the module whose forward ran.
     """
-    for cause in _causes(error):
+    for cause in causes(error):
         frames = [(frame, line) for frame, line in traceback.walk_tb(cause.__traceback__)]
         found = source_of((frame.f_code.co_filename, line) for frame, line in frames)
         if found.source is not None:
@@ -94,7 +94,7 @@ def where_raised(error: BaseException, model: nn.Module | None = None) -> Where 
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
     """What caused an error, the innermost cause first, and the error itself."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:

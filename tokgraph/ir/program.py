@@ -172,6 +172,10 @@ class TaskGraph:
             for i, node in enumerate(nodes)
         }
 
+    def trained_nodes(self) -> dict[str, fx.Node]:
+        """Name -> placeholder, of the inputs that gradients flow back into."""
+        return {name: node for node, name in self.leaf_names().items() if name in self.trained_inputs}
+
     def symbol_names(self) -> dict[str, str]:
         """Symbol -> the user's name for it."""
         return {d.symbol: d.name for d in self.dimensions if d.symbol is not None}
