@@ -22,7 +22,6 @@ from tokgraph.errors import BatchError, CaptureError, SpecError, TokgraphError, 
 from .frames import where_raised
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class _Instead:
 
 
 def called_at(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module, and the name of its method, that runs where ``path`` is called: ``forward`` for a module.
+    """The module, and the name of its method, that runs where ``path`` is called: for a module its call, with its hooks.
 
     Raises:
         SpecError: there is no module and no method of one by this path.
@@ -136,7 +135,7 @@ def called_at(model: nn.Module, path: str) -> tuple[nn.Module, str]:
         owner = getattr(owner, part, None)
     found = getattr(owner, last, None) if isinstance(owner, nn.Module) and last else None
     if isinstance(found, nn.Module):
-        return found, "forward"
+        return found, "_call_impl" if found._compiled_call_impl is None else "_compiled_call_impl"
     if not callable(found) or isinstance(found, type):
         raise SpecError(
             f"precomputed names {path!r}, which is no submodule of the model, and no method of one",
@@ -146,13 +145,12 @@ def called_at(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 @contextmanager
-def replaced(model: nn.Module, calls: Mapping[str, Callable[..., Any]], hooks: bool) -> Iterator[None]:
+def replaced(model: nn.Module, calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Let calls of submodules and methods run something else.
 
     Args:
         model: the user's model.
         calls: path -> what runs; it is given what runs otherwise, then the arguments.
-        hooks: whether forward hooks of the submodules run around it.
     """
     with ExitStack() as stack:
         for path, call in calls.items():
@@ -160,10 +158,6 @@ def replaced(model: nn.Module, calls: Mapping[str, Callable[..., Any]], hooks: b
             original = getattr(module, method)
             stack.callback(_put_back, module.__dict__, method, module.__dict__.get(method, _Enough))
             module.__dict__[method] = _Instead(partial(call, original))
-            for name in () if hooks or method != "forward" else _HOOKS:
-                found = module.__dict__[name]
-                stack.callback(found.update, dict(found))
-                found.clear()
         yield
 
 
@@ -211,7 +205,7 @@ def recording(model: nn.Module, paths: Sequence[str], enough: int | None = None)
             raise _Enough
         return result
 
-    with replaced(model, {path: partial(run, path) for path in paths}, hooks=True):
+    with replaced(model, {path: partial(run, path) for path in paths}):
         try:
             yield recorded
         except _Enough:
@@ -261,7 +255,7 @@ class Precomputed:
                 )
             return call.shell.filled([given[name] for name in call.names])
 
-        with replaced(model, {path: partial(give, path) for path in self.paths}, hooks=False):
+        with replaced(model, {path: partial(give, path) for path in self.paths}):
             return self.forward(model, **inputs)
 
     def complete(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
