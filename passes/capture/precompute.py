@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tokgraph.errors import CaptureError, SpecError, TokgraphError, Where
 from tokgraph.ir.frames import where_raised
 from tokgraph.ir.precomputed import Precomputed, PrecomputedCall, Recorded, called_at, parted, recording
+from tokgraph.ir.program import model_device
 from tokgraph.ir.spec import Task
 
 from .failures import does_not_run
@@ -38,11 +39,17 @@ def precomputing(model: nn.Module, name: str, task: Task, inputs: Mapping[str, A
         ``task`` itself, where nothing is precomputed.
 
     Raises:
-        CaptureError: a submodule is not called, gives something else than tensors, or is called after the decoder.
+        CaptureError: a submodule is not called, gives something else than tensors, or is called after the decoder; or the model
+            has no storage.
         SpecError: an input has the name of one that stands for a result.
     """
     if not task.precomputed:
         return task
+    if model_device(model).type == "meta":
+        raise CaptureError(
+            f"task {name!r}: the model is on the meta device, and {' and '.join(task.precomputed)} would have to run",
+            help="build the model with storage, or give the task its features as an input",
+        )
     recorded = _recorded(model, name, task, inputs, call)
     calls = _calls(name, task, recorded)
     forward = Precomputed(model, name, task.forward, task.precomputed, calls)

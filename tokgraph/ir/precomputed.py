@@ -271,6 +271,17 @@ class Precomputed:
             return dict(inputs)
         return {**inputs, **self._computed(inputs)}
 
+    def aside(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """As :meth:`complete`, without gradients, and with the model's buffers left as they are."""
+        before = [(x, x.clone()) for x in self.model.buffers()]
+        try:
+            with torch.no_grad():
+                return self.complete(inputs)
+        finally:
+            for x, was in before:
+                with torch.no_grad():
+                    x.copy_(was)
+
     @torch.compiler.disable
     def _computed(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         mine = {key: x for key, x in inputs.items() if key not in self.names}

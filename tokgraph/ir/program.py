@@ -84,8 +84,12 @@ class TaskGraph:
         """What runs before the graph; ``None``: nothing, or, in a loaded program, nothing that there is code of."""
         return self.task.forward if isinstance(self.task.forward, Precomputed) else None
 
-    def completed(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def completed(self, inputs: Mapping[str, Any], aside: bool = False) -> Mapping[str, Any]:
         """Inputs of the user's forward, with those that stand for what is precomputed, which runs where they are missing.
+
+        Args:
+            inputs: by name.
+            aside: without gradients, and leaving the model's buffers as they are.
 
         Raises:
             BatchError: what is precomputed is of another structure than in the example batch.
@@ -93,7 +97,7 @@ class TaskGraph:
         before = self.precomputed
         if before is None or inputs.keys() - set(before.names) != self.task.inputs.keys() - set(before.names):
             return inputs
-        return before.complete(inputs)
+        return before.aside(inputs) if aside else before.complete(inputs)
 
     def flatten(self, inputs: Mapping[str, Any]) -> list[Any]:
         """Inputs in placeholder order; what is precomputed is computed, with its gradients, where it is not given.
