@@ -203,9 +203,12 @@ def _fits(graph: TaskGraph, batch: Mapping[str, Any]) -> bool:
     """Whether what is precomputed for a batch has the sizes that the graph fixes: how many rows it has may depend on values."""
     with torch.no_grad():
         leaves = graph.flatten(batch)
-    pairs = [(value(node), x) for node, x in zip(graph.leaf_names(), leaves, strict=True) if isinstance(x, torch.Tensor)]
+    pairs = [
+        (value(node), x) for node, x in zip(graph.leaf_names(), leaves, strict=True) if isinstance(x, torch.Tensor)
+    ]
     return all(
-        x.dim() == len(wanted.shape) and all(a == b for a, b in zip(x.shape, wanted.shape, strict=True) if isinstance(b, int))
+        x.dim() == len(wanted.shape)
+        and all(a == b for a, b in zip(x.shape, wanted.shape, strict=True) if isinstance(b, int))
         for wanted, x in pairs
     )
 

@@ -53,8 +53,8 @@ _BY_MESSAGE: Mapping[str, str] = {
 """Pattern of torch's message -> what to do; the first that fits."""
 _ELSE = "torch.export.export(..., strict=False) of the forward shows the whole of torch's error"
 _OUTSIDE = (
-    "; or leave it out of the graph: precomputed=({part!r},) of the task runs it before the graph, as it is, with its gradients; "
-    "or give the task its features as an input"
+    "; or leave it out of the graph: precomputed=({part!r},) of the task runs it before the graph, as it is, with its "
+    "gradients; or give the task its features as an input"
 )
 _FEATURES = re.compile(r"image|visual|vision|video|feature|pixel|patch")
 _GRID = {"grid_thw", "image_grid_thw", "cu_seqlens"}

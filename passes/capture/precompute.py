@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokgraph.errors import CaptureError, SpecError, TokgraphError, Where
-from tokgraph.ir.frames import where_raised
 from tokgraph.ir.precomputed import Precomputed, PrecomputedCall, Recorded, called_at, parted, recording
 from tokgraph.ir.program import model_device
 from tokgraph.ir.spec import Task
@@ -75,9 +74,7 @@ def precomputing(model: nn.Module, name: str, task: Task, inputs: Mapping[str, A
     )
 
 
-def _recorded(
-    model: nn.Module, name: str, task: Task, inputs: Mapping[str, Any], call: Callable[..., Any]
-) -> Recorded:
+def _recorded(model: nn.Module, name: str, task: Task, inputs: Mapping[str, Any], call: Callable[..., Any]) -> Recorded:
     """The calls in a run of the forward; one more run ends after the last of them, and sees what is before it."""
     try:
         with recording(model, task.precomputed) as whole:
@@ -113,7 +110,11 @@ class _Prefix(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         fused = "scaled_dot_product" in str(func)
-        if self.attends is None and not self.recorded.inside and (fused or (func in _SOFTMAX and args[0].dim() >= _ROWS)):
+        if (
+            self.attends is None
+            and not self.recorded.inside
+            and (fused or (func in _SOFTMAX and args[0].dim() >= _ROWS))
+        ):
             self.attends = place_of(self._model)
         return func(*args, **(kwargs or {}))
 
@@ -124,8 +125,8 @@ def _check_prefix(name: str, task: Task, prefix: _Prefix) -> None:
             f"task {name!r}: the forward attends before the last call of {' and '.join(task.precomputed)}, outside of it: what "
             "is precomputed runs before the graph, and would bring that part along",
             where=prefix.attends,
-            help="where that is another tower, name it in precomputed= as well; where it is the decoder, whose results the call "
-            "takes or follows, call the submodule before the decoder, on inputs only",
+            help="where that is another tower, name it in precomputed= as well; where it is the decoder, whose results the "
+            "call takes or follows, call the submodule before the decoder, on inputs only",
         )
 
 
@@ -158,7 +159,9 @@ def _calls(name: str, task: Task, recorded: Recorded) -> tuple[PrecomputedCall, 
     counts = {path: sum(len(tensors) for other, tensors, _ in found if other == path) for path in task.precomputed}
     for path, count in counts.items():
         if not count:
-            raise CaptureError(f"task {name!r}: {path} returns no tensor", where=Where(module=path), help="leave it out")
+            raise CaptureError(
+                f"task {name!r}: {path} returns no tensor", where=Where(module=path), help="leave it out"
+            )
     numbers = dict.fromkeys(task.precomputed, 0)
     calls = []
     for path, tensors, shell in found:

@@ -46,7 +46,7 @@ def by_hand(example: Example, task: str, span: range, dropped: Tensor, hide: boo
     """Rows that are dropped do not change in the layers of the span; hidden ones are no keys of the others there."""
     layers = [example.model.get_submodule(path) for path in example.layers[task]]
 
-    def dropping(layer: nn.Module):  # noqa: ANN202
+    def dropping(layer: nn.Module):
         forward = layer.forward
 
         def run(x: Tensor, mask: Tensor, *more: object) -> Tensor:
@@ -66,7 +66,11 @@ def by_hand(example: Example, task: str, span: range, dropped: Tensor, hide: boo
 
 def dropped_rows(facts: tg.Facts, task: str, inputs: dict[str, Tensor]) -> Tensor:
     """Every second visual token."""
-    if "ids" in inputs and facts.program[task].task.visual is not None and facts.program[task].task.visual.kind == "ids":
+    if (
+        "ids" in inputs
+        and facts.program[task].task.visual is not None
+        and facts.program[task].task.visual.kind == "ids"
+    ):
         visual = inputs["ids"] >= p.IMAGE
     else:
         raise NotImplementedError
@@ -115,4 +119,3 @@ def test_shared_keeps_parameters_shared(name: str) -> None:
     accelerated = tg.apply(facts, tg.make_plan(facts, "shared", keep=0.5))
     report = make_report(accelerated)
     assert report["sharing_index"] == 1.0
-    print(name, {t: (report["tasks"][t]["flops"]) for t in report["tasks"]})

@@ -29,7 +29,11 @@ class Tower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch, self.out, self.norm = nn.Linear(m.FEATURES, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.BatchNorm1d(HIDDEN)
+        self.patch, self.out, self.norm = (
+            nn.Linear(m.FEATURES, HIDDEN),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.BatchNorm1d(HIDDEN),
+        )
 
     def forward(self, patches: Tensor, counts: Tensor) -> Any:
         rows = torch.cat([x[:n] for x, n in zip(patches, counts.tolist(), strict=True)])
@@ -106,7 +110,8 @@ def test_numbers_of_features_may_differ_from_batch_to_batch_and_drops_reach_the_
     model = m.model(cls=Seeing)
     facts = tg.analyze(tg.capture(spec_of(model, dynamic=True)))
     graph = facts.program[TASK]
-    assert graph.check is not None and graph.check.batches == 2
+    assert graph.check is not None
+    assert graph.check.batches == 2
     assert graph.trained_inputs == ("tower",)
     assert any("tower: computed before the graph" in note for note in graph.check.notes)
     accelerated = tg.apply(facts, tg.Plan(()))
@@ -117,7 +122,9 @@ def test_numbers_of_features_may_differ_from_batch_to_batch_and_drops_reach_the_
     model.tower.norm.eval()
     for inputs in (batch(), batch((5, 1), seed=3)):
         ids = inputs["ids"]
-        x = model.embed(ids).masked_scatter((ids == IMAGE_ID).unsqueeze(-1), model.features(inputs["patches"], inputs["counts"]))
+        x = model.embed(ids).masked_scatter(
+            (ids == IMAGE_ID).unsqueeze(-1), model.features(inputs["patches"], inputs["counts"])
+        )
         dropped = m.dropped(ids)
         for number, layer in enumerate(model.layers):
             x = layer(x) if number != 1 else torch.where(dropped.unsqueeze(-1), x, layer(x, dropped))

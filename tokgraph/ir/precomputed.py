@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -109,7 +109,7 @@ class PrecomputedCall:
     trained: tuple[bool, ...]
 
 
-class _Enough(BaseException):  # noqa: N818 - no error: it ends a forward that has computed what was asked for
+class _Enough(BaseException):
     """Nothing of the rest of the forward is needed."""
 
 
@@ -205,11 +205,8 @@ def recording(model: nn.Module, paths: Sequence[str], enough: int | None = None)
             raise _Enough
         return result
 
-    with replaced(model, {path: partial(run, path) for path in paths}):
-        try:
-            yield recorded
-        except _Enough:
-            pass
+    with replaced(model, {path: partial(run, path) for path in paths}), suppress(_Enough):
+        yield recorded
 
 
 @dataclass(frozen=True)
@@ -298,7 +295,9 @@ class Precomputed:
                 help="it runs by the model's own code, which refuses this batch without tokgraph as well",
             ) from error
         if [path for path, _ in recorded.results] != [call.path for call in self.calls]:
-            raise self._other(f"calls {len(recorded.results)} precomputed submodules, and {len(self.calls)} in the example")
+            raise self._other(
+                f"calls {len(recorded.results)} precomputed submodules, and {len(self.calls)} in the example"
+            )
         found: dict[str, torch.Tensor] = {}
         for call, (_, result) in zip(self.calls, recorded.results, strict=True):
             try:
@@ -308,7 +307,9 @@ class Precomputed:
             if len(tensors) != len(call.names):
                 raise self._other(f"gets {len(tensors)} tensors from {call.path}, and {len(call.names)} in the example")
             if shell != call.shell:
-                raise self._other(f"gets another structure, or other plain values, from {call.path} than in the example")
+                raise self._other(
+                    f"gets another structure, or other plain values, from {call.path} than in the example"
+                )
             found.update(zip(call.names, tensors, strict=True))
         return found
 
