@@ -180,7 +180,8 @@ def _dynamic(
     for key, dims in (task.dynamic or {}).items():
         names = of_path.get(key, [key])
         for dim, called in dims.items():
-            sizes = {n: x.shape[dim] for n in names if (x := given.get(n, task.inputs.get(n))).dim() > dim}
+            tensors = {n: given[n] if n in given else task.inputs[n] for n in names}
+            sizes = {n: x.shape[dim] for n, x in tensors.items() if x.dim() > dim}
             if not sizes:
                 raise SpecError(f"task {name!r}: dynamic dimension {dim} of {key!r} does not exist")
             first = next(iter(sizes.values()))

@@ -58,7 +58,7 @@ class Shell:
         found = pytree.tree_unflatten(leaves, self.spec)
         if self.of is None:
             return found
-        made = object.__new__(self.of)
+        made: Any = object.__new__(self.of)
         for name, x in found.items():
             object.__setattr__(made, name, x)
         return made
