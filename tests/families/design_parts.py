@@ -84,17 +84,22 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(layer() for _ in range(LAYERS))
         self.head = nn.Linear(HIDDEN, vocabulary, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, *beside: Tensor) -> Tensor:
         """Normalised rows of the last layer.
 
         Args:
             x: ``[batch, tokens, hidden]``.
             mask: ``[batch or 1, 1, tokens, tokens]`` bool, who sees whom.
+            beside: what layers are given as well.
         """
+        return self.norm(self.through(x, mask, range(len(self.layers)), *beside))
+
+    def through(self, x: Tensor, mask: Tensor, layers: range, *beside: Tensor) -> Tensor:
+        """Rows behind some of the layers."""
         rope = rope_of(x, HIDDEN // HEADS)
-        for layer in self.layers:
-            x = layer(x, mask, rope)
-        return self.norm(x)
+        for number in layers:
+            x = self.layers[number](x, mask, rope, *beside)
+        return x
 
 
 class Encoder(nn.Module):
