@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -157,12 +158,21 @@ class MixtureLayer(nn.Module):
         return x + self.each(x, at, lambda expert, rows: expert.ffn(expert.norm2(rows)))
 
 
+class MixtureByWhere(MixtureLayer):
+    """The same function: both experts see every row, and one is taken."""
+
+    def each(self, x: Tensor, at: tuple[Tensor, ...], apply: Callable[[Expert, Tensor], Tensor]) -> Tensor:
+        drawn = (torch.arange(x.shape[1])[:, None] == at[1]).any(1)
+        first, second = (apply(expert, x) for expert in self.experts)
+        return torch.where(drawn[:, None], second, first)
+
+
 class Bagel(nn.Module):
     """Rectified flow in an expert of its own beside the language model's; image rows see one another."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: Callable[[], nn.Module] = MixtureLayer) -> None:
         super().__init__()
-        self.backbone, self.encoder, self.time = p.Backbone(MixtureLayer), p.Encoder(), p.TimeEmbedding()
+        self.backbone, self.encoder, self.time = p.Backbone(layer), p.Encoder(), p.TimeEmbedding()
         self.enter, self.leave = nn.Linear(p.PATCH, p.HIDDEN), nn.Linear(p.HIDDEN, p.PATCH)
 
     def understanding(self, ids: Tensor, patches: Tensor, labels: Tensor) -> Tensor:
@@ -194,8 +204,8 @@ def bagel_batch(task: str, seed: int) -> dict[str, Tensor]:
     return {**inputs, "ids": ids, "text_at": rows[~image], "image_at": rows[image]}
 
 
-def bagel() -> Example:
-    return p.example(Bagel, bagel_batch, understanding=UNDERSTANDING, generation=GENERATION)
+def bagel(layer: Callable[[], nn.Module] = MixtureLayer) -> Example:
+    return p.example(partial(Bagel, layer), bagel_batch, understanding=UNDERSTANDING, generation=GENERATION)
 
 
 # ------------------------------------------------------------------ MetaQuery: learned queries ask a frozen model
@@ -246,6 +256,14 @@ def metaquery() -> Example:
 FAMILIES = [
     Family("Transfusion", "arXiv 2408.11039", transfusion, ("diffusion and next token in one decoder, mixed mask",)),
     Family("BAGEL", "arXiv 2505.14683", bagel, ("mixture of transformers: experts by index", "rectified flow")),
+    Family(
+        "BAGEL, by where",
+        "arXiv 2505.14683",
+        partial(bagel, MixtureByWhere),
+        ("both experts on all rows, one is taken",),
+    ),
     Family("JanusFlow", "arXiv 2411.07975", janusflow, ("rectified flow: noise, time and image are inputs",)),
-    Family("MetaQuery", "arXiv 2504.06256", metaquery, ("learned queries behind the prompt, a connector, a flow head",)),
+    Family(
+        "MetaQuery", "arXiv 2504.06256", metaquery, ("learned queries behind the prompt, a connector, a flow head",)
+    ),
 ]
