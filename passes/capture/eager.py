@@ -18,6 +18,7 @@ from tokgraph.errors import CaptureError, TokgraphError, Where
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.fidelity import CaptureCheck
 from tokgraph.ir.frames import where_raised
+from tokgraph.ir.precomputed import without_checkpoints
 from tokgraph.ir.program import TaskGraph, model_device
 from tokgraph.ir.spec import Task
 
@@ -184,14 +185,20 @@ class _Eager:
         if not whole:
             return graph
         with in_autocast(None, model_device(self._model).type):  # the graph holds the casts of the region
-            reference, call = self._reference, partial(_call, self._model, users, self._autocast)
-            if users is not self._task:
-                reference = self._runner.run(lambda: call(**inputs))
-            check = compare(self._runner, graph, call, reference, inputs)
+            check = self._compared(graph, users, inputs)
         notes = (*self._notes, *self._recomputes(graph))
         for note in notes:
             log.warning("task %s: %s", self._name, note)
         return replace(graph, check=replace(check, notes=(*notes, *_beside(graph))))
+
+    def _compared(self, graph: TaskGraph, users: Task, inputs: Mapping[str, Any]) -> CaptureCheck:
+        """The graph, with what is precomputed for it, compared with the forward that the user wrote."""
+        call = partial(_call, self._model, users, self._autocast)
+        if users is self._task:
+            return compare(self._runner, graph, call, self._reference, inputs)
+        with without_checkpoints():  # through which torch.autograd.grad() does not go
+            reference = self._runner.run(lambda: call(**inputs))
+            return compare(self._runner, graph, call, reference, inputs)
 
     def _recomputes(self, graph: TaskGraph) -> tuple[str, ...]:
         if not self._seen.checkpoints:

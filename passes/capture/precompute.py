@@ -62,6 +62,15 @@ def precomputing(model: nn.Module, name: str, task: Task, inputs: Mapping[str, A
         raise SpecError(
             f"task {name!r}: the input {min(taken)!r} has the name of a precomputed result", help="rename the input"
         )
+    lacking = [
+        key
+        for key in (*(task.dynamic or {}), *task.visual_inputs)
+        if key not in {*given, *task.inputs, *task.precomputed}
+    ]
+    if lacking:
+        raise SpecError(
+            f"task {name!r}: there is no {lacking[0]!r} among what is precomputed", help=f"there is {', '.join(given)}"
+        )
     of_path = {path: [n for c in calls if c.path == path for n in c.names] for path in task.precomputed}
     visual = [found for key in task.visual_inputs for found in of_path.get(key, [key])]
     return replace(
@@ -84,7 +93,8 @@ def _recorded(model: nn.Module, name: str, task: Task, inputs: Mapping[str, Any]
                 raise CaptureError(
                     f"task {name!r}: its forward does not call {path}, which precomputed= names",
                     where=Where(module=path),
-                    help="name the submodule that the forward calls, or the method: a module's forward, not what is around it",
+                    help="name what the forward calls, by its path in the model; where it calls forward itself, past hooks, "
+                    "that is a method as well: 'model.visual.forward'",
                 )
         before = {n: x.detach().clone() for n, x in model.named_buffers()}
         with _Prefix(model) as prefix, recording(model, task.precomputed, len(whole.results)) as recorded:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tokgraph as tg
 from tests.field import decoder as m
@@ -163,6 +164,18 @@ class Twice(Seeing):
         return x
 
 
+class Checkpointed(Seeing):
+    """A reentrant checkpoint around the tower: what it computes has no gradients until it is recomputed."""
+
+    def features(self, patches: Tensor, counts: Tensor) -> Tensor:
+        return checkpoint(self.tower, patches.requires_grad_(), counts, use_reentrant=True)
+
+    def make(self) -> nn.Module:
+        tower = super().make()
+        tower.norm.eval()  # or recomputing would count the batch twice
+        return tower
+
+
 @dataclass
 class Result:
     rows: Tensor
@@ -245,6 +258,7 @@ class DeepStacked(Seeing):
 
 WAYS: dict[str, tuple[type[Seeing], str]] = {
     "frozen": (Frozen, "tower"),
+    "a checkpoint": (Checkpointed, "tower"),
     "in a loop": (Twice, "tower"),
     "a dataclass": (OfDataclass, "tower"),
     "hooks and a backward of its own": (Hooked, "tower"),
@@ -354,7 +368,7 @@ class Counting(Seeing):
 
 
 REFUSED = {
-    "not called": (NotCalled, "does not call tower"),
+    "forward itself called": (NotCalled, "does not call tower"),
     "after the decoder": (AfterDecoder, "attends before the last call of tower"),
     "an object": (OfObjects, "tower returns a object"),
     "a buffer before it": (Counting, "writes the buffer calls before the last call of tower"),
@@ -366,6 +380,13 @@ def test_refused(why: str) -> None:
     cls, text = REFUSED[why]
     with pytest.raises(tg.CaptureError, match=text):
         tg.capture(spec_of(m.model(cls=cls, layers=2)))
+
+
+def test_names_of_tensors_that_there_are_not() -> None:
+    for task in ({"dynamic": {"tower.1": {0: "features"}}}, {"visual": None, "visual_inputs": "tower.1"}):
+        spec = m.spec(m.model(cls=Seeing, layers=1), batch(), loss, precomputed="tower", **task)
+        with pytest.raises(tg.SpecError, match="no 'tower.1' among what is precomputed"):
+            tg.capture(spec)
 
 
 def test_paths_that_are_none() -> None:

@@ -12,10 +12,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from tokgraph.errors import BatchError, CaptureError, SpecError, TokgraphError, Where
 
@@ -205,8 +207,25 @@ def recording(model: nn.Module, paths: Sequence[str], enough: int | None = None)
             raise _Enough
         return result
 
-    with replaced(model, {path: partial(run, path) for path in paths}), suppress(_Enough):
+    calls = {path: partial(run, path) for path in paths}
+    with replaced(model, calls), without_checkpoints(lambda: not recorded.inside), suppress(_Enough):
         yield recorded
+
+
+@contextmanager
+def without_checkpoints(where: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Let reentrant checkpoints keep what they compute: results inside of one have no gradients until it is recomputed.
+
+    Args:
+        where: whether one that is met is left out; others stay.
+    """
+    apply = CheckpointFunction.apply
+
+    def run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args) if where() else apply(function, preserve, *args)
+
+    with mock.patch.object(CheckpointFunction, "apply", staticmethod(run)):
+        yield
 
 
 @dataclass(frozen=True)
