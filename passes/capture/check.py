@@ -126,6 +126,13 @@ class Runner:
             if restore:
                 self._state.restore()
 
+    def aside(self, call: Callable[[], Any]) -> Any:
+        """What a call gives that leaves the model's state as it is."""
+        try:
+            return call()
+        finally:
+            self._state.restore()
+
     def _written(self) -> dict[str, tuple[Any, torch.Tensor]]:
         """Buffer -> its value before and the buffer itself, of those that were written."""
         return {
@@ -174,10 +181,11 @@ def compare(
     batches, second = 1, other_batch(inputs)
     try:
         expected = runner.run(lambda: eager(**second))
+        fits = graph.precomputed is None or runner.aside(lambda: _fits(graph, copied(second)))
     except Exception as error:  # the model checks something of its inputs: there is no other batch to be had
         log.info("task %s: the forward does not take another batch: %s", graph.name, error)
     else:
-        if torch.isfinite(expected.loss):
+        if torch.isfinite(expected.loss) and fits:
             batches, worst = 2, max(worst, judge(second, expected, _CONSTANT)[1], key=_badness)
     return CaptureCheck(
         batches,
@@ -188,6 +196,20 @@ def compare(
         without_gradient=sum(_nothing(g) for g in reference.gradients.values()),
         buffers=tuple(reference.buffers),
         random="none" if not drawn else "equal" if mine.random.same_tensors(reference.random) else "other",
+    )
+
+
+def _fits(graph: TaskGraph, batch: Mapping[str, Any]) -> bool:
+    """Whether what is precomputed for a batch has the sizes that the graph fixes: how many rows it has may depend on values."""
+    with torch.no_grad():
+        leaves = graph.flatten(batch)
+    pairs = [
+        (value(node), x) for node, x in zip(graph.leaf_names(), leaves, strict=True) if isinstance(x, torch.Tensor)
+    ]
+    return all(
+        x.dim() == len(wanted.shape)
+        and all(a == b for a, b in zip(x.shape, wanted.shape, strict=True) if isinstance(b, int))
+        for wanted, x in pairs
     )
 
 

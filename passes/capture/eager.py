@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from tokgraph.errors import CaptureError, TokgraphError, Where
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.fidelity import CaptureCheck
 from tokgraph.ir.frames import where_raised
+from tokgraph.ir.precomputed import without_checkpoints
 from tokgraph.ir.program import TaskGraph, model_device
 from tokgraph.ir.spec import Task
 
@@ -25,6 +27,7 @@ from .buffers import rebound_buffers
 from .check import Run, Runner, compare, copied
 from .failures import does_not_run
 from .fields import Fields, recorded_fields
+from .precompute import precomputing
 from .reads import Reads, is_setting, recorded_reads
 from .state import Change, RandomState, State
 from .uses import tracked
@@ -37,7 +40,7 @@ def held_against_eager(
     model: nn.Module,
     name: str,
     task: Task,
-    capture: Callable[[Reads], TaskGraph],
+    capture: Callable[[Task, Reads], TaskGraph],
     autocast: Autocast | None,
     whole: bool,
 ) -> TaskGraph:
@@ -50,29 +53,31 @@ def held_against_eager(
         model: the user's model.
         name: the task's name.
         task: the task.
-        capture: traces the forward and cleans the graph up, given what the forward reads of its modules.
+        capture: traces the forward and cleans the graph up, given the task without what is precomputed, and what the forward
+            reads of its modules.
         autocast: the region of autocast to capture in, whatever is active around.
         whole: whether the graph is complete, so that it can be compared.
 
     Raises:
         CaptureError: the forward does what a graph would lose, or the graph computes something else.
     """
-    check_hooks(model)
+    check_hooks(model, task.precomputed)
     random, first = RandomState.now(), State(model)
     built: set[tuple[str, str, str]] = set()
     try:
         device = model_device(model)
         with torch.inference_mode(False), in_autocast(autocast, device.type):
-            inputs = copied(task.inputs, device)
+            inputs, users = copied(task.inputs, device), task
+            task = precomputing(model, name, task, inputs, partial(_call, model, task, autocast))
             if device.type == "meta":
                 with watching(model) as seen:
-                    graph = capture(Reads())
+                    graph = capture(task, Reads())
                 notes = _recomputation(seen)
                 return replace(graph, check=CaptureCheck(skipped="the model is on the meta device", notes=notes))
             _check_trainable(model)
-            eager = _Eager(model, name, task, inputs, random, first, autocast)
+            eager = _Eager(model, name, task, copied(task.inputs, device), random, first, autocast)
             built |= eager.built
-            return eager.judge(capture, whole)
+            return eager.judge(partial(capture, task), users, inputs, whole)
     finally:
         first.restore(lambda *key: key in built)
         random.set()
@@ -136,11 +141,7 @@ class _Eager:
         self._check_grad_mode(without)
 
     def _call(self, /, **inputs: Any) -> Any:
-        region = (
-            nullcontext() if self._autocast is None else torch.autocast(self._autocast.device, self._autocast.dtype)
-        )
-        with rebound_buffers(self._model), region:  # casts of parameters are shared, as they are for the user
-            return self._task.forward(self._model, **copied(inputs))
+        return _call(self._model, self._task, self._autocast, **inputs)
 
     def _warm_up(self, runner: Runner) -> Run:
         """Run the forward once, without gradients, so that models which build tables lazily have built them."""
@@ -167,19 +168,37 @@ class _Eager:
                 help="call the forward and backward() on its loss yourself and make both run first",
             ) from error
 
-    def judge(self, capture: Callable[[Reads], TaskGraph], whole: bool) -> TaskGraph:
-        """The captured graph, compared with the forward."""
+    def judge(
+        self, capture: Callable[[Reads], TaskGraph], users: Task, inputs: Mapping[str, Any], whole: bool
+    ) -> TaskGraph:
+        """The captured graph, compared with the forward.
+
+        Args:
+            capture: makes the graph.
+            users: the task as the user wrote it: what is precomputed is compared as well.
+            inputs: its example batch.
+            whole: whether the graph can be compared.
+        """
         with watching(self._model):
             graph = capture(self._reads)
         self.settled.restore()
         if not whole:
             return graph
         with in_autocast(None, model_device(self._model).type):  # the graph holds the casts of the region
-            check = compare(self._runner, graph, self._call, self._reference, self._inputs)
+            check = self._compared(graph, users, inputs)
         notes = (*self._notes, *self._recomputes(graph))
         for note in notes:
             log.warning("task %s: %s", self._name, note)
-        return replace(graph, check=replace(check, notes=notes))
+        return replace(graph, check=replace(check, notes=(*notes, *_beside(graph))))
+
+    def _compared(self, graph: TaskGraph, users: Task, inputs: Mapping[str, Any]) -> CaptureCheck:
+        """The graph, with what is precomputed for it, compared with the forward that the user wrote."""
+        call = partial(_call, self._model, users, self._autocast)
+        if users is self._task:
+            return compare(self._runner, graph, call, self._reference, inputs)
+        with without_checkpoints():  # through which torch.autograd.grad() does not go
+            reference = self._runner.run(lambda: call(**inputs))
+            return compare(self._runner, graph, call, reference, inputs)
 
     def _recomputes(self, graph: TaskGraph) -> tuple[str, ...]:
         if not self._seen.checkpoints:
@@ -289,6 +308,21 @@ class _Eager:
             where=next(iter(self._seen.grad_modes), None),
             help="branch on a mode of the model (self.training) instead, and capture it in the mode wanted",
         )
+
+
+def _call(model: nn.Module, task: Task, autocast: Autocast | None, /, **inputs: Any) -> Any:
+    """A run of a task's forward."""
+    region = nullcontext() if autocast is None else torch.autocast(autocast.device, autocast.dtype)
+    with rebound_buffers(model), region:  # casts of parameters are shared, as they are for the user
+        return task.forward(model, **copied(inputs))
+
+
+def _beside(graph: TaskGraph) -> tuple[str, ...]:
+    """A note on what runs before the graph, which costs and pathways do not hold."""
+    if graph.precomputed is None:
+        return ()
+    paths = ", ".join(graph.precomputed.paths)
+    return (f"{paths}: computed before the graph, by the model's own code; costs and pathways are those of the graph",)
 
 
 def _is_tensor(x: object) -> bool:

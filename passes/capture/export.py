@@ -98,7 +98,7 @@ def capture(
     clean = Pipeline([cleanup() for cleanup in cleanups], observer, stop_after=stop_after)
 
     def captured(name: str, task: Task) -> TaskGraph:
-        def make(reads: Reads) -> TaskGraph:
+        def make(task: Task, reads: Reads) -> TaskGraph:
             return clean.run_task(_capture_task(spec.model, name, task, reads, autocast))
 
         return held_against_eager(spec.model, name, task, make, autocast, stop_after is None)
@@ -188,6 +188,8 @@ def _trace(
     module = _plain_module(model, exported, inputs)
     read_before_written(module)
     graph = TaskGraph(name, task, module, pytree.tree_structure(dict(task.inputs)), out_spec)
+    if graph.precomputed is not None:
+        graph = replace(graph, trained_inputs=graph.precomputed.trained)
     dimensions = _dimensions(graph)
     fixed = [f"{d.input}[{d.dim}] ({d.name} = {d.size})" for d in dimensions if d.symbol is None]
     if fixed:

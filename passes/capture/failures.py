@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tokgraph.errors import CaptureError, Where
-from tokgraph.ir.frames import text_of, where_raised
+from tokgraph.ir.frames import causes, methods_of, text_of, where_raised
 
 _VALUES = ("data-dependent", "data dependent", "DataDependent", "DynamicOutputShape", "unbacked")
 """Words by which torch says that it needs the value of a tensor."""
@@ -52,6 +52,11 @@ _BY_MESSAGE: Mapping[str, str] = {
 }
 """Pattern of torch's message -> what to do; the first that fits."""
 _ELSE = "torch.export.export(..., strict=False) of the forward shows the whole of torch's error"
+_OUTSIDE = (
+    "; or leave it out of the graph: precomputed=({part!r},) of the task runs it before the graph, as it is, with its "
+    "gradients; or give the task its features as an input"
+)
+_FEATURES = re.compile(r"image|visual|vision|video|feature|pixel|patch")
 _GRID = {"grid_thw", "image_grid_thw", "cu_seqlens"}
 _GRID_HELP = (
     "the model works sizes out from the image grid, which no graph can follow: make what it takes from the grid before the "
@@ -75,7 +80,7 @@ def not_traceable(task: str, error: Exception, forward: Callable[..., Any], mode
     return CaptureError(
         f"task {task!r}: torch.export cannot trace its forward: {_summary(error)}",
         where=where or _defined(forward),
-        help=_help(error, where),
+        help=_help(error, where, model),
     )
 
 
@@ -91,12 +96,32 @@ def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _help(error: Exception, where: Where | None) -> str:
+def _help(error: Exception, where: Where | None, model: nn.Module) -> str:
     said = f"{type(error).__name__}: {error}"
+    part = _part(error, model)
+    outside = "" if part is None else _OUTSIDE.format(part=part)
     if any(word in said for word in _VALUES):
         if any(_GRID & frame.f_locals.keys() for frame, _ in traceback.walk_tb(error.__traceback__)):
-            return _GRID_HELP
+            return _GRID_HELP + outside
         line = text_of(where.source if where is not None else None)
         other = _OTHER_SIZES if re.search(r"Size-like symbols: u\d", said) else _OTHER_VALUES
-        return next((help for pattern, help in _BY_LINE.items() if re.search(pattern, line)), other)
-    return next((help for pattern, help in _BY_MESSAGE.items() if re.search(pattern, said)), _ELSE)
+        return next((help for pattern, help in _BY_LINE.items() if re.search(pattern, line)), other) + outside
+    return next((help + outside for pattern, help in _BY_MESSAGE.items() if re.search(pattern, said)), _ELSE + outside)
+
+
+def _part(error: Exception, model: nn.Module) -> str | None:
+    """The path of the part of a model, a tower or a method that gets features, in which an error arose; none of the decoder.
+
+    That is the outermost submodule that is beside the embeddings of tokens, and no layer among others, or method with the name
+    of one for features, in which the error lies.
+    """
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tokens = max(tables, key=lambda m: (m.embedding_dim, m.num_embeddings), default=None)
+    frames = (frame for cause in causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__))
+    for path, name in methods_of(frames, model):
+        module = model.get_submodule(path)
+        if path and name == "forward" and tokens is not None and all(m is not tokens for m in module.modules()):
+            return None if path.rpartition(".")[2].isdigit() else path
+        if _FEATURES.search(name) and hasattr(type(module), name):
+            return f"{path}.{name}" if path else name
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,14 +46,20 @@ class Seen:
     grad_modes: list[Where] = field(default_factory=list)
 
 
-def check_hooks(model: nn.Module) -> None:
+def check_hooks(model: nn.Module, outside: Collection[str] = ()) -> None:
     """Refuse hooks on the backward pass of modules.
+
+    Args:
+        model: the model.
+        outside: paths of modules that are not in the graph.
 
     Raises:
         CaptureError: a module, or every module, has such a hook.
     """
     everywhere = nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks
     for path, module in model.named_modules():
+        if any(path == other or path.startswith(f"{other}.") for other in outside):
+            continue
         if everywhere or module._backward_hooks or module._backward_pre_hooks:
             whose = "a backward hook for all modules" if everywhere else f"a backward hook of {type(module).__name__}"
             raise CaptureError(

@@ -318,7 +318,7 @@ class _Counter:
         self._module = graph.graph_module
         self._resize = resize
         self._trained = ancestors([loss_node(graph)])
-        self._grads: set[fx.Node] = set()
+        self._grads: set[fx.Node] = set(graph.trained_nodes().values())
         self._roots: dict[fx.Node, fx.Node] = {}
         self._kept: set[fx.Node] = set()
 

@@ -79,6 +79,7 @@ class Source:
         self.tensors = [n for n in self.placeholders if isinstance(value(n), torch.Tensor)]
         called = graph.leaf_names()
         self.inputs = tuple(called[n] for n in self.tensors)
+        self.trained_inputs = graph.trained_inputs
         self.mode = fake_mode(graph.graph) or FakeTensorMode()
         self._device = captured_device(graph.graph_module)
 
@@ -218,7 +219,7 @@ def trace(
         extra: further inputs, after the task's.
         decompositions: operator -> function to trace instead.
         training: below autograd, attention as plain operators; else above it, operators as they are in the graph.
-        trained: names in the state or among the further inputs that gradients are computed of.
+        trained: names in the state, among the task's inputs or the further ones, that gradients are computed of.
 
     Returns:
         The graph module, and its state: that of ``source`` and the constants that the trace met.
@@ -228,7 +229,10 @@ def trace(
     """
     _check_writes(source.graph)
     state = {name: source.fake(x).requires_grad_(training and name in trained) for name, x in source.state.items()}
-    inputs = [value(node) for node in source.tensors]
+    inputs = [
+        value(node).detach().requires_grad_() if training and name in trained else value(node)
+        for name, node in zip(source.inputs, source.tensors, strict=True)
+    ]
     more = {name: source.fake(x).requires_grad_(training and name in trained) for name, x in extra.items()}
 
     def flat(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -112,6 +112,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {rule.name: rule for rule in (SGD, Adam
 def lower_train_step(graph: TaskGraph, decompositions: Decompositions | None = None) -> Lowered:
     """Inputs -> ``loss``, and ``grad/<name>`` of every parameter that requires a gradient and that the loss depends on.
 
+    Inputs that gradients flow back into, results of submodules that run before the graph, have a gradient as well.
+
     Args:
         graph: the captured or rewritten graph.
         decompositions: operator -> function to trace instead, besides :func:`runtime_decompositions`.
@@ -121,12 +123,13 @@ def lower_train_step(graph: TaskGraph, decompositions: Decompositions | None = N
     names: list[str] = []
 
     def step(state: Tensors, *tensors: torch.Tensor, **extra: torch.Tensor) -> list[torch.Tensor]:
-        loss, gradients = _gradients(source, {**state, **extra}, tensors, source.trained)
+        loss, gradients = _gradients(source, {**state, **extra}, tensors, source.trained, source.trained_inputs)
         names[:] = ["loss", *(f"{GRAD}/{name}" for name in gradients)]
         return [loss, *gradients.values()]
 
     table = {**(decompositions or {}), **runtime_decompositions()}
-    module, state = trace(step, source, counter, table, training=True, trained=source.trained)
+    trained = [*source.trained, *source.trained_inputs]
+    module, state = trace(step, source, counter, table, training=True, trained=trained)
     inputs = (*source.inputs, *counter)
     return Lowered(graph.name, "train-step", module, state, inputs, tuple(names), counter)
 
@@ -179,10 +182,15 @@ def _updates(parameter: str) -> Place:
 
 
 def _gradients(
-    source: Source, state: Tensors, tensors: tuple[torch.Tensor, ...], trained: list[str]
+    source: Source,
+    state: Tensors,
+    tensors: tuple[torch.Tensor, ...],
+    trained: Sequence[str],
+    inputs: Sequence[str] = (),
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss, and name -> gradient of the parameters that it depends on."""
-    held = [state[name] for name in trained]
+    """The loss, and name -> gradient of the parameters, and of the given ones among the inputs, that it depends on."""
+    given = dict(zip(source.inputs, tensors, strict=True))
+    held = [*(state[name] for name in trained), *(given[name] for name in inputs)]
     run = source.interpreter(state)
     loss = run.run(*source.leaves(tensors), enable_io_processing=False)[source.loss]
     place = source.places.get(loss_node(source.graph).name)
@@ -191,8 +199,8 @@ def _gradients(
     mark(place, "backward")
     run.mark_backward(loss)
     found = torch.autograd.grad(loss, held, allow_unused=True)
-    gradients = {name: grad for name, grad in zip(trained, found, strict=True) if grad is not None}
-    return value, gradients
+    names = (*trained, *inputs)
+    return value, {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
 
 def make_optimizer(name: str, options: Mapping[str, Any]) -> Optimizer:

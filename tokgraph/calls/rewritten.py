@@ -58,7 +58,7 @@ def task_anew(spec: ModelSpec, name: str, plan: Plan, autocast: Autocast | None,
         x.to(leaf.dtype)
         if isinstance(x, torch.Tensor) and x.is_floating_point() and isinstance(leaf, torch.Tensor)
         else x
-        for x, leaf in zip(example, leaves, strict=True)
+        for x, leaf in zip(example, leaves[: len(example)], strict=True)  # behind them is what is precomputed
     ]
     task = replace(task, inputs=pytree.tree_unflatten(alike, structure))
     facts = analyze(capture(ModelSpec(spec.model, {name: task}), autocast=autocast))

@@ -264,7 +264,7 @@ def _write(
 def _batches(graph: TaskGraph, options: ExportOptions) -> list[tuple[Mapping[str, Any], dict[str, int]]]:
     example = graph.example()
     sizes = {d.name: d.size for d in graph.dimensions if d.symbol is not None}
-    given = list((options.batches or {}).get(graph.name, []))
+    given = [graph.completed(batch, aside=True) for batch in (options.batches or {}).get(graph.name, [])]
     if given:
         return [(example, sizes), *((batch, {}) for batch in given)]
     other = other_sizes(graph, example)

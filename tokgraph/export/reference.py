@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,7 +57,8 @@ class Reference:
         values = self.gradients(self._graph.example())
         if kind == "train-step":
             return list(values)
-        return ["loss", *(f"new_{PARAMETER}/{name.removeprefix(f'{GRAD}/')}" for name in values if name != "loss")]
+        updated = (name.removeprefix(f"{GRAD}/") for name in values if name != "loss")
+        return ["loss", *(f"new_{PARAMETER}/{name}" for name in updated if name not in self._graph.trained_inputs)]
 
     def expected(self, kind: str, batch: Mapping[str, Any], dtype: torch.dtype | None) -> Expected:
         """What the outputs of a file should be.
@@ -81,29 +82,37 @@ class Reference:
         return {name: x for name, x in zip(self._names, found, strict=True) if isinstance(x, torch.Tensor)}
 
     def gradients(self, batch: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """``loss``, and ``grad/<name>`` of every parameter that it depends on."""
+        """``loss``, and ``grad/<name>`` of every parameter, and of what is computed before the graph, that it depends on."""
         with torch.enable_grad():
-            loss, found = self._gradients(batch, dtype)
+            loss, found = self._gradients(batch, dtype, self._graph.trained_inputs)
         return {"loss": loss, **{f"{GRAD}/{name}": grad for name, (_, grad) in found.items()}}
 
-    def _run(self, batch: Mapping[str, Any], dtype: torch.dtype | None) -> tuple[list[Any], dict[str, Any]]:
+    def _run(
+        self, batch: Mapping[str, Any], dtype: torch.dtype | None
+    ) -> tuple[list[Any], dict[str, Any], dict[str, torch.Tensor]]:
+        """Outputs, tensors of the model by name, and inputs that gradients flow back into."""
         module, leaves = self._graph.graph_module, self._graph.flatten(batch)
         device = model_device(module)
         leaves = [
-            x.to(device, copy=True) if isinstance(x, torch.Tensor) else x for x in leaves
+            x.detach().to(device, copy=True) if isinstance(x, torch.Tensor) else x for x in leaves
         ]  # the graph may write them
+        nodes = self._graph.trained_nodes()
         if dtype is None:
-            return list(module(*leaves)), dict(self._graph.named_parameters())
+            names = list(self._graph.leaf_names().values())
+            leaves = [x.requires_grad_() if n in nodes else x for n, x in zip(names, leaves, strict=True)]
+            return list(module(*leaves)), dict(self._graph.named_parameters()), dict(zip(names, leaves, strict=True))
         interpreter = GraphInterpreter(module, *in_dtype(dtype, module))
-        return list(interpreter.run(*leaves)), interpreter.attributes
+        interpreter.trained = {node.target for node in nodes.values()}
+        outputs = list(interpreter.run(*leaves))
+        return outputs, interpreter.attributes, {name: interpreter.inputs[n.target] for name, n in nodes.items()}
 
     def _gradients(
-        self, batch: Mapping[str, Any], dtype: torch.dtype | None
+        self, batch: Mapping[str, Any], dtype: torch.dtype | None, inputs: Sequence[str] = ()
     ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """The loss, and name -> (parameter, gradient) of the parameters that the loss depends on."""
-        outputs, attributes = self._run(batch, dtype)
+        """The loss, and name -> (parameter, gradient) of the parameters and inputs that the loss depends on."""
+        outputs, attributes, given = self._run(batch, dtype)
         held = {self._aliases.get(name, name): x for name, x in attributes.items() if isinstance(x, torch.Tensor)}
-        parameters = {name: held[name] for name in self._trained}
+        parameters = {name: held[name] for name in self._trained} | {name: given[name] for name in inputs}
         found = torch.autograd.grad(outputs[self._loss], list(parameters.values()), allow_unused=True)
         pairs = zip(parameters.items(), found, strict=True)
         gradients = {name: (p.detach(), grad) for (name, p), grad in pairs if grad is not None}

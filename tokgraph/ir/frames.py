@@ -81,7 +81,7 @@ def where_raised(error: BaseException, model: nn.Module | None = None) -> Where 
         error: the error.
         model: the model, to name the module whose forward ran.
     """
-    for cause in _causes(error):
+    for cause in causes(error):
         frames = [(frame, line) for frame, line in traceback.walk_tb(cause.__traceback__)]
         found = source_of((frame.f_code.co_filename, line) for frame, line in frames)
         if found.source is not None:
@@ -94,7 +94,7 @@ def where_raised(error: BaseException, model: nn.Module | None = None) -> Where 
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
     """What caused an error, the innermost cause first, and the error itself."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
@@ -107,7 +107,17 @@ def _module_of(frames: list[FrameType], model: nn.Module | None) -> str | None:
     """The path of the innermost module of the model whose method a frame runs."""
     if model is None:
         return None
-    paths = {id(module): path for path, module in model.named_modules()}
-    selves = [frame.f_locals.get("self") for frame in frames]
-    found = [paths[id(x)] for x in selves if isinstance(x, nn.Module) and id(x) in paths]
+    found = [path for path, _ in methods_of(frames, model)]
     return found[-1] or None if found else None
+
+
+def methods_of(frames: Iterable[FrameType], model: nn.Module) -> Iterator[tuple[str, str]]:
+    """``(path of the module, name of its method)`` of frames that run methods of a model's modules.
+
+    torch.export calls modules through proxies, which have the attributes of theirs, and are no other way the same.
+    """
+    paths = {id(module.__dict__): path for path, module in model.named_modules()}
+    for frame in frames:
+        x = frame.f_locals.get("self")
+        if isinstance(x, nn.Module) and id(x.__dict__) in paths:
+            yield paths[id(x.__dict__)], frame.f_code.co_name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class GraphInterpreter(fx.Interpreter):
 
     Attributes:
         attributes: name -> mapped tensor, of those that were read.
+        trained: targets of placeholders that gradients are wanted of.
+        inputs: target -> mapped tensor of these.
     """
 
     def __init__(
@@ -40,6 +42,8 @@ class GraphInterpreter(fx.Interpreter):
         self._tensors = tensors
         self._constants = constants
         self.attributes: dict[str, Any] = {}
+        self.trained: Collection[Any] = ()
+        self.inputs: dict[Any, torch.Tensor] = {}
         self._written = {node.args[0].target for node in module.graph.nodes if is_write(node)}
 
     def fetch_attr(self, target: str) -> Any:
@@ -56,7 +60,10 @@ class GraphInterpreter(fx.Interpreter):
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The mapped input."""
-        return self._mapped(target, super().placeholder(target, args, kwargs))
+        found = self._mapped(target, super().placeholder(target, args, kwargs))
+        if target in self.trained:
+            found = self.inputs[target] = found.detach().requires_grad_()
+        return found
 
     def _mapped(self, target: Any, x: Any) -> Any:
         """The mapped tensor, on its own where the graph writes it: the user's stays as it is."""

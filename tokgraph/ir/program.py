@@ -17,6 +17,7 @@ from .conditions import Conditions
 from .fidelity import CaptureCheck
 from .names import OWN, input_name
 from .node import output_args, tensor
+from .precomputed import Precomputed
 from .spec import ModelSpec, Task
 from .tensors import tensor_name
 
@@ -59,6 +60,7 @@ class TaskGraph:
         numbers: leaf of the inputs -> type, of Python numbers that the graph takes as tensors; ``task`` holds them as such.
         conditions: what the graph takes for granted of a call.
         check: how capture held the graph against the user's forward; ``None`` for a graph that it did not make, or not whole.
+        trained_inputs: inputs that stand for results of submodules which train: gradients flow back into them.
     """
 
     name: str
@@ -70,18 +72,40 @@ class TaskGraph:
     numbers: Mapping[int, type] = field(default_factory=dict)
     conditions: Conditions = field(default_factory=Conditions)
     check: CaptureCheck | None = None
+    trained_inputs: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
         """The FX graph."""
         return self.graph_module.graph
 
+    @property
+    def precomputed(self) -> Precomputed | None:
+        """What runs before the graph; ``None``: nothing, or, in a loaded program, nothing that there is code of."""
+        return self.task.forward if isinstance(self.task.forward, Precomputed) else None
+
+    def completed(self, inputs: Mapping[str, Any], aside: bool = False) -> Mapping[str, Any]:
+        """Inputs of the user's forward, with those that stand for what is precomputed, which runs where they are missing.
+
+        Args:
+            inputs: by name.
+            aside: without gradients, and leaving the model's buffers as they are.
+
+        Raises:
+            BatchError: what is precomputed is of another structure than in the example batch.
+        """
+        before = self.precomputed
+        if before is None or inputs.keys() - set(before.names) != self.task.inputs.keys() - set(before.names):
+            return inputs
+        return before.aside(inputs) if aside else before.complete(inputs)
+
     def flatten(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """Inputs in placeholder order.
+        """Inputs in placeholder order; what is precomputed is computed, with its gradients, where it is not given.
 
         Raises:
             BatchError: the mapping's structure is not that of the example batch.
         """
+        inputs = self.completed(inputs)
         ordered = {key: inputs[key] for key in self.task.inputs if key in inputs}
         ordered |= {key: value for key, value in inputs.items() if key not in ordered}
         leaves, spec = pytree.tree_flatten(ordered)
@@ -93,10 +117,15 @@ class TaskGraph:
             raise BatchError(
                 self._nested_otherwise(inputs)
                 if same
-                else f"task {self.name!r} takes the inputs {', '.join(self.task.inputs)}; got {', '.join(inputs) or 'none'}",
+                else f"task {self.name!r} takes the inputs {', '.join(self._expected)}; got {', '.join(inputs) or 'none'}",
                 help="pass every input of the task's example batch by name, with the same nesting",
             )
         return leaves
+
+    @property
+    def _expected(self) -> list[str]:
+        """Names of the inputs that a call has to give."""
+        return [key for key in self.task.inputs if self.precomputed is None or key not in self.precomputed.names]
 
     def _nested_otherwise(self, inputs: Mapping[str, Any]) -> str:
         """Which inputs hold other numbers of tensors, or hold them otherwise, than in the example batch."""
@@ -146,6 +175,10 @@ class TaskGraph:
             for key, nodes in self.input_nodes().items()
             for i, node in enumerate(nodes)
         }
+
+    def trained_nodes(self) -> dict[str, fx.Node]:
+        """Name -> placeholder, of the inputs that gradients flow back into."""
+        return {name: node for node, name in self.leaf_names().items() if name in self.trained_inputs}
 
     def symbol_names(self) -> dict[str, str]:
         """Symbol -> the user's name for it."""

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from tokgraph.errors import BatchError, LoadError, SpecError, TokgraphError
 
 from .names import check_name, check_task_names
+from .precomputed import called_at
 
 Reads = Literal["text", "visual", "all"]
 Outputs = Literal["loss", "full"]
@@ -91,6 +92,9 @@ class Task:
         segments: ``(**inputs) -> {name: [batch, tokens] bool}``, parts of the sequence between which attention is
             measured, disjoint; positions in none of them are the segment ``"other"``. ``None``: system, image,
             instruction and output are found from the visual tokens and the labels.
+        precomputed: paths of submodules of the model, or of methods of one, that are left out of the graph: they run as the
+            user wrote them, before it, and it takes what they return (docs/calls.md). ``dynamic`` and ``visual_inputs`` may
+            name them as inputs.
 
     Raises:
         SpecError: a field contradicts another.
@@ -104,10 +108,13 @@ class Task:
     reads: Reads = "all"
     outputs: Outputs = "loss"
     segments: Callable[..., Mapping[str, torch.Tensor]] | None = None
+    precomputed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.visual_inputs, str):
-            object.__setattr__(self, "visual_inputs", (self.visual_inputs,))
+        for name in ("visual_inputs", "precomputed"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        object.__setattr__(self, "precomputed", tuple(dict.fromkeys(self.precomputed)))
         if self.reads not in ("text", "visual", "all"):
             raise SpecError(f"reads={self.reads!r} is not one of 'text', 'visual', 'all'")
         if self.outputs not in ("loss", "full"):
@@ -137,12 +144,14 @@ class Task:
             ("visual_inputs", list(self.visual_inputs)),
         ):
             for key in used:
-                if key not in self.inputs:
+                if key not in self.inputs and not (what != "visual" and self._is_precomputed(key)):
                     raise SpecError(
                         f"task {name!r}: {what} names {key!r}, which is not among its inputs",
-                        help=f"the inputs are {', '.join(map(repr, self.inputs))}",
+                        help=f"the inputs are {', '.join(map(repr, (*self.inputs, *self.precomputed)))}",
                     )
         for key, dims in (self.dynamic or {}).items():
+            if key not in self.inputs:
+                continue  # of what is precomputed, sizes are known when it was
             value = self.inputs[key]
             for dim in dims:
                 if not isinstance(value, torch.Tensor) or not 0 <= dim < value.dim():
@@ -151,11 +160,16 @@ class Task:
 
         self._check_sizes(name)
 
+    def _is_precomputed(self, key: str) -> bool:
+        """Whether a name stands for what is precomputed: its path, or one of the tensors it returns."""
+        path, _, number = key.rpartition(".")
+        return key in self.precomputed or (path in self.precomputed and number.isdigit())
+
     def _check_sizes(self, name: str) -> None:
         """Refuse one name for dimensions of several sizes."""
         seen: dict[str, tuple[str, int, int]] = {}
         for key, dims in (self.dynamic or {}).items():
-            for dim, dimension in dims.items():
+            for dim, dimension in dims.items() if key in self.inputs else ():
                 size = self.inputs[key].shape[dim]
                 other, at, first = seen.setdefault(dimension, (key, dim, size))
                 if size != first:
@@ -208,6 +222,8 @@ class ModelSpec:
             if not isinstance(task, Task):
                 raise SpecError(f"task {name!r} must be a tokgraph.Task, got {type(task).__name__}")
             task.check(name)
+            for path in task.precomputed:
+                called_at(self.model, path)
 
 
 def load(path: str | Path, **kwargs: Any) -> ModelSpec:

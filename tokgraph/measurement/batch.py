@@ -31,7 +31,7 @@ def on_batch(graph: TaskGraph, batch: Mapping[str, Any] | None) -> TaskGraph:
             f"task {graph.name!r}: the model is on the meta device, so there are no values to measure",
             help="build the model with storage, and measure a smaller size of it",
         )
-    batch = graph.task.inputs if batch is None else batch
+    batch = graph.task.inputs if batch is None else graph.completed(batch, aside=True)
     _check_sizes(graph, graph.flatten(batch))
     device = model_device(graph.graph_module)
     ordered = {key: batch[key] for key in graph.task.inputs}

@@ -128,7 +128,8 @@ def _start(graph: TaskGraph, node: fx.Node, axis: int) -> int:
 def _declared(graph: TaskGraph, shape: torch.Size) -> dict[str, torch.Tensor]:
     declare = graph.task.segments
     assert declare is not None
-    given = declare(**graph.task.inputs)
+    beside = () if graph.precomputed is None else graph.precomputed.names
+    given = declare(**{key: x for key, x in graph.task.inputs.items() if key not in beside})
     if not isinstance(given, Mapping):
         raise SpecError(
             f"task {graph.name!r}: segments must return a mapping, got {type(given).__name__}",

@@ -162,7 +162,9 @@ def _program(
         conditions = loaded_conditions(saved.conditions, manifest.training)
         numbers = {i: found.kind for i, found in enumerate(conditions.inputs) if isinstance(found, NumberInput)}
         graph = TaskGraph(name, spec.tasks[name], module, in_spec, out_spec, (), numbers, conditions)
-        graphs[name] = replace(graph, dimensions=_dimensions(saved, graph))
+        graph = replace(graph, dimensions=_dimensions(saved, graph), trained_inputs=saved.trained_inputs)
+        _check_trained(folder, graph)
+        graphs[name] = graph
     return Program(spec, graphs)
 
 
@@ -180,6 +182,22 @@ def _check_types(
             raise FileError(
                 f"{folder / WEIGHTS}: {name!r} is {x.dtype} of shape {tuple(x.shape)}; the graph takes {expected.dtype} of "
                 f"shape {tuple(expected.shape)}",
+                help="save the program again",
+            )
+
+
+def _check_trained(folder: Path, graph: TaskGraph) -> None:
+    """That gradients are said to flow back into inputs that can have some.
+
+    Raises:
+        FileError: another input is named.
+    """
+    nodes = graph.trained_nodes()
+    for name in graph.trained_inputs:
+        x = value(nodes[name]) if name in nodes else None
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise FileError(
+                f"{folder}: task {graph.name!r} has no input {name!r} that a gradient flows back into",
                 help="save the program again",
             )
 

@@ -139,6 +139,7 @@ class SavedTask(_Part):
     visual_inputs: tuple[str, ...]
     dynamic: dict[str, dict[Natural, str]]
     dimensions: tuple[SavedDimension, ...]
+    trained_inputs: tuple[str, ...] = ()
     conditions: SavedConditions
     result: Structure
     variants: dict[Literal["accelerated", "baseline"], SavedVariant]

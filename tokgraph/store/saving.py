@@ -133,6 +133,7 @@ def _described(graph: TaskGraph, variants: dict[Any, SavedVariant]) -> SavedTask
         visual_inputs=tuple(task.visual_inputs),
         dynamic={key: dict(dims) for key, dims in (task.dynamic or {}).items()},
         dimensions=tuple(SavedDimension(**asdict(d)) for d in graph.dimensions),
+        trained_inputs=graph.trained_inputs,
         conditions=saved_conditions(graph.conditions),
         result=_plain_result(graph),
         variants=variants,

@@ -29,7 +29,7 @@ class Results:
 
     Args:
         outputs: the graph's flat outputs.
-        gradients: parameter name -> gradient of the loss, zero where the loss does not depend on it.
+        gradients: parameter or trained input -> gradient of the loss, zero where the loss does not depend on it.
         buffers: buffer name -> value afterwards, of those that the graph writes.
     """
 
@@ -94,18 +94,20 @@ def _prompt_ends(graph: TaskGraph, facts: TaskFacts) -> list[int]:
 
 
 def _run(interpreter: GraphInterpreter, graph: TaskGraph) -> Results:
+    trained = {name: node.target for name, node in graph.trained_nodes().items()}
+    interpreter.trained = set(trained.values())
     # what a model draws itself (noise), it draws alike in every run
     with torch.random.fork_rng(cuda_devices(graph.graph_module)):
         torch.manual_seed(0)
         outputs = list(interpreter.run(*example_leaves(graph)))
     loss = outputs[output_args(graph.graph).index(loss_node(graph))]
-    names = [name for name, x in interpreter.attributes.items() if isinstance(x, torch.Tensor) and x.requires_grad]
-    found: Sequence[torch.Tensor | None] = [None] * len(names)  # of a loss that nothing trains
+    held = {name: x for name, x in interpreter.attributes.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    held |= {name: interpreter.inputs[target] for name, target in trained.items()}
+    found: Sequence[torch.Tensor | None] = [None] * len(held)  # of a loss that nothing trains
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, [interpreter.attributes[name] for name in names], allow_unused=True)
+        found = torch.autograd.grad(loss, list(held.values()), allow_unused=True)
     gradients = {
-        name: torch.zeros_like(interpreter.attributes[name]) if g is None else g
-        for name, g in zip(names, found, strict=True)
+        name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(held.items(), found, strict=True)
     }
     return Results(
         [x.detach() if isinstance(x, torch.Tensor) else x for x in outputs], gradients, interpreter.written()
