@@ -184,7 +184,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(tg.FileError, match="disk full"):
         tg.Plan(policy="second").save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
