@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from tokgraph.ir.node import tensor, value
 from .functional import LEARNED
 from .places import place_of
 
+_NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -23,6 +25,7 @@ class Piece:
 
     Args:
         title: what it is of the model, for messages: ``"block 3"``.
+        floor: 0: before the blocks, ``i + 1``: in block ``i``, ``block_count + 1``: after them.
         graph_module: takes the values of ``inputs``, gives those of ``outputs``.
         inputs: names of the whole graph's nodes.
         outputs: names of the whole graph's nodes.
@@ -30,6 +33,7 @@ class Piece:
     """
 
     title: str
+    floor: int
     graph_module: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -68,6 +72,28 @@ def pieces(graph_module: fx.GraphModule, by: By) -> list[Piece]:
     return list(_cut(graph, calls, floors))
 
 
+def last_reads(cut: Sequence[Piece], outputs: Sequence[Any]) -> list[list[str]]:
+    """For each piece, the values that nothing reads after it.
+
+    Args:
+        cut: the pieces, in the order in which they run.
+        outputs: names of the values that the whole graph gives, and other things that it gives.
+    """
+    found: list[list[str]] = []
+    needed = {name for name in outputs if isinstance(name, str)}
+    for piece in reversed(cut):
+        mine = {*piece.inputs, *piece.outputs}
+        found.append(sorted(mine - needed))
+        needed |= mine
+    return found[::-1]
+
+
+def block_count(graph: fx.Graph) -> int:
+    """How many blocks the nodes of a graph are placed in."""
+    places = (place_of(node) or {} for node in graph.nodes)
+    return max((place["block"] for place in places if place.get("block") is not None), default=-1) + 1
+
+
 def _floors(graph: fx.Graph) -> dict[fx.Node, int]:
     """Node -> its piece: 0 before the blocks, ``i + 1`` in block ``i``, the last after them.
 
@@ -76,7 +102,7 @@ def _floors(graph: fx.Graph) -> dict[fx.Node, int]:
     next one by what both read.
     """
     places = {node: place_of(node) or {} for node in graph.nodes}
-    head = max((p["block"] for p in places.values() if p.get("block") is not None), default=-1) + 2
+    head = block_count(graph) + 1
     floors: dict[fx.Node, int] = {}
     learned: set[fx.Node] = set()
     for node in graph.nodes:
@@ -100,7 +126,7 @@ def _floors(graph: fx.Graph) -> dict[fx.Node, int]:
 
 def _is_size(node: fx.Node) -> bool:
     """Whether a call gives a number: pieces compute it from tensors, compilers would take it for a constant."""
-    return node.op == "call_function" and not isinstance(value(node), (torch.Tensor, tuple, list))
+    return node.op == "call_function" and isinstance(value(node), _NUMBERS)
 
 
 def _cut(graph: fx.Graph, calls: list[fx.Node], floors: dict[fx.Node, int]) -> Iterator[Piece]:
@@ -112,7 +138,7 @@ def _cut(graph: fx.Graph, calls: list[fx.Node], floors: dict[fx.Node, int]) -> I
         title = "the graph" if head == 0 else titles.get(floor, f"block {floor - 1}")
         mine = set(inside)
         outputs = [n for n in inside if n in results or any(_read_outside(user, mine) for user in n.users)]
-        yield _piece(title, graph, inside, outputs)
+        yield _piece(title, floor, graph, inside, outputs)
 
 
 def _read_outside(user: fx.Node, mine: set[fx.Node]) -> bool:
@@ -121,7 +147,7 @@ def _read_outside(user: fx.Node, mine: set[fx.Node]) -> bool:
     return user.op != "output" and user not in mine
 
 
-def _piece(title: str, graph: fx.Graph, inside: list[fx.Node], outputs: list[fx.Node]) -> Piece:
+def _piece(title: str, floor: int, graph: fx.Graph, inside: list[fx.Node], outputs: list[fx.Node]) -> Piece:
     wanted = _with_sizes(inside)
     mine = set(wanted)
     inputs = list(dict.fromkeys(x for node in wanted for x in node.all_input_nodes if x not in mine))
@@ -135,7 +161,7 @@ def _piece(title: str, graph: fx.Graph, inside: list[fx.Node], outputs: list[fx.
     made.output(tuple(copies[node] for node in outputs))
     opened = {i: dims for i, node in enumerate(inputs) if (dims := _open(node))}
     names = (tuple(n.name for n in inputs), tuple(n.name for n in outputs))
-    return Piece(title, fx.GraphModule({}, made), *names, opened)
+    return Piece(title, floor, fx.GraphModule({}, made), *names, opened)
 
 
 def _with_sizes(inside: Iterable[fx.Node]) -> list[fx.Node]:

@@ -17,7 +17,7 @@ from tokgraph.ir.compilation import Compilation
 from tokgraph.ir.node import is_write, module_path, output_args, where
 from tokgraph.ir.program import TaskGraph
 from tokgraph.passes.lower.functional import functional
-from tokgraph.passes.lower.pieces import Piece, pieces
+from tokgraph.passes.lower.pieces import Piece, last_reads, pieces
 
 from .backends import backend_of
 from .diagnosis import FAILURES
@@ -42,7 +42,7 @@ class Compiled:
         self._outputs = [x.name if isinstance(x, fx.Node) else x for x in output_args(self._lowered.graph_module.graph)]
         self._tensors = [operator.attrgetter(target) for target in self._lowered.tensors]
         self._pieces = self._compiled(pieces(self._lowered.graph_module, how.by))
-        self._read_last = _read_last([piece for piece, _ in self._pieces], self._outputs)
+        self._read_last = last_reads([piece for piece, _ in self._pieces], self._outputs)
 
     @property
     def functions(self) -> int:
@@ -140,17 +140,6 @@ class Compiled:
             where=None if piece is None else _place(piece, str(failure)),
             help="the graph runs without compile=; if torch.compile takes the model's own forward, please report it",
         )
-
-
-def _read_last(cut: Sequence[Piece], outputs: Sequence[Any]) -> list[list[str]]:
-    """For each piece, the values that nothing reads after it."""
-    found: list[list[str]] = []
-    needed = {name for name in outputs if isinstance(name, str)}
-    for piece in reversed(cut):
-        mine = {*piece.inputs, *piece.outputs}
-        found.append(sorted(mine - needed))
-        needed |= mine
-    return found[::-1]
 
 
 class _WithoutWrites(fx.Interpreter):

@@ -45,6 +45,7 @@ class Variant:
         self._default = torch.get_default_dtype()
         self._compiled: Compiled | None = None
         self.device = model_device(graph.graph_module).type
+        self._rest = ModelCheck(model, graph, tensors=False)
 
     def run(self, leaves: Sequence[Any], how: Compilation | None) -> Sequence[Any]:
         """The graph's outputs.
@@ -70,6 +71,14 @@ class Variant:
     def holds(self) -> bool:
         """Whether the model is what the graph takes for granted, and the call where it was captured for."""
         return self.region_holds() and torch.get_default_dtype() is self._default and self.check.holds()
+
+    def holds_but_for_tensors(self) -> bool:
+        """The same, whatever tensors the model has: for one who gives the graph those that are to be read."""
+        return self.region_holds() and self._rest.holds()
+
+    def rest_changes(self) -> list[Change]:
+        """What :meth:`holds_but_for_tensors` finds in the model."""
+        return self._rest.changes()
 
     def refuse(self, leaves: Sequence[Any]) -> BatchError | None:
         """What is wrong with a batch for this graph."""
@@ -132,6 +141,25 @@ class Variants:
             )
         self._all.append(self._captured(leaves))
         return self._use(self._all[-1])
+
+    def of_sharded(self) -> Variant:
+        """The variant for a model whose tensors are sharded, and were not when the graphs were captured.
+
+        Raises:
+            StaleError: there is none, and a sharded model is not captured.
+        """
+        for variant in self._all:
+            if variant.holds_but_for_tensors():
+                return variant
+        first = self.first
+        found = [change.text for change in first.rest_changes()]
+        if not first.region_holds():
+            region = _named(Autocast.active(first.device))
+            found.append(f"the call is in {region}, the capture was in {_named(first.autocast)}")
+        raise StaleError(
+            f"task {first.graph.name!r}: the model is sharded, and not the captured one: {'; '.join(found[:3])}",
+            help="call the task once in this mode and region before the module is sharded: the graphs are kept",
+        )
 
     def _use(self, variant: Variant) -> Variant:
         """Run a graph from now on: what the plan added to the model goes where the graph computes, as by ``model.to``."""
