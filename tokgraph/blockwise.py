@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -139,7 +140,9 @@ class Blockwise(nn.Module):
             doing = [(call, step) for call in calls if (step := call.step(part, sharded)) is not None]
             if doing:
                 given = [tuple(call.values[name] for name in step.inputs) for call, step in doing]
-                found = self._part(part)([step for _, step in doing], given)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views that are written to
+                    found = self._part(part)([step for _, step in doing], given)
                 for (call, step), values in zip(doing, found, strict=True):
                     call.take(step, values, part)
 

@@ -105,9 +105,10 @@ class GraphFailure(Exception):
         self.task = task
 
 
-@dataclass(frozen=True)
 class Step:
     """A piece of a task's graph, to run in a part.
+
+    No dataclass: FSDP2 looks into those that it finds among arguments, and the tensors of the part would count as values.
 
     Args:
         task: the task.
@@ -117,11 +118,16 @@ class Step:
         outputs: names of what comes out.
     """
 
-    task: str
-    function: Callable[..., Any]
-    held: Mapping[int, Registered]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    def __init__(
+        self,
+        task: str,
+        function: Callable[..., Any],
+        held: Mapping[int, Registered],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+    ) -> None:
+        self.task, self.function, self.held = task, function, held
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
 
     def __call__(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """The outputs for the values of ``inputs``.
@@ -142,7 +148,7 @@ class Step:
 
 def passing(task: str, names: Sequence[str]) -> Step:
     """What a task does in a part that it has no work in: values go through, for those who wait for the part's gradients."""
-    return Step(task, lambda *values: values, {}, tuple(names), tuple(names))
+    return Step(task, lambda *values: values, {}, names, names)
 
 
 class Part(Holder):

@@ -1,0 +1,213 @@
+"""One of several processes that train an accelerated program: each cell of the table of features in turn.
+
+``python -m tests.distributed.worker FOLDER RANK WORLD``: writes what was found of each cell to ``FOLDER/RANK.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import tokgraph as tg
+from examples import digits
+
+STEPS = 3
+POLICIES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "exact": {},
+    "shared": {"span": (1, 2), "keep": 0.5},
+    "random-ltd": {},
+    "himix": {"projections": "own"},
+}
+
+
+def program(policy: str, layers: int = 3, tied: bool = False) -> tg.Accelerated:
+    """A small digits model in float64, its sizes fixed."""
+    spec = digits.build(layers=layers, hidden=16, heads=2, batch=2)
+    model = spec.model.double()
+    if tied:
+        model.head.weight = model.embed.weight
+    tasks = {
+        name: tg.Task(
+            task.forward, batch_of(name, 0), visual=task.visual, reads=task.reads, outputs=task.outputs
+        )
+        for name, task in spec.tasks.items()
+    }
+    return tg.optimize(tg.ModelSpec(model, tasks), policy, verify=False, **POLICIES[policy])
+
+
+def batch_of(task: str, number: int) -> dict[str, Tensor]:
+    """Two images of a task, others for each number."""
+    images, names = (x[2 * number : 2 * number + 2] for x in digits.load())
+    if task == "understanding":
+        batch = digits.understanding_batch(images, names)
+        return {**batch, "pixel_values": batch["pixel_values"].double()}
+    return digits.generation_batch(digits.quantise(images), names)
+
+
+def work(step: int, rank: int, world: int, split: bool, tasks: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Task -> batch of a process in a step: all tasks, or one of them in turn."""
+    mine = [tasks[(step + rank) % len(tasks)]] if split else tasks
+    return {task: batch_of(task, 10 * step + rank) for task in mine}
+
+
+def whole(x: Tensor) -> Tensor:
+    x = x.detach()
+    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+
+
+def state(acc: tg.Accelerated) -> dict[str, Tensor]:
+    return {name: whole(p) for name, p in acc.named_parameters()}
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    return max(float((found[n] - x).abs().max() / x.abs().max().clamp(min=1e-3)) for n, x in expected.items())
+
+
+def train(
+    acc: tg.Accelerated,
+    forward: Callable[[dict[str, Any]], dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    work_of: Callable[[int], list[dict[str, Any]]],
+    clip: list[nn.Parameter] | None = None,
+) -> list[float]:
+    """Steps of an optimizer; ``work_of`` gives the batches of all processes that this one stands for."""
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        batches = work_of(step)
+        total = 0.0
+        for each in batches:
+            for task in each:
+                acc[task].step = step
+            loss = sum(x["loss"] for x in forward(each).values())
+            (loss / len(batches)).backward()
+            total += float(loss.detach()) / len(batches)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(clip, 0.5)
+        optimizer.step()
+        losses.append(total)
+    return losses
+
+
+def flat(acc: tg.Accelerated) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda batches: {task: acc[task](**inputs) for task, inputs in batches.items()}
+
+
+class Cells:
+    """What is compared in this process.
+
+    Args:
+        rank: of this process.
+        world: how many there are.
+        folder: for files of all processes.
+    """
+
+    def __init__(self, rank: int, world: int, folder: Path) -> None:
+        self.rank, self.world, self.folder = rank, world, folder
+        self.found: dict[str, Any] = {}
+
+    def cell(self, name: str, of: Callable[[], Any]) -> None:
+        began = time.perf_counter()
+        try:
+            self.found[name] = of()
+            print(f"{name}: {self.found[name]}, {time.perf_counter() - began:.1f} s", flush=True)
+        except Exception:
+            self.found[name] = traceback.format_exc()
+            print(name, self.found[name], file=sys.stderr, flush=True)
+            raise
+
+    def mine(self, split: bool, tasks: list[str]) -> Callable[[int], list[dict[str, Any]]]:
+        return lambda step: [work(step, self.rank, self.world, split, tasks)]
+
+    def everyones(self, split: bool, tasks: list[str]) -> Callable[[int], list[dict[str, Any]]]:
+        return lambda step: [work(step, rank, self.world, split, tasks) for rank in range(self.world)]
+
+    def features(self, policy: str, **model: Any) -> None:
+        """A policy in one process, under DDP, then FSDP2: steps of all tasks everywhere, then of one task a process."""
+        acc = program(policy, **model)
+        tasks = list(acc)
+        start = copy.deepcopy(acc.state_dict())
+        first, second = range(STEPS), range(STEPS, 2 * STEPS)
+
+        def reference(forward: Callable[[dict[str, Any]], Any]) -> Any:
+            acc.load_state_dict(start)
+            parameters = list(acc.parameters())
+            optimizer = torch.optim.AdamW(parameters, 1e-2)
+            losses = train(acc, forward, optimizer, first, self.everyones(False, tasks), parameters)
+            middle = state(acc)
+            losses += train(acc, forward, optimizer, second, self.everyones(True, tasks), parameters)
+            return losses, middle, state(acc)
+
+        def against(expected: Any, mine: Any, name: str) -> dict[str, float]:
+            losses = torch.tensor(mine[0], dtype=torch.float64)
+            dist.all_reduce(losses)
+            apart = (losses / self.world - torch.tensor(expected[0], dtype=torch.float64)).abs().max()
+            return {"losses": float(apart), "both": furthest(mine[1], expected[1]), "split": furthest(mine[2], expected[2])}
+
+        expected = reference(flat(acc))
+        module = acc.module(checkpoint=policy == "shared")
+
+        def one() -> dict[str, float]:
+            found = reference(lambda batches: module(batches=batches))
+            apart = max(abs(a - b) for a, b in zip(found[0], expected[0], strict=True))
+            return {"losses": apart, "both": furthest(found[1], expected[1]), "split": furthest(found[2], expected[2])}
+
+        def ddp() -> dict[str, float]:
+            acc.load_state_dict(start)
+            optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+            parameters = list(module.parameters())
+            wrapped = DDP(module)
+            losses = train(
+                acc, lambda b: wrapped(batches=b), optimizer, first, self.mine(False, tasks), parameters
+            )
+            middle = state(acc)
+            wrapped = DDP(module, find_unused_parameters=True)
+            losses += train(
+                acc, lambda b: wrapped(batches=b), optimizer, second, self.mine(True, tasks), parameters
+            )
+            return against(expected, (losses, middle, state(acc)), "ddp")
+
+        def fsdp() -> dict[str, float]:
+            acc.load_state_dict(start)
+            shape, names = ((2, 2), ("copies", "shards")) if self.world == 4 else ((self.world,), ("shards",))
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            tg.distributed.fully_shard(module, mesh)
+            parameters = list(module.parameters())
+            optimizer = torch.optim.AdamW(parameters, 1e-2)
+            losses = train(acc, lambda b: module(batches=b), optimizer, first, self.mine(False, tasks), parameters)
+            middle = state(acc)
+            losses += train(acc, lambda b: module(batches=b), optimizer, second, self.mine(True, tasks), parameters)
+            return against(expected, (losses, middle, state(acc)), "fsdp2")
+
+        self.cell(f"{policy}/one", one)
+        self.cell(f"{policy}/ddp", ddp)
+        self.cell(f"{policy}/fsdp2", fsdp)
+
+
+def main(folder: Path, rank: int, world: int, policies: Iterator[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    cells = Cells(rank, world, folder)
+    for policy in policies:
+        cells.features(policy)
+    (folder / f"{rank}.json").write_text(json.dumps(cells.found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), iter(sys.argv[4:] or POLICIES))
