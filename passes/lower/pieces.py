@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from tokgraph.ir.compilation import By
 from tokgraph.ir.node import tensor, value
+from tokgraph.ir.tensors import read
 
 from .functional import LEARNED
 from .places import place_of
@@ -68,7 +69,7 @@ def pieces(graph_module: fx.GraphModule, by: By) -> list[Piece]:
     """
     graph = graph_module.graph
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    floors = dict.fromkeys(calls, 0) if by == "graph" else _floors(graph)
+    floors = dict.fromkeys(calls, 0) if by == "graph" else floors_of(graph)
     return list(_cut(graph, calls, floors))
 
 
@@ -94,7 +95,7 @@ def block_count(graph: fx.Graph) -> int:
     return max((place["block"] for place in places if place.get("block") is not None), default=-1) + 1
 
 
-def _floors(graph: fx.Graph) -> dict[fx.Node, int]:
+def floors_of(graph: fx.Graph) -> dict[fx.Node, int]:
     """Node -> its piece: 0 before the blocks, ``i + 1`` in block ``i``, the last after them.
 
     A node is not before what it reads. What depends on no parameter (masks, rotary embeddings, choices of rows that are
@@ -106,8 +107,8 @@ def _floors(graph: fx.Graph) -> dict[fx.Node, int]:
     floors: dict[fx.Node, int] = {}
     learned: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if node.meta.get(LEARNED):
+        if node.op in ("placeholder", "get_attr"):
+            if _is_parameter(node):
                 learned.add(node)
         elif node.op == "call_function":
             below = max((floors.get(x, 0) for x in node.all_input_nodes), default=0)
@@ -122,6 +123,13 @@ def _floors(graph: fx.Graph) -> dict[fx.Node, int]:
                 learned.add(node)
             floors[node] = below
     return floors
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    """Whether an input of a functional graph is one, or what a task's graph reads."""
+    if node.op == "placeholder":
+        return bool(node.meta.get(LEARNED))
+    return node.graph.owning_module is not None and isinstance(read(node.graph.owning_module, node), nn.Parameter)
 
 
 def _is_size(node: fx.Node) -> bool:

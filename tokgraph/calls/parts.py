@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -171,7 +172,14 @@ class Part(Holder):
         if self.keep is None or not torch.is_grad_enabled():
             return _run(steps, values)
         more = {"context_fn": partial(create_selective_checkpoint_contexts, list(self.keep))} if self.keep else {}
-        return checkpoint(_run, steps, values, use_reentrant=False, **more)  # type: ignore[no-any-return]
+        counts = [len(given) for given in values]
+        flat = [x for given in values for x in given]  # tensors among arguments, not inside of them, count as kept
+
+        def again(*flat: Any) -> tuple[tuple[Any, ...], ...]:
+            rest = iter(flat)
+            return _run(steps, [tuple(islice(rest, count)) for count in counts])
+
+        return checkpoint(again, *flat, use_reentrant=False, **more)  # type: ignore[no-any-return]
 
 
 def _run(steps: Sequence[Step], values: Sequence[tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:
