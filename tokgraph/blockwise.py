@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class Blockwise(nn.Module):
     def __init__(self, accelerated: Accelerated, *, checkpoint: bool | Sequence[Any] = False) -> None:
         super().__init__()
         self._program = (accelerated,)  # a tuple: no submodule
+        self._dtype: torch.dtype | None = None
         self._tasks = {name: _Task(accelerated.model, task.variants) for name, task in accelerated.items()}
         cuts = [task.cut_of(task.variants.first) for task in self._tasks.values()]
         kept = None if checkpoint is False else () if checkpoint is True else tuple(checkpoint)
@@ -80,6 +81,30 @@ class Blockwise(nn.Module):
                 self._part(part).hold(at)  # type: ignore[operator]
             else:
                 self.shared.hold(at)
+
+    def prepare(self, dtype: torch.dtype | None = None) -> Blockwise:
+        """Capture the tasks for the mode and the region of autocast that hold here: sharded models cannot be captured.
+
+        Args:
+            dtype: the type that parameters and inputs will have in the forward, as ``param_dtype`` of FSDP2's
+                ``MixedPrecisionPolicy`` gives them; ``None``: that of the model.
+        """
+        (accelerated,) = self._program
+        with parameters_as(accelerated.model, dtype):
+            for task in self._tasks.values():
+                task.prepare(dtype)
+        self._dtype = dtype
+        return self
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Task -> its training steps so far, of those whose plan drops at random."""
+        return {name: task.step for name, task in self._program[0].items() if held(task.graph_module, STEP) is not None}
+
+    @steps.setter
+    def steps(self, numbers: Mapping[str, int]) -> None:
+        for name, number in numbers.items():
+            self._program[0][name].step = number
 
     def train(self, mode: bool = True) -> Blockwise:
         """Set the mode of the user's model, as a task of the program does."""
@@ -118,7 +143,7 @@ class Blockwise(nn.Module):
                     raise StaleError(
                         "the program was refreshed after this module was made", help="make another: accelerated.module()"
                     )
-                calls.append(self._tasks[name].call(named, sharded))
+                calls.append(self._tasks[name].call(named, sharded, self._dtype))
             stack.enter_context(no_autocast(calls[0].variant.autocast))
             for call in calls:
                 stack.enter_context(call.begun(is_training(accelerated.model)))
@@ -133,18 +158,23 @@ class Blockwise(nn.Module):
     def _run(self, calls: Sequence[_Call], sharded: bool) -> None:
         """Run each part once, with what every call has to do there.
 
-        Sharded parts run in any case, with values that go through: other processes, which may run other tasks, wait for
-        them in the forward and in the backward pass.
+        Sharded parts run in any case, with values that go through, and with one that has a gradient as soon as a parameter
+        before them has one: other processes, which may run other tasks, wait for them in the forward and in the backward pass.
         """
-        for part in (*range(len(self.blocks) + 1), AFTER):
-            doing = [(call, step) for call in calls if (step := call.step(part, sharded)) is not None]
+        learning = sharded and torch.is_grad_enabled() and _learns_any(self.shared)
+        for index in (*range(len(self.blocks) + 1), AFTER):
+            part = self._part(index)
+            if learning:
+                for call in calls:
+                    call.learn(index)
+            doing = [(call, step) for call in calls if (step := call.step(index, sharded)) is not None]
             if doing:
                 given = [tuple(call.values[name] for name in step.inputs) for call, step in doing]
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views that are written to
-                    found = self._part(part)([step for _, step in doing], given)
+                with _views_allowed() if sharded else nullcontext():
+                    found = part([step for _, step in doing], given)
                 for (call, step), values in zip(doing, found, strict=True):
-                    call.take(step, values, part)
+                    call.take(step, values, index)
+            learning = learning or (sharded and torch.is_grad_enabled() and _learns_any(part))
 
     def _is_sharded(self) -> bool:
         """Whether FSDP2 shards any part: the tensors that are registered then change from one moment to the next."""
@@ -230,10 +260,16 @@ class _Task:
             self._cuts[id(variant)] = cut(variant.graph)
         return self._cuts[id(variant)]
 
-    def call(self, inputs: Mapping[str, Any], sharded: bool) -> _Call:
+    def prepare(self, dtype: torch.dtype | None) -> None:
+        """Capture the task for the model as it is, and inputs of a type."""
+        graph = self.variants.first.graph
+        leaves = graph.flatten(graph.example())
+        self.variants.current([_as(x, dtype) for x in leaves])
+
+    def call(self, inputs: Mapping[str, Any], sharded: bool, dtype: torch.dtype | None) -> _Call:
         """A call of the task, checked."""
         leaves = self.variants.first.graph.flatten(inputs)
-        variant = self.variants.of_sharded() if sharded else self.variants.current(leaves)
+        variant = self.variants.of_sharded(dtype) if sharded else self.variants.current(leaves)
         error = variant.refuse(leaves)
         if error is not None:
             raise error
@@ -325,6 +361,17 @@ class _Call:
             return passing(self.graph.name, learned)
         return step
 
+    def learn(self, part: int) -> None:
+        """Let a value that goes into a part have a gradient, where none has."""
+        step = self._steps.of_part.get(part)
+        given = [name for name in self.values if name not in self._steps.read and (not step or name in step.inputs)]
+        if not any(_learns(self.values[name]) for name in given):
+            for name in reversed(given):  # what was made last: the stream, rather than what all blocks read
+                x = self.values[name]
+                if isinstance(x, torch.Tensor) and x.is_floating_point():
+                    self.values[name] = x.detach().requires_grad_()
+                    return
+
     def take(self, step: Step, values: Sequence[Any], part: int) -> None:
         """Keep what came out of a step as long as anything reads it."""
         self.values.update(zip(step.outputs, values, strict=True))
@@ -338,6 +385,38 @@ class _Call:
         for into, new in zip(self._steps.writes, outputs[found.count :], strict=True):
             (self.leaves[into] if isinstance(into, int) else into.now()).copy_(new)
         return self.graph.unflatten(outputs)
+
+
+def _as(x: Any, dtype: torch.dtype | None) -> Any:
+    return x.to(dtype) if dtype is not None and isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+@contextmanager
+def parameters_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let floating-point parameters of a model be of a type, as FSDP2 gives them to a forward; buffers stay."""
+    tables = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    made: dict[int, nn.Parameter] = {}
+    try:
+        for table, before in tables:
+            for name, p in before.items():
+                if dtype is not None and p is not None and p.is_floating_point() and p.dtype is not dtype:
+                    table[name] = made.setdefault(id(p), nn.Parameter(p.detach().to(dtype), p.requires_grad))
+        yield
+    finally:
+        for table, before in tables:
+            table.update(before)
+
+
+@contextmanager
+def _views_allowed() -> Iterator[None]:
+    """FSDP2 warns of parts that return views, which must not be written to: nothing here is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+        yield
+
+
+def _learns_any(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _learns(x: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -198,16 +199,124 @@ class Cells:
         self.cell(f"{policy}/ddp", ddp)
         self.cell(f"{policy}/fsdp2", fsdp)
 
+    def sharded(self, name: str, acc: tg.Accelerated, **options: Any) -> None:
+        """Steps of one task a process, sharded and clipped, against one process."""
+        tasks, start, steps = list(acc), copy.deepcopy(acc.state_dict()), range(STEPS)
+
+        def compared() -> dict[str, float]:
+            parameters = [p for p in acc.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, 1e-2)
+            train(acc, flat(acc), optimizer, steps, self.everyones(True, tasks), parameters)
+            expected = state(acc)
+            acc.load_state_dict(start)
+            module = acc.module(**options)
+            tg.distributed.fully_shard(module, init_device_mesh("cpu", (self.world,)))
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, 1e-2)
+            train(acc, lambda b: module(batches=b), optimizer, steps, self.mine(True, tasks), parameters)
+            return {"split": furthest(state(acc), expected)}
+
+        self.cell(name, compared)
+
+    def checkpoint(self, policy: str) -> None:
+        """Saved by all processes, loaded by one and by these, and trained on."""
+        acc, other = program(policy), program(policy)
+        tasks, folder = list(acc), self.folder / "checkpoints" / policy
+
+        def resumed() -> dict[str, Any]:
+            module = tg.distributed.fully_shard(acc.module(), init_device_mesh("cpu", (self.world,)))
+            optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+            mine = self.mine(True, tasks)
+            train(acc, lambda b: module(batches=b), optimizer, range(2), mine)
+            with torch.no_grad():
+                module(batches=mine(0)[0])  # what is around the blocks stays gathered
+            tg.distributed.save(folder, module, optimizer, step=2)
+            train(acc, lambda b: module(batches=b), optimizer, range(2, 4), mine)
+            expected, found = state(acc), {}
+
+            with torch.no_grad():
+                for p in other.parameters():
+                    p.zero_()
+            again = other.module()
+            optimizer = torch.optim.AdamW(again.parameters(), 1e-2)
+            more = tg.distributed.load(folder, again, optimizer)
+            found["more"] = more
+            train(other, flat(other), optimizer, range(more["step"], 4), self.everyones(True, tasks))
+            found["alone"] = furthest(state(other), expected)
+            found["keys"] = sorted(again.state_dict()) == sorted(acc.state_dict())
+
+            tg.distributed.fully_shard(again, init_device_mesh("cpu", (self.world,)))
+            optimizer = torch.optim.AdamW(again.parameters(), 1e-2)
+            tg.distributed.load(folder, again, optimizer)
+            train(other, lambda b: again(batches=b), optimizer, range(2, 4), mine)
+            found["sharded"] = furthest(state(other), expected)
+            return found
+
+        self.cell(f"{policy}/checkpoint", resumed)
+
+    def mixed(self) -> None:
+        """bf16 parameters in the forward: the user's own forward under FSDP2 is the judge."""
+        acc, plain = program("none"), program("none")
+        for each in (acc, plain):
+            each.model.float()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mesh = init_device_mesh("cpu", (self.world,))
+        batch = {
+            task: {k: x.float() if x.is_floating_point() else x for k, x in batch_of(task, 0).items()} for task in acc
+        }
+
+        def compared() -> dict[str, float]:
+            module = tg.distributed.fully_shard(acc.module(), mesh, mp_policy=policy)
+            sum(x["loss"] for x in module(batches=batch).values()).backward()
+            eager = _Eager(plain)
+            fully_shard(eager, mesh=mesh, mp_policy=policy)
+            eager(batch).backward()
+            mine, theirs = dict(acc.model.named_parameters()), dict(plain.model.named_parameters())
+            apart = {n: whole(p.grad) - whole(theirs[n].grad) for n, p in mine.items()}
+            return {
+                "gradients": max(float(x.norm() / whole(theirs[n].grad).norm()) for n, x in apart.items()),
+                "float32": float(all(p.dtype is torch.float32 for p in mine.values())),
+            }
+
+        self.cell("none/mixed", compared)
+
+
+class _Eager(nn.Module):
+    """The user's forwards of all tasks."""
+
+    def __init__(self, acc: tg.Accelerated) -> None:
+        super().__init__()
+        self.model = acc.model
+        self.tasks = (acc.program.spec.tasks,)
+
+    def forward(self, batches: dict[str, dict[str, Tensor]]) -> Tensor:
+        return sum(self.tasks[0][task].forward(self.model, **x)["loss"] for task, x in batches.items())
+
+
+def frozen() -> tg.Accelerated:
+    """Embeddings and the first block learn nothing: the text task has no gradient there, the image encoder has."""
+    acc = program("shared")
+    acc.model.embed.requires_grad_(False)
+    acc.model.blocks[0].requires_grad_(False)
+    return acc
+
 
 def main(folder: Path, rank: int, world: int, policies: Iterator[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     cells = Cells(rank, world, folder)
     for policy in policies:
-        cells.features(policy)
+        if policy == "more":
+            cells.sharded("tied", program("shared", tied=True), checkpoint=True)
+            cells.sharded("frozen", frozen())
+            cells.checkpoint("random-ltd")
+            cells.checkpoint("himix")
+            cells.mixed()
+        else:
+            cells.features(policy)
     (folder / f"{rank}.json").write_text(json.dumps(cells.found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), iter(sys.argv[4:] or POLICIES))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), iter(sys.argv[4:] or [*POLICIES, "more"]))
