@@ -22,7 +22,7 @@ from tokgraph.passes.lower.pieces import last_reads
 from .calls.cutting import AFTER, Cut, Places, cut
 from .calls.diagnosis import explain
 from .calls.draws import Draws
-from .calls.parts import GraphFailure, Holder, Part, Registered, Step, passing
+from .calls.parts import GraphFailure, Holder, Inner, Part, Registered, Step, passing
 from .calls.variants import Variant, Variants
 from .runtime import Accelerated, no_autocast
 
@@ -55,7 +55,7 @@ class Blockwise(nn.Module):
         self.prologue = Part()
         self.blocks = _Blocks(Part(kept) for _ in range(max(found.blocks for found in cuts)))
         self.epilogue = Part()
-        self.shared = Holder()
+        self.shared = Inner()
         holders = dict(self._register(cuts))
         for task in self._tasks.values():
             task.holders = holders

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import tokgraph as tg
 from examples import digits
+from tests.field import models
 
 STEPS = 3
 POLICIES: dict[str, dict[str, Any]] = {
@@ -47,7 +50,8 @@ def program(policy: str, layers: int = 3, tied: bool = False) -> tg.Accelerated:
         )
         for name, task in spec.tasks.items()
     }
-    return tg.optimize(tg.ModelSpec(model, tasks), policy, verify=False, **POLICIES[policy])
+    facts = tg.analyze(tg.capture(tg.ModelSpec(model, tasks)))
+    return tg.apply(facts, tg.make_plan(facts, policy, **POLICIES[policy]))
 
 
 def batch_of(task: str, number: int) -> dict[str, Tensor]:
@@ -254,20 +258,26 @@ class Cells:
 
         self.cell(f"{policy}/checkpoint", resumed)
 
+    def more(self) -> dict[str, Callable[[], None]]:
+        """What is beside the table."""
+        return {
+            "tied": lambda: self.sharded("tied", program("shared", tied=True), checkpoint=True),
+            "frozen": lambda: self.sharded("frozen", frozen()),
+            "resumed-random": lambda: self.checkpoint("random-ltd"),
+            "resumed-own": lambda: self.checkpoint("himix"),
+            "mixed": self.mixed,
+        }
+
     def mixed(self) -> None:
         """bf16 parameters in the forward: the user's own forward under FSDP2 is the judge."""
-        acc, plain = program("none"), program("none")
-        for each in (acc, plain):
-            each.model.float()
+        acc, plain = (tg.optimize(models.spec(models.seeded(models.VLM)), "exact", verify=False) for _ in range(2))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         mesh = init_device_mesh("cpu", (self.world,))
-        batch = {
-            task: {k: x.float() if x.is_floating_point() else x for k, x in batch_of(task, 0).items()} for task in acc
-        }
+        batch = {"u": models.batch(seed=1)}
 
         def compared() -> dict[str, float]:
             module = tg.distributed.fully_shard(acc.module(), mesh, mp_policy=policy)
-            sum(x["loss"] for x in module(batches=batch).values()).backward()
+            module(batches=batch)["u"].backward()
             eager = _Eager(plain)
             fully_shard(eager, mesh=mesh, mp_policy=policy)
             eager(batch).backward()
@@ -278,7 +288,7 @@ class Cells:
                 "float32": float(all(p.dtype is torch.float32 for p in mine.values())),
             }
 
-        self.cell("none/mixed", compared)
+        self.cell("mixed", compared)
 
 
 class _Eager(nn.Module):
@@ -290,7 +300,7 @@ class _Eager(nn.Module):
         self.tasks = (acc.program.spec.tasks,)
 
     def forward(self, batches: dict[str, dict[str, Tensor]]) -> Tensor:
-        return sum(self.tasks[0][task].forward(self.model, **x)["loss"] for task, x in batches.items())
+        return sum(self.tasks[0][task].forward(self.model, **x) for task, x in batches.items())
 
 
 def frozen() -> tg.Accelerated:
@@ -301,22 +311,17 @@ def frozen() -> tg.Accelerated:
     return acc
 
 
-def main(folder: Path, rank: int, world: int, policies: Iterator[str]) -> None:
+def main(folder: Path, rank: int, world: int, names: Sequence[str]) -> None:
+    faulthandler.dump_traceback_later(int(__import__("os").environ.get("DUMP","240")), exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     cells = Cells(rank, world, folder)
-    for policy in policies:
-        if policy == "more":
-            cells.sharded("tied", program("shared", tied=True), checkpoint=True)
-            cells.sharded("frozen", frozen())
-            cells.checkpoint("random-ltd")
-            cells.checkpoint("himix")
-            cells.mixed()
-        else:
-            cells.features(policy)
+    more = cells.more()
+    for name in names:
+        more.get(name, partial(cells.features, name))()
     (folder / f"{rank}.json").write_text(json.dumps(cells.found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), iter(sys.argv[4:] or [*POLICIES, "more"]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -78,9 +78,12 @@ class Holder(nn.Module):
         found = self
         for part in filter(None, path.split(".")):
             if part not in found._modules:  # as add_module, which refuses what a module may well be called
-                found._modules[part] = Holder()
+                found._modules[part] = self._inside()
             found = found._modules[part]  # type: ignore[assignment]
         return found
+
+    def _inside(self) -> Holder:
+        return Inner() if isinstance(self, Inner) else Holder()
 
     def _more(self, x: Registered) -> None:
         which = "_parameters" if isinstance(x.now(), nn.Parameter) else "_buffers"
@@ -91,11 +94,15 @@ class Holder(nn.Module):
             raise InternalError(f"{x.name} is registered in another place than its neighbours")
         mine.keys_there[x.name.rpartition(".")[2]] = x.key
 
+
+class Inner(Holder):
+    """Holds tensors inside of a module that saves and loads them all under the names of the model: this one does nothing."""
+
     def _save_to_state_dict(self, *args: Any) -> None:
-        """Nothing: the whole module saves under the names of the model."""
+        """Nothing."""
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing: the whole module loads."""
+        """Nothing."""
 
 
 class GraphFailure(Exception):
@@ -152,7 +159,7 @@ def passing(task: str, names: Sequence[str]) -> Step:
     return Step(task, lambda *values: values, {}, names, names)
 
 
-class Part(Holder):
+class Part(Inner):
     """What comes before the blocks, a block, or what comes after them: the tensors that only it reads, and their work.
 
     It is called with the steps that it has to run and the values for each, and returns the values that come out of each. It
