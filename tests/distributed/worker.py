@@ -1,6 +1,6 @@
 """One of several processes that train an accelerated program: each cell of the table of features in turn.
 
-``python -m tests.distributed.worker FOLDER RANK WORLD``: writes what was found of each cell to ``FOLDER/RANK.json``.
+``python -m tests.distributed.worker FOLDER RANK WORLD CELL...``: writes what was found of each to ``FOLDER/RANK.json``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def program(policy: str, layers: int = 3, tied: bool = False) -> tg.Accelerated:
         for name, task in spec.tasks.items()
     }
     facts = tg.analyze(tg.capture(tg.ModelSpec(model, tasks)))
-    return tg.apply(facts, tg.make_plan(facts, policy, **POLICIES[policy]))
+    return tg.apply(facts, tg.make_plan(facts, policy, **POLICIES.get(policy, {})))
 
 
 def batch_of(task: str, number: int) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def batch_of(task: str, number: int) -> dict[str, Tensor]:
     return digits.generation_batch(digits.quantise(images), names)
 
 
-def work(step: int, rank: int, world: int, split: bool, tasks: list[str]) -> dict[str, dict[str, Tensor]]:
+def work(step: int, rank: int, split: bool, tasks: list[str]) -> dict[str, dict[str, Tensor]]:
     """Task -> batch of a process in a step: all tasks, or one of them in turn."""
     mine = [tasks[(step + rank) % len(tasks)]] if split else tasks
     return {task: batch_of(task, 10 * step + rank) for task in mine}
@@ -137,10 +137,10 @@ class Cells:
             raise
 
     def mine(self, split: bool, tasks: list[str]) -> Callable[[int], list[dict[str, Any]]]:
-        return lambda step: [work(step, self.rank, self.world, split, tasks)]
+        return lambda step: [work(step, self.rank, split, tasks)]
 
     def everyones(self, split: bool, tasks: list[str]) -> Callable[[int], list[dict[str, Any]]]:
-        return lambda step: [work(step, rank, self.world, split, tasks) for rank in range(self.world)]
+        return lambda step: [work(step, rank, split, tasks) for rank in range(self.world)]
 
     def features(self, policy: str, **model: Any) -> None:
         """A policy in one process, under DDP, then FSDP2: steps of all tasks everywhere, then of one task a process."""
@@ -158,7 +158,7 @@ class Cells:
             losses += train(acc, forward, optimizer, second, self.everyones(True, tasks), parameters)
             return losses, middle, state(acc)
 
-        def against(expected: Any, mine: Any, name: str) -> dict[str, float]:
+        def against(expected: Any, mine: Any) -> dict[str, float]:
             losses = torch.tensor(mine[0], dtype=torch.float64)
             dist.all_reduce(losses)
             apart = (losses / self.world - torch.tensor(expected[0], dtype=torch.float64)).abs().max()
@@ -185,7 +185,7 @@ class Cells:
             losses += train(
                 acc, lambda b: wrapped(batches=b), optimizer, second, self.mine(True, tasks), parameters
             )
-            return against(expected, (losses, middle, state(acc)), "ddp")
+            return against(expected, (losses, middle, state(acc)))
 
         def fsdp() -> dict[str, float]:
             acc.load_state_dict(start)
@@ -197,7 +197,7 @@ class Cells:
             losses = train(acc, lambda b: module(batches=b), optimizer, first, self.mine(False, tasks), parameters)
             middle = state(acc)
             losses += train(acc, lambda b: module(batches=b), optimizer, second, self.mine(True, tasks), parameters)
-            return against(expected, (losses, middle, state(acc)), "fsdp2")
+            return against(expected, (losses, middle, state(acc)))
 
         self.cell(f"{policy}/one", one)
         self.cell(f"{policy}/ddp", ddp)
@@ -249,14 +249,31 @@ class Cells:
             found["alone"] = furthest(state(other), expected)
             found["keys"] = sorted(again.state_dict()) == sorted(acc.state_dict())
 
-            tg.distributed.fully_shard(again, init_device_mesh("cpu", (self.world,)))
-            optimizer = torch.optim.AdamW(again.parameters(), 1e-2)
-            tg.distributed.load(folder, again, optimizer)
-            train(other, lambda b: again(batches=b), optimizer, range(2, 4), mine)
-            found["sharded"] = furthest(state(other), expected)
+            if self.rank == 0:
+                torch.save(expected, self.folder / f"{policy}.pt")
+            found["sharded"] = self.resume(other, again, folder, expected)
             return found
 
-        self.cell(f"{policy}/checkpoint", resumed)
+        self.cell(f"{policy}/resumed", resumed)
+
+    def resume(self, acc: tg.Accelerated, module: tg.Blockwise, folder: Path, expected: dict[str, Tensor]) -> float:
+        """Load what two processes saved, and train on as they did."""
+        tg.distributed.fully_shard(module, init_device_mesh("cpu", (self.world,)))
+        optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+        more = tg.distributed.load(folder, module, optimizer)
+        mine: Any = lambda step: [work(step, self.rank % 2, True, list(acc))]  # noqa: E731
+        train(acc, lambda b: module(batches=b), optimizer, range(more["step"], 4), mine)
+        return furthest(state(acc), expected)
+
+    def reloaded(self, policy: str) -> None:
+        """What two processes saved, by the number that there are now."""
+        acc, folder = program(policy), self.folder.parent / "2"
+
+        def loaded() -> dict[str, float]:
+            expected = torch.load(folder / f"{policy}.pt")
+            return {"sharded": self.resume(acc, acc.module(), folder / "checkpoints" / policy, expected)}
+
+        self.cell(f"{policy}/reloaded", loaded)
 
     def more(self) -> dict[str, Callable[[], None]]:
         """What is beside the table."""
@@ -265,6 +282,7 @@ class Cells:
             "frozen": lambda: self.sharded("frozen", frozen()),
             "resumed-random": lambda: self.checkpoint("random-ltd"),
             "resumed-own": lambda: self.checkpoint("himix"),
+            "reloaded": lambda: self.reloaded("random-ltd"),
             "mixed": self.mixed,
         }
 
@@ -312,7 +330,7 @@ def frozen() -> tg.Accelerated:
 
 
 def main(folder: Path, rank: int, world: int, names: Sequence[str]) -> None:
-    faulthandler.dump_traceback_later(int(__import__("os").environ.get("DUMP","240")), exit=True)
+    faulthandler.dump_traceback_later(900, exit=True)  # rather than to wait for ever
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     cells = Cells(rank, world, folder)
