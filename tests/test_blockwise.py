@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from tokgraph.passes.lower.kept import kept_bytes
 Batches = Mapping[str, Mapping[str, Any]]
 
 
-def result(acc: tg.Accelerated, call: Callable[[], Any]) -> tuple[list[Tensor], dict[str, Tensor | None], dict[str, Tensor]]:
+def result(
+    acc: tg.Accelerated, call: Callable[[], Any]
+) -> tuple[list[Tensor], dict[str, Tensor | None], dict[str, Tensor]]:
     """Outputs, gradients and buffers of a call, which are put back."""
     parameters = dict(acc.named_parameters())
     before = {name: x.clone() for name, x in acc.model.named_buffers()}
@@ -45,7 +48,7 @@ def assert_same(acc: tg.Accelerated, batches: Batches, tolerance: float = 0.0, *
     """Each task, and all of them in one forward, as the flat graphs."""
     module = acc.module(**options)
     for task, inputs in batches.items():
-        compare(result(acc, lambda: acc[task](**inputs)), result(acc, lambda: module(task=task, **inputs)), tolerance)
+        compare(result(acc, partial(acc[task], **inputs)), result(acc, partial(module, task=task, **inputs)), tolerance)
     if len(batches) > 1:
         flat = result(acc, lambda: {task: acc[task](**x) for task, x in batches.items()})
         compare(flat, result(acc, lambda: module(batches=batches)), max(tolerance, 1e-13))  # sums in another order
@@ -83,7 +86,7 @@ def test_the_same_step(checkpoint: bool) -> None:
     acc = planned("shared")
     module = assert_same(acc, inputs_of(acc), 1e-6, checkpoint=checkpoint)
     assert len(module.blocks) == 3
-    names = {name: p for name, p in module.named_parameters()}
+    names = dict(module.named_parameters())
     assert names["blocks.1.layers.1.attention.qkv.weight"] is acc.model.layers[1].attention.qkv.weight
     assert names["epilogue.head.weight"] is acc.model.head.weight
     assert len(names) == len(list(acc.parameters()))
@@ -132,7 +135,9 @@ def test_checks_and_writes() -> None:
     batch = {**task.inputs, "codes": task.inputs["codes"] % 7}
     model = Averaged()
     acc = tg.optimize(
-        tg.ModelSpec(model, {"g": tg.Task(averaging, batch, visual_inputs=("codes",), reads="visual")}), "none", verify=False
+        tg.ModelSpec(model, {"g": tg.Task(averaging, batch, visual_inputs=("codes",), reads="visual")}),
+        "none",
+        verify=False,
     )
     module = assert_same(acc, {"g": batch}, 1e-6, checkpoint=True)
     seen = model.seen.clone()
@@ -185,13 +190,13 @@ def test_bytes_that_are_kept(policy: str) -> None:
     for task, inputs in inputs_of(acc).items():
         leave = [*acc.parameters(), *(x for x in inputs.values() if isinstance(x, Tensor))]
         graph = acc.program[task]
-        flat = kept_by(lambda: acc[task](**inputs), leave)
-        assert kept_by(lambda: blocks(task=task, **inputs), leave) == flat
+        flat = kept_by(partial(acc[task], **inputs), leave)
+        assert kept_by(partial(blocks, task=task, **inputs), leave) == flat
         assert kept_bytes(graph, checkpoint=False) == pytest.approx(flat, rel=0.05)
-        found = kept_by(lambda: again(task=task, **inputs), leave)
+        found = kept_by(partial(again, task=task, **inputs), leave)
         assert kept_bytes(graph, checkpoint=True) == pytest.approx(found, rel=0.05)
         assert found < flat / 2
-        compare(result(acc, lambda: acc[task](**inputs)), result(acc, lambda: products(task=task, **inputs)), 1e-6)
+        compare(result(acc, partial(acc[task], **inputs)), result(acc, partial(products, task=task, **inputs)), 1e-6)
 
 
 def test_blocks_that_others_wrap() -> None:
@@ -199,12 +204,10 @@ def test_blocks_that_others_wrap() -> None:
     module = acc.module()
     apply_activation_checkpointing(module, check_fn=lambda x: isinstance(x, Part) and x in set(module.blocks))
     for task, inputs in inputs_of(acc).items():
-        compare(result(acc, lambda: acc[task](**inputs)), result(acc, lambda: module(task=task, **inputs)), 1e-6)
+        compare(result(acc, partial(acc[task], **inputs)), result(acc, partial(module, task=task, **inputs)), 1e-6)
 
 
 # ------------------------------------------------------------------ slow: in float64, bit for bit
-
-OPTIONS: dict[str, dict[str, Any]] = {"shared": {"span": (1, 2), "keep": 0.5}}
 
 
 @pytest.mark.slow

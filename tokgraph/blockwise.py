@@ -141,7 +141,8 @@ class Blockwise(nn.Module):
             for name, named in given.items():
                 if accelerated[name].variants is not self._tasks[name].variants:
                     raise StaleError(
-                        "the program was refreshed after this module was made", help="make another: accelerated.module()"
+                        "the program was refreshed after this module was made",
+                        help="make another: accelerated.module()",
                     )
                 calls.append(self._tasks[name].call(named, sharded, self._dtype))
             stack.enter_context(no_autocast(calls[0].variant.autocast))

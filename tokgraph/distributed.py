@@ -67,9 +67,7 @@ def fully_shard(
     return module
 
 
-def save(
-    folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer | None = None, **more: Any
-) -> None:
+def save(folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer | None = None, **more: Any) -> None:
     """Write a checkpoint by ``torch.distributed.checkpoint``: the model under the user's keys, what the plan added, the steps.
 
     Every process calls it, and writes what it holds. The folder appears when all is written: one that was cut short is
@@ -152,7 +150,9 @@ def _described(folder: Path) -> Mapping[str, Any]:
         described = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         files: dict[str, int] = described["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(f"{folder} holds no checkpoint: {type(error).__name__}", help="load one that save wrote") from None
+        raise FileError(
+            f"{folder} holds no checkpoint: {type(error).__name__}", help="load one that save wrote"
+        ) from None
     for name, size in files.items():
         path = folder / name
         now = path.stat().st_size if path.is_file() else None

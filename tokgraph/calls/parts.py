@@ -1,4 +1,4 @@
-"""Parts of a model that run one after the other, each holding the tensors of its modules, and pieces of graphs to run in them."""
+"""Parts of a model that run one after the other: each holds tensors of the model, and runs pieces of graphs over them."""
 
 from __future__ import annotations
 
