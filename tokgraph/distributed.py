@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,8 @@ def save(folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer
     if _is_first():
         shutil.rmtree(partial, ignore_errors=True)
     _wait()
-    dcp.save(_state(module, optimizer), checkpoint_id=partial, no_dist=not dist.is_initialized())
+    with _alone():
+        dcp.save(_state(module, optimizer), checkpoint_id=partial)
     if _is_first():
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         described = {"files": files, "steps": module.steps, "more": more}
@@ -110,7 +113,8 @@ def load(folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer
     """
     described = _described(Path(folder))
     state = _state(module, optimizer)
-    dcp.load(state, checkpoint_id=Path(folder), no_dist=not dist.is_initialized())
+    with _alone():
+        dcp.load(state, checkpoint_id=Path(folder))
     keyed, whole = module.keyed(), StateDictOptions(strict=True)
     set_model_state_dict(keyed, state["model"], options=whole)
     if optimizer is not None:
@@ -160,6 +164,14 @@ def _described(folder: Path) -> Mapping[str, Any]:
             said = "is missing" if now is None else f"has {now} bytes, and had {size}"
             raise FileError(f"the checkpoint {folder} is not whole: {name} {said}", help="load the one before it")
     return described  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """PyTorch warns that there are no other processes, which is as good as some."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _is_first() -> bool:
