@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import tokgraph as tg
@@ -17,7 +18,7 @@ from tests import tiny
 from tests.distributed.worker import batch_of, program
 from tests.field import decoder, models, structures, test_checks
 from tests.harness import captured_tiny
-from tests.test_compile import Averaged, averaging
+from tests.test_compile import Averaged, averaging, broken
 from tokgraph.calls.parts import Part
 from tokgraph.passes.lower.kept import kept_bytes
 
@@ -285,6 +286,30 @@ def test_adapters_and_open_sizes(dynamic: Any) -> None:
     assert sum(p.requires_grad for p in module.parameters()) == 12
     with torch.no_grad() if dynamic else nullcontext():
         module(task="u", **models.batch(seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning"
+)
+def test_compiled_pieces() -> None:
+    """Equal blocks of both tasks once, checks outside, computed again or not."""
+    torch._dynamo.reset()
+    counters.clear()
+    acc = planned("none")
+    batches = inputs_of(acc)
+    for checkpoint in (False, True):
+        module = acc.module(checkpoint=checkpoint).compile(backend="aot_eager")
+        for task, inputs in batches.items():
+            compare(result(acc, partial(acc[task], **inputs)), result(acc, partial(module, task=task, **inputs)), 1e-5)
+        if not checkpoint:
+            assert counters["stats"]["unique_graphs"] == 5  # a block; before and after the blocks, of each task
+    wrong = {**batches["understanding"], "ids": test_checks.one_image_token_less()["ids"]}
+    shared = planned("shared").module().compile(backend="aot_eager")
+    with pytest.raises(tg.BatchError, match="such tokens than the 6"):
+        shared(task="understanding", **wrong)
+    with pytest.raises(tg.CompileError, match="no kernel for aten.gelu"):
+        acc.module().compile(backend=broken)(task="generation", **batches["generation"])
 
 
 @pytest.mark.slow

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from tokgraph.errors import BatchError, StaleError
+from tokgraph.errors import BatchError, CompileError, StaleError
+from tokgraph.ir.compilation import Compilation
 from tokgraph.ir.names import STEP
 from tokgraph.ir.program import TaskGraph, is_training
 from tokgraph.ir.spec import check_tasks
 from tokgraph.ir.tensors import held
-from tokgraph.passes.lower.pieces import last_reads
+from tokgraph.passes.lower.pieces import Piece, last_reads
 
+from .calls.backends import backend_of
+from .calls.compiled import gist, raise_what_is_wrong
 from .calls.cutting import AFTER, Cut, Places, cut
 from .calls.diagnosis import explain
 from .calls.draws import Draws
@@ -106,6 +110,23 @@ class Blockwise(nn.Module):
         for name, number in numbers.items():
             self._program[0][name].step = number
 
+    def compile(  # type: ignore[override]
+        self, mode: bool | str | Compilation = True, *, backend: str | Callable[..., Any] = "inductor"
+    ) -> Blockwise:
+        """Compile what runs in each part with ``torch.compile`` from the next call on; equal pieces of all tasks once.
+
+        Args:
+            mode: as for :meth:`tokgraph.Accelerated.compile`; what is compiled at once is a block.
+            backend: by what.
+        """
+        how = Compilation.of(mode)
+        if how is not None and not isinstance(mode, Compilation):
+            how = Compilation(how.mode, "block", backend)
+        functions: dict[Any, Callable[..., Any]] = {}
+        for task in self._tasks.values():
+            task.use(how, functions)
+        return self
+
     def train(self, mode: bool = True) -> Blockwise:
         """Set the mode of the user's model, as a task of the program does."""
         (accelerated,) = self._program
@@ -152,8 +173,10 @@ class Blockwise(nn.Module):
                 self._run(calls, sharded)
             except GraphFailure as failure:
                 call = next(call for call in calls if call.graph.name == failure.task)
+                if isinstance(failure.__cause__, torch._dynamo.exc.TorchDynamoException):
+                    raise call.uncompiled(failure.__cause__, sharded) from failure.__cause__
                 raise explain(call.graph, call.leaves, failure.__cause__, again=not sharded) from failure.__cause__  # type: ignore[arg-type]
-            results = {call.graph.name: call.result() for call in calls}
+            results = {call.graph.name: call.result(sharded) for call in calls}
         return results[task] if task is not None else results
 
     def _run(self, calls: Sequence[_Call], sharded: bool) -> None:
@@ -179,7 +202,7 @@ class Blockwise(nn.Module):
 
     def _is_sharded(self) -> bool:
         """Whether FSDP2 shards any part: the tensors that are registered then change from one moment to the next."""
-        fsdp = sys.modules.get("torch.distributed.fsdp")
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
         return fsdp is not None and any(isinstance(x, fsdp.FSDPModule) for x in self.modules())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -252,13 +275,32 @@ class _Task:
         self.places = Places(model, variants.first.graph)
         self.holders: Mapping[str, int] = {}
         self._draws = Draws()
+        self.use(None, {})
+
+    def use(self, how: Compilation | None, functions: dict[Any, Callable[..., Any]]) -> None:
+        """Run pieces from now on as they are, or compiled; equal ones are compiled once.
+
+        Args:
+            how: how they are compiled.
+            functions: of other tasks, by what they compute.
+        """
+        self._how, self._functions = how, functions
         self._cuts: dict[int, Cut] = {}
         self._steps: dict[int, _Steps] = {}
+
+    def _function(self, piece: Piece) -> Callable[..., Any]:
+        if self._how is None:
+            return piece.graph_module.forward
+        if piece.key() not in self._functions:
+            self._functions[piece.key()] = torch.compile(
+                piece.graph_module.forward, backend=backend_of(self._how), fullgraph=True, dynamic=None
+            )
+        return partial(_with_open_sizes, self._functions[piece.key()], piece.open)
 
     def cut_of(self, variant: Variant) -> Cut:
         """A graph of the task in pieces."""
         if id(variant) not in self._cuts:  # variants are kept as long as their task is
-            self._cuts[id(variant)] = cut(variant.graph)
+            self._cuts[id(variant)] = cut(variant.graph, checking=self._how is None)
         return self._cuts[id(variant)]
 
     def prepare(self, dtype: torch.dtype | None) -> None:
@@ -275,7 +317,7 @@ class _Task:
         if error is not None:
             raise error
         if id(variant) not in self._steps:
-            self._steps[id(variant)] = _Steps.of(self.cut_of(variant), self.places, self.holders)
+            self._steps[id(variant)] = _Steps.of(self.cut_of(variant), self.places, self.holders, self._function)
         return _Call(variant, self._steps[id(variant)], self._draws, leaves)
 
 
@@ -298,13 +340,16 @@ class _Steps:
     writes: tuple[Registered | int, ...]
 
     @classmethod
-    def of(cls, found: Cut, places: Places, holders: Mapping[str, int]) -> _Steps:
+    def of(
+        cls, found: Cut, places: Places, holders: Mapping[str, int], function: Callable[[Piece], Callable[..., Any]]
+    ) -> _Steps:
         """The steps over tensors that parts register.
 
         Args:
             found: the graph in pieces.
             places: where its tensors are registered.
             holders: first name of a parameter -> the part that registers it.
+            function: what runs a piece.
         """
         registered = {value: places.read(name, found.graph) for value, name in found.tensors.items()}
         steps: dict[int, Step] = {}
@@ -318,7 +363,7 @@ class _Steps:
             }
             inside |= {piece.inputs[i] for i in mine}
             others = tuple(name for i, name in enumerate(piece.inputs) if i not in mine)
-            steps[part] = Step(found.graph.name, piece.graph_module.forward, mine, others, piece.outputs)
+            steps[part] = Step(found.graph.name, function(piece), mine, others, piece.outputs)
         return cls(
             found,
             steps,
@@ -379,11 +424,28 @@ class _Call:
         for name in self._steps.last.get(part, ()):
             self.values.pop(name, None)
 
-    def result(self) -> Any:
-        """What the task's forward returns; what it writes into buffers and inputs is written."""
+    def uncompiled(self, failure: Exception, sharded: bool) -> CompileError:
+        """The error for a piece that cannot be compiled, if nothing is wrong with the batch."""
+        if not sharded:
+            raise_what_is_wrong(self.graph, self.leaves)
+        return CompileError(
+            f"task {self.graph.name!r} cannot be compiled: {gist(failure)}",
+            help="module.compile(False) runs operators one by one; accelerated[task].compile(by='block') names the block",
+        )
+
+    def result(self, sharded: bool) -> Any:
+        """What the task's forward returns; what it writes into buffers and inputs is written, if its checks hold."""
         found = self._steps.cut
         outputs = [self.values[x] if isinstance(x, str) else x for x in found.outputs]
-        for into, new in zip(self._steps.writes, outputs[found.count :], strict=True):
+        for (message, inputs), ok in zip(found.checks, outputs[found.count :], strict=False):
+            said = f"task {self.graph.name!r}: {message} (inputs: {', '.join(inputs)})"
+            if ok.device.type != "cpu":
+                torch._assert_async(ok, said)
+            elif not ok:
+                if not sharded:
+                    raise_what_is_wrong(self.graph, self.leaves)
+                raise BatchError(said, help="correct the batch")
+        for into, new in zip(self._steps.writes, outputs[found.count + len(found.checks) :], strict=True):
             (self.leaves[into] if isinstance(into, int) else into.now()).copy_(new)
         return self.graph.unflatten(outputs)
 
@@ -414,6 +476,13 @@ def _views_allowed() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         yield
+
+
+def _with_open_sizes(function: Callable[..., Any], sizes: Mapping[int, Sequence[int]], *given: Any) -> Any:
+    """Call a compiled function, telling which dimensions of its arguments may have other sizes."""
+    for i, dims in sizes.items():
+        torch._dynamo.maybe_mark_dynamic(given[i], dims)
+    return function(*given)
 
 
 def _learns_any(module: nn.Module) -> bool:

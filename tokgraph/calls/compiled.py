@@ -116,8 +116,7 @@ class Compiled:
                 raise InternalError(f"task {self.graph.name!r}: a check holds for the graph, not for its compiled code")
 
     def _run_uncompiled(self, leaves: Sequence[Any]) -> None:
-        with torch.no_grad():
-            _WithoutWrites(self.graph.graph_module).run(*leaves, enable_io_processing=False)
+        raise_what_is_wrong(self.graph, leaves)
 
     def _failing_block(self, leaves: Sequence[Any]) -> tuple[Piece, Exception] | None:
         """The block that cannot be compiled, where the whole graph cannot: found by compiling them one by one."""
@@ -136,10 +135,16 @@ class Compiled:
             piece, failure = self._failing_block(leaves) or (piece, failure)
         at = "" if piece is None else f", at {piece.title}"
         return CompileError(
-            f"task {self.graph.name!r} cannot be compiled by {self.how.title}{at}: {_gist(failure)}",
+            f"task {self.graph.name!r} cannot be compiled by {self.how.title}{at}: {gist(failure)}",
             where=None if piece is None else _place(piece, str(failure)),
             help="the graph runs without compile=; if torch.compile takes the model's own forward, please report it",
         )
+
+
+def raise_what_is_wrong(graph: TaskGraph, leaves: Sequence[Any]) -> None:
+    """Run a task's graph operator by operator, for the error that it raises; it writes nothing."""
+    with torch.no_grad():
+        _WithoutWrites(graph.graph_module).run(*leaves, enable_io_processing=False)
 
 
 class _WithoutWrites(fx.Interpreter):
@@ -151,7 +156,7 @@ class _WithoutWrites(fx.Interpreter):
         return None if is_write(n) else super().run_node(n)
 
 
-def _gist(failure: Exception) -> str:
+def gist(failure: Exception) -> str:
     """The line of an error that says what happened: PyTorch's have a page of advice around it; or where, if none does."""
     cause = getattr(failure, "inner_exception", None) or failure.__cause__ or failure
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]

@@ -33,7 +33,8 @@ class Cut:
         tensors: name of a value -> name of the tensor of the model that it is.
         outputs: names of the values that the graph gives, or numbers that it gives.
         count: how many outputs are the task's.
-        writes: names of the tensors, and positions of the inputs, that the outputs after those are to be written into.
+        checks: ``(message, names of the inputs that it is about)`` of the outputs after those, which are true where it holds.
+        writes: names of the tensors, and positions of the inputs, that the last outputs are to be written into.
     """
 
     graph: TaskGraph
@@ -43,6 +44,7 @@ class Cut:
     tensors: Mapping[str, str]
     outputs: tuple[Any, ...]
     count: int
+    checks: tuple[tuple[str, tuple[str, ...]], ...]
     writes: tuple[str | int, ...]
 
     def part(self, floor: int) -> int:
@@ -57,9 +59,14 @@ class Cut:
                     yield self.tensors[name], piece.floor
 
 
-def cut(graph: TaskGraph) -> Cut:
-    """A task's graph cut at its blocks; its checks raise where they are."""
-    lowered = functional(graph, checking=True)
+def cut(graph: TaskGraph, *, checking: bool = True) -> Cut:
+    """A task's graph cut at its blocks.
+
+    Args:
+        graph: the graph.
+        checking: its checks raise where they are; else they are outputs, as compiled code needs them.
+    """
+    lowered = functional(graph, checking=checking)
     flat = lowered.graph_module.graph
     names = [node.name for node in flat.find_nodes(op="placeholder")]
     inputs = len(names) - len(lowered.tensors)
@@ -71,6 +78,7 @@ def cut(graph: TaskGraph) -> Cut:
         dict(zip(names[inputs:], map(tensor_name, lowered.tensors), strict=True)),
         tuple(x.name if isinstance(x, fx.Node) else x for x in output_args(flat)),
         lowered.outputs,
+        lowered.checks,
         tuple(tensor_name(x) if isinstance(x, str) else x for x in lowered.writes),
     )
 
