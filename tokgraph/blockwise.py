@@ -153,7 +153,7 @@ class Blockwise(nn.Module):
                 "a call needs a task and its inputs, or batches",
                 help='module(task="generation", **inputs), or module(batches={"generation": inputs, ...})',
             )
-        given = {task: inputs} if batches is None else batches
+        given: Mapping[str, Mapping[str, Any]] = {str(task): inputs} if batches is None else batches
         check_tasks(given, self._tasks)
         (accelerated,) = self._program
         sharded = self._is_sharded()
@@ -234,8 +234,9 @@ class Blockwise(nn.Module):
     def _reshard(self) -> None:
         """Let the registered tensors be the sharded ones, which a forward without backward leaves gathered."""
         if self._is_sharded():
+            fsdp = sys.modules["torch.distributed.fsdp"]
             for module in self.modules():
-                if hasattr(module, "reshard"):
+                if isinstance(module, fsdp.FSDPModule):
                     module.reshard()
 
     def keyed(self) -> nn.Module:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -21,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as shard
@@ -87,7 +88,7 @@ def save(folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer
         shutil.rmtree(partial, ignore_errors=True)
     _wait()
     with _alone():
-        dcp.save(_state(module, optimizer), checkpoint_id=partial)
+        save_state(_state(module, optimizer), checkpoint_id=partial)
     if _is_first():
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         described = {"files": files, "steps": module.steps, "more": more}
@@ -114,7 +115,7 @@ def load(folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer
     described = _described(Path(folder))
     state = _state(module, optimizer)
     with _alone():
-        dcp.load(state, checkpoint_id=Path(folder))
+        load_state(state, checkpoint_id=Path(folder))
     keyed, whole = module.keyed(), StateDictOptions(strict=True)
     set_model_state_dict(keyed, state["model"], options=whole)
     if optimizer is not None:

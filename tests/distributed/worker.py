@@ -35,6 +35,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "random-ltd": {},
     "himix": {"projections": "own"},
 }
+OTHERS: dict[str, dict[str, Any]] = {"pyramiddrop": {"stages": 3}}
 
 
 def program(policy: str, layers: int = 3, tied: bool = False) -> tg.Accelerated:
@@ -48,7 +49,7 @@ def program(policy: str, layers: int = 3, tied: bool = False) -> tg.Accelerated:
         for name, task in spec.tasks.items()
     }
     facts = tg.analyze(tg.capture(tg.ModelSpec(model, tasks)))
-    return tg.apply(facts, tg.make_plan(facts, policy, **POLICIES.get(policy, {})))
+    return tg.apply(facts, tg.make_plan(facts, policy, **{**POLICIES, **OTHERS}.get(policy, {})))
 
 
 def batch_of(task: str, number: int) -> dict[str, Tensor]:

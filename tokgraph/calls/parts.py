@@ -178,7 +178,9 @@ class Part(Inner):
         """The outputs of each step for its values."""
         if self.keep is None or not torch.is_grad_enabled():
             return _run(steps, values)
-        more = {"context_fn": partial(create_selective_checkpoint_contexts, list(self.keep))} if self.keep else {}
+        more: dict[str, Any] = (
+            {"context_fn": partial(create_selective_checkpoint_contexts, list(self.keep))} if self.keep else {}
+        )
         counts = [len(given) for given in values]
         flat = [x for given in values for x in given]  # tensors among arguments, not inside of them, count as kept
 
