@@ -196,6 +196,13 @@ def train(training: Training) -> None:
             return
 
 
+def join(backend: str) -> None:
+    """Join the other processes: under names of this start's own, for those of before a restart left their addresses."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
 def main() -> None:
     """Train as the command line says."""
     chosen = arguments()
@@ -207,7 +214,7 @@ def main() -> None:
     else:
         torch.set_num_threads(1)  # tensors this small gain little from more
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device is not None else "gloo")
+        join("cpu:gloo,cuda:nccl" if device is not None else "gloo")
     rank = dist.get_rank() if world > 1 else 0
     training = Training(chosen, rank, world, device or torch.device("cpu"))
     train(training)

@@ -41,7 +41,7 @@ def test_a_run_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """``kill -9`` of a process: the others end, all begin again at the last checkpoint, and end as one undisturbed process."""
     one, two = tmp_path / "one", tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    command += ["--master-addr=localhost", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # a port that is free
     root = str(Path(train.__file__).parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     with (tmp_path / "out").open("w") as out:
@@ -56,7 +56,7 @@ def test_a_run_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         train.train(alone)
         assert run.wait(timeout=600) == 0, (tmp_path / "out").read_text()[-2000:]
     assert steps(one) == 12 < steps(two) + 1
-    assert "exitcode: -9" in (tmp_path / "out").read_text().replace("exitcode  :", "exitcode:") or steps(two) > 12
+    assert "exitcode: -9" in (tmp_path / "out").read_text()
     other = training(monkeypatch, two)
     assert other.step == 12
     expected = dict(alone.program.named_parameters())
