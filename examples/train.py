@@ -27,7 +27,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import tokgraph as tg
-from examples import digits, janus
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # torchrun knows the folder of the script only
+from examples import digits, janus  # noqa: E402
 
 Batch = dict[str, Tensor]
 TASKS = ("understanding", "generation")

@@ -137,9 +137,12 @@ class Variants:
                 return self._use(variant)
         first = self.first
         for change in sorted(_structural(first), key=partial(self._takes_its_place, first)):
+            sharded = hasattr(change.now, "device_mesh")  # a DTensor, without importing what defines it
             raise StaleError(
-                f"task {first.graph.name!r}: the model is not the captured one: {change.text}",
-                help="accelerated.refresh() captures it as it is now, with the same plan",
+                f"task {first.graph.name!r}: the model is {'sharded' if sharded else 'not the captured one'}: {change.text}",
+                help="call the module that was sharded, made by accelerated.module() before"
+                if sharded
+                else "accelerated.refresh() captures it as it is now, with the same plan",
             )
         self._all.append(self._captured(leaves))
         return self._use(self._all[-1])
