@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import tokgraph as tg
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # torchrun knows the folder of the script only
-from examples import digits, janus  # noqa: E402
+from examples import digits, janus
 
 Batch = dict[str, Tensor]
 TASKS = ("understanding", "generation")
