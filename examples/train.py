@@ -30,6 +30,7 @@ import tokgraph as tg
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # torchrun knows the folder of the script only
 from examples import digits, janus
+from tokgraph.ir.spec import split_outputs
 
 Batch = dict[str, Tensor]
 TASKS = ("understanding", "generation")
@@ -153,7 +154,7 @@ class Training:
             batch = {k: x.to(self.device) for k, x in self.batch(task, chosen.seed * 1_000_003 + number).items()}
             self.program[task].step = number  # what is drawn at random does not depend on the number of processes
             with self.region():
-                loss = self.model(task=task, **batch)["loss"]
+                loss, _ = split_outputs(self.model(task=task, **batch))
             (loss / len(mine)).backward()
             told[TASKS.index(task)] += float(loss.detach()) / tasks.count(task)
             tokens = self.program.facts[task].demand.tokens * chosen.batch
