@@ -30,6 +30,7 @@ from .ir.spec import ModelSpec, Task, VisualTokens, load
 from .version import VERSION
 
 if TYPE_CHECKING:  # each also in _LATER
+    from .blockwise import Blockwise
     from .ir.compilation import Compilation
     from .ir.cost import TaskCost
     from .ir.facts import Facts, TaskFacts
@@ -51,6 +52,7 @@ __all__ = [
     "Accelerated",
     "AnalysisError",
     "BatchError",
+    "Blockwise",
     "CaptureError",
     "Compilation",
     "CompileError",
@@ -101,6 +103,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "blockwise": ("Blockwise",),
     "ir.compilation": ("Compilation",),
     "ir.cost": ("TaskCost",),
     "ir.facts": ("Facts", "TaskFacts"),
@@ -119,7 +122,7 @@ _LATER = {
 """Module -> names that are imported from it when they are first asked for."""
 _MODULES = {name: module for module, names in _LATER.items() for name in names}
 _ROOMS = (
-    "cli", "comparison", "export", "files", "passes", "profile", "trainable",
+    "cli", "comparison", "distributed", "export", "files", "passes", "profile", "trainable",
     *dict.fromkeys(m.split(".")[0] for m in _LATER),
 )  # fmt: skip
 """Modules and packages that ``tokgraph.NAME`` imports."""

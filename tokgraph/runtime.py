@@ -34,6 +34,7 @@ from .calls.variants import Variants, share_own
 from .errors import FileError, InternalError, StaleError, TokgraphError
 
 if TYPE_CHECKING:
+    from .blockwise import Blockwise
     from .trainable import TrainableTask
 
 
@@ -132,7 +133,7 @@ class TaskModule(nn.Module):
         if error is not None:
             raise error
         counter = held(graph.graph_module, STEP) if is_training(model) else None
-        with _no_autocast(variant.autocast), self._draws.of_call(counter):
+        with no_autocast(variant.autocast), self._draws.of_call(counter):
             try:
                 return graph, variant.run(leaves, self._how)
             except (TokgraphError, InternalError, torch.OutOfMemoryError):
@@ -170,7 +171,7 @@ class TaskModule(nn.Module):
         return result, rows
 
 
-def _no_autocast(captured: Autocast | None) -> AbstractContextManager[Any]:
+def no_autocast(captured: Autocast | None) -> AbstractContextManager[Any]:
     """Run a graph whose casts are in it without those of the region around it."""
     return nullcontext() if captured is None else torch.autocast(captured.device, enabled=False)
 
@@ -339,6 +340,21 @@ class Accelerated(Mapping[str, TaskModule]):
         from .trainable import TrainableTask
 
         return TrainableTask(self, task)
+
+    def module(self, *, checkpoint: bool | Sequence[Any] = False) -> Blockwise:
+        """The program as one module of blocks, for FSDP2, DDP and activation checkpointing (docs/training.md).
+
+        Args:
+            checkpoint: values of blocks that are computed again in the backward pass: ``False``: none; ``True``: all;
+                operators (``torch.ops.aten.mm.default``, ...): all but the results of these.
+
+        Returns:
+            A module to be called with one task's inputs, ``module(task="generation", **inputs)``, or with batches of
+            several, ``module(batches={"generation": inputs, ...})``.
+        """
+        from .blockwise import Blockwise
+
+        return Blockwise(self, checkpoint=checkpoint)
 
     def variants(self, with_baseline: bool) -> dict[str, Program]:
         """``"accelerated"``, and with it ``"baseline"``: the programs that can be exported, saved and profiled.

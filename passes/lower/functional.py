@@ -50,16 +50,17 @@ class Functional:
     tensors: tuple[str, ...]
 
 
-def functional(graph: TaskGraph) -> Functional:
+def functional(graph: TaskGraph, *, checking: bool = False) -> Functional:
     """A task's graph as a function; its operators of rows stay operators, of which ``ops.decompositions()`` tells ATen.
 
     Their gradients are theirs: rows of an index are unique, which autograd, by itself, could not know of a ``gather``.
+
+    Args:
+        graph: the task's graph.
+        checking: leave checks where they are, for a run operator by operator, in which they raise.
     """
-    made = (
-        Pipeline([ScattersByIndex(), ChecksToOutputs(), WritesToOutputs(), TensorsToInputs()])
-        .run_task(graph)
-        .graph_module
-    )
+    unchecked = [] if checking else [ScattersByIndex(), ChecksToOutputs()]
+    made = Pipeline([*unchecked, WritesToOutputs(), TensorsToInputs()]).run_task(graph).graph_module
     names = list(graph.leaf_names().values())
     checks = tuple((message, tuple(names[i] for i in inputs)) for message, inputs in made.meta.get(CHECKS, ()))
     outputs = len(output_args(graph.graph))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from tokgraph.ir.compilation import By
 from tokgraph.ir.node import tensor, value
+from tokgraph.ir.tensors import read
 
 from .functional import LEARNED
 from .places import place_of
+
+_NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Piece:
 
     Args:
         title: what it is of the model, for messages: ``"block 3"``.
+        floor: 0: before the blocks, ``i + 1``: in block ``i``, ``block_count + 1``: after them.
         graph_module: takes the values of ``inputs``, gives those of ``outputs``.
         inputs: names of the whole graph's nodes.
         outputs: names of the whole graph's nodes.
@@ -30,6 +34,7 @@ class Piece:
     """
 
     title: str
+    floor: int
     graph_module: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -64,11 +69,33 @@ def pieces(graph_module: fx.GraphModule, by: By) -> list[Piece]:
     """
     graph = graph_module.graph
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    floors = dict.fromkeys(calls, 0) if by == "graph" else _floors(graph)
+    floors = dict.fromkeys(calls, 0) if by == "graph" else floors_of(graph)
     return list(_cut(graph, calls, floors))
 
 
-def _floors(graph: fx.Graph) -> dict[fx.Node, int]:
+def last_reads(cut: Sequence[Piece], outputs: Sequence[Any]) -> list[list[str]]:
+    """For each piece, the values that nothing reads after it.
+
+    Args:
+        cut: the pieces, in the order in which they run.
+        outputs: names of the values that the whole graph gives, and other things that it gives.
+    """
+    found: list[list[str]] = []
+    needed = {name for name in outputs if isinstance(name, str)}
+    for piece in reversed(cut):
+        mine = {*piece.inputs, *piece.outputs}
+        found.append(sorted(mine - needed))
+        needed |= mine
+    return found[::-1]
+
+
+def block_count(graph: fx.Graph) -> int:
+    """How many blocks the nodes of a graph are placed in."""
+    places = (place_of(node) or {} for node in graph.nodes)
+    return max((place["block"] for place in places if place.get("block") is not None), default=-1) + 1
+
+
+def floors_of(graph: fx.Graph) -> dict[fx.Node, int]:
     """Node -> its piece: 0 before the blocks, ``i + 1`` in block ``i``, the last after them.
 
     A node is not before what it reads. What depends on no parameter (masks, rotary embeddings, choices of rows that are
@@ -76,12 +103,12 @@ def _floors(graph: fx.Graph) -> dict[fx.Node, int]:
     next one by what both read.
     """
     places = {node: place_of(node) or {} for node in graph.nodes}
-    head = max((p["block"] for p in places.values() if p.get("block") is not None), default=-1) + 2
+    head = block_count(graph) + 1
     floors: dict[fx.Node, int] = {}
     learned: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if node.meta.get(LEARNED):
+        if node.op in ("placeholder", "get_attr"):
+            if _is_parameter(node):
                 learned.add(node)
         elif node.op == "call_function":
             below = max((floors.get(x, 0) for x in node.all_input_nodes), default=0)
@@ -98,9 +125,16 @@ def _floors(graph: fx.Graph) -> dict[fx.Node, int]:
     return floors
 
 
+def _is_parameter(node: fx.Node) -> bool:
+    """Whether an input of a functional graph is one, or what a task's graph reads."""
+    if node.op == "placeholder":
+        return bool(node.meta.get(LEARNED))
+    return node.graph.owning_module is not None and isinstance(read(node.graph.owning_module, node), nn.Parameter)
+
+
 def _is_size(node: fx.Node) -> bool:
     """Whether a call gives a number: pieces compute it from tensors, compilers would take it for a constant."""
-    return node.op == "call_function" and not isinstance(value(node), (torch.Tensor, tuple, list))
+    return node.op == "call_function" and isinstance(value(node), _NUMBERS)
 
 
 def _cut(graph: fx.Graph, calls: list[fx.Node], floors: dict[fx.Node, int]) -> Iterator[Piece]:
@@ -112,7 +146,7 @@ def _cut(graph: fx.Graph, calls: list[fx.Node], floors: dict[fx.Node, int]) -> I
         title = "the graph" if head == 0 else titles.get(floor, f"block {floor - 1}")
         mine = set(inside)
         outputs = [n for n in inside if n in results or any(_read_outside(user, mine) for user in n.users)]
-        yield _piece(title, graph, inside, outputs)
+        yield _piece(title, floor, graph, inside, outputs)
 
 
 def _read_outside(user: fx.Node, mine: set[fx.Node]) -> bool:
@@ -121,7 +155,7 @@ def _read_outside(user: fx.Node, mine: set[fx.Node]) -> bool:
     return user.op != "output" and user not in mine
 
 
-def _piece(title: str, graph: fx.Graph, inside: list[fx.Node], outputs: list[fx.Node]) -> Piece:
+def _piece(title: str, floor: int, graph: fx.Graph, inside: list[fx.Node], outputs: list[fx.Node]) -> Piece:
     wanted = _with_sizes(inside)
     mine = set(wanted)
     inputs = list(dict.fromkeys(x for node in wanted for x in node.all_input_nodes if x not in mine))
@@ -135,7 +169,7 @@ def _piece(title: str, graph: fx.Graph, inside: list[fx.Node], outputs: list[fx.
     made.output(tuple(copies[node] for node in outputs))
     opened = {i: dims for i, node in enumerate(inputs) if (dims := _open(node))}
     names = (tuple(n.name for n in inputs), tuple(n.name for n in outputs))
-    return Piece(title, fx.GraphModule({}, made), *names, opened)
+    return Piece(title, floor, fx.GraphModule({}, made), *names, opened)
 
 
 def _with_sizes(inside: Iterable[fx.Node]) -> list[fx.Node]:

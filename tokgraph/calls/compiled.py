@@ -17,7 +17,7 @@ from tokgraph.ir.compilation import Compilation
 from tokgraph.ir.node import is_write, module_path, output_args, where
 from tokgraph.ir.program import TaskGraph
 from tokgraph.passes.lower.functional import functional
-from tokgraph.passes.lower.pieces import Piece, pieces
+from tokgraph.passes.lower.pieces import Piece, last_reads, pieces
 
 from .backends import backend_of
 from .diagnosis import FAILURES
@@ -42,7 +42,7 @@ class Compiled:
         self._outputs = [x.name if isinstance(x, fx.Node) else x for x in output_args(self._lowered.graph_module.graph)]
         self._tensors = [operator.attrgetter(target) for target in self._lowered.tensors]
         self._pieces = self._compiled(pieces(self._lowered.graph_module, how.by))
-        self._read_last = _read_last([piece for piece, _ in self._pieces], self._outputs)
+        self._read_last = last_reads([piece for piece, _ in self._pieces], self._outputs)
 
     @property
     def functions(self) -> int:
@@ -116,8 +116,7 @@ class Compiled:
                 raise InternalError(f"task {self.graph.name!r}: a check holds for the graph, not for its compiled code")
 
     def _run_uncompiled(self, leaves: Sequence[Any]) -> None:
-        with torch.no_grad():
-            _WithoutWrites(self.graph.graph_module).run(*leaves, enable_io_processing=False)
+        raise_what_is_wrong(self.graph, leaves)
 
     def _failing_block(self, leaves: Sequence[Any]) -> tuple[Piece, Exception] | None:
         """The block that cannot be compiled, where the whole graph cannot: found by compiling them one by one."""
@@ -136,21 +135,16 @@ class Compiled:
             piece, failure = self._failing_block(leaves) or (piece, failure)
         at = "" if piece is None else f", at {piece.title}"
         return CompileError(
-            f"task {self.graph.name!r} cannot be compiled by {self.how.title}{at}: {_gist(failure)}",
+            f"task {self.graph.name!r} cannot be compiled by {self.how.title}{at}: {gist(failure)}",
             where=None if piece is None else _place(piece, str(failure)),
             help="the graph runs without compile=; if torch.compile takes the model's own forward, please report it",
         )
 
 
-def _read_last(cut: Sequence[Piece], outputs: Sequence[Any]) -> list[list[str]]:
-    """For each piece, the values that nothing reads after it."""
-    found: list[list[str]] = []
-    needed = {name for name in outputs if isinstance(name, str)}
-    for piece in reversed(cut):
-        mine = {*piece.inputs, *piece.outputs}
-        found.append(sorted(mine - needed))
-        needed |= mine
-    return found[::-1]
+def raise_what_is_wrong(graph: TaskGraph, leaves: Sequence[Any]) -> None:
+    """Run a task's graph operator by operator, for the error that it raises; it writes nothing."""
+    with torch.no_grad():
+        _WithoutWrites(graph.graph_module).run(*leaves, enable_io_processing=False)
 
 
 class _WithoutWrites(fx.Interpreter):
@@ -162,7 +156,7 @@ class _WithoutWrites(fx.Interpreter):
         return None if is_write(n) else super().run_node(n)
 
 
-def _gist(failure: Exception) -> str:
+def gist(failure: Exception) -> str:
     """The line of an error that says what happened: PyTorch's have a page of advice around it; or where, if none does."""
     cause = getattr(failure, "inner_exception", None) or failure.__cause__ or failure
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]

@@ -20,13 +20,16 @@ _VALUES = ("out of range", "out of bounds", "number of elements of source")
 """What torch says of ids, labels and masks that ask for more than there is."""
 
 
-def explain(graph: TaskGraph, leaves: Sequence[Any], error: Exception) -> BatchError | StaleError | InternalError:
+def explain(
+    graph: TaskGraph, leaves: Sequence[Any], error: Exception, *, again: bool = True
+) -> BatchError | StaleError | InternalError:
     """The error to raise for one that a task's graph raised.
 
     Args:
         graph: the task's graph.
         leaves: the batch, in placeholder order.
         error: what running the graph on it raised.
+        again: find the operator that fails by running the graph again; it cannot be where its tensors are sharded.
 
     Returns:
         A :class:`StaleError` where a tensor of the model was converted, which the checks of a call look at for some only; a
@@ -39,7 +42,7 @@ def explain(graph: TaskGraph, leaves: Sequence[Any], error: Exception) -> BatchE
             f"task {graph.name!r}: a check on the device does not hold for this batch, or a kernel failed: {said}",
             help="run the batch on the CPU, which names the check",
         )
-    differing, place = list(_differences(graph, leaves)), _failing(graph, leaves)
+    differing, place = list(_differences(graph, leaves)), _failing(graph, leaves) if again else None
     converted = next(_converted(graph), None)
     if converted:
         return StaleError(

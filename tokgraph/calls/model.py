@@ -55,12 +55,13 @@ class ModelCheck:
     Args:
         model: the user's model.
         graph: a captured or rewritten graph of it.
+        tensors: compare which tensors there are, and of what type, too.
     """
 
-    def __init__(self, model: nn.Module, graph: TaskGraph) -> None:
+    def __init__(self, model: nn.Module, graph: TaskGraph, *, tensors: bool = True) -> None:
         self._model = model
-        self._slots = list(_slots(model, graph))
-        self._types = _sampled(model, _captured_types(graph))
+        self._slots = [slot for slot in _slots(model, graph) if tensors or slot.kind != "tensor"]
+        self._types = _sampled(model, _captured_types(graph)) if tensors else []
         on_the_way = [slot.of for slot in self._slots if slot.kind == "module"]
         self._structure = Structure(model, graph.conditions, on_the_way)
         self._hooks = _hooks(model)

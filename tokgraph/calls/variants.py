@@ -14,9 +14,10 @@ from tokgraph.errors import BatchError, StaleError
 from tokgraph.ir.compilation import Compilation
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.devices import captured_device
-from tokgraph.ir.names import STEP
+from tokgraph.ir.names import OWN, STEP
+from tokgraph.ir.node import tensor
 from tokgraph.ir.program import TIED, TaskGraph, cuda_devices, model_device, tied_names
-from tokgraph.ir.tensors import held, hold, named_tensors
+from tokgraph.ir.tensors import held, hold, named_tensors, tensor_name
 from tokgraph.passes.device import on_device
 
 from .batch import compiled_check, misfit
@@ -45,6 +46,8 @@ class Variant:
         self._default = torch.get_default_dtype()
         self._compiled: Compiled | None = None
         self.device = model_device(graph.graph_module).type
+        self.dtype = _dtype(graph)
+        self._rest = ModelCheck(model, graph, tensors=False)
 
     def run(self, leaves: Sequence[Any], how: Compilation | None) -> Sequence[Any]:
         """The graph's outputs.
@@ -70,6 +73,14 @@ class Variant:
     def holds(self) -> bool:
         """Whether the model is what the graph takes for granted, and the call where it was captured for."""
         return self.region_holds() and torch.get_default_dtype() is self._default and self.check.holds()
+
+    def holds_but_for_tensors(self) -> bool:
+        """The same, whatever tensors the model has: for one who gives the graph those that are to be read."""
+        return self.region_holds() and self._rest.holds()
+
+    def rest_changes(self) -> list[Change]:
+        """What :meth:`holds_but_for_tensors` finds in the model."""
+        return self._rest.changes()
 
     def refuse(self, leaves: Sequence[Any]) -> BatchError | None:
         """What is wrong with a batch for this graph."""
@@ -126,12 +137,37 @@ class Variants:
                 return self._use(variant)
         first = self.first
         for change in sorted(_structural(first), key=partial(self._takes_its_place, first)):
+            sharded = hasattr(change.now, "device_mesh")  # a DTensor, without importing what defines it
             raise StaleError(
-                f"task {first.graph.name!r}: the model is not the captured one: {change.text}",
-                help="accelerated.refresh() captures it as it is now, with the same plan",
+                f"task {first.graph.name!r}: the model is {'sharded' if sharded else 'not the captured one'}: {change.text}",
+                help="call the module that was sharded, made by accelerated.module() before"
+                if sharded
+                else "accelerated.refresh() captures it as it is now, with the same plan",
             )
         self._all.append(self._captured(leaves))
         return self._use(self._all[-1])
+
+    def of_sharded(self, dtype: torch.dtype | None) -> Variant:
+        """The variant for a model whose tensors are sharded, and were not when the graphs were captured.
+
+        Args:
+            dtype: the type of parameters in the forward; ``None``: that of the model.
+
+        Raises:
+            StaleError: there is none, and a sharded model is not captured.
+        """
+        for variant in self._all:
+            if variant.dtype is (dtype or self.first.dtype) and variant.holds_but_for_tensors():
+                return variant
+        first = self.first
+        found = [change.text for change in first.rest_changes()]
+        if not first.region_holds():
+            region = _named(Autocast.active(first.device))
+            found.append(f"the call is in {region}, the capture was in {_named(first.autocast)}")
+        raise StaleError(
+            f"task {first.graph.name!r}: the model is sharded, and not the captured one: {'; '.join(found[:3])}",
+            help="call module.prepare() in this mode and region before the module is sharded",
+        )
 
     def _use(self, variant: Variant) -> Variant:
         """Run a graph from now on: what the plan added to the model goes where the graph computes, as by ``model.to``."""
@@ -197,6 +233,14 @@ class Variants:
             graph = self._capture(region, leaves)
         share_own(first.graph, graph)
         return Variant(self._model, graph)
+
+
+def _dtype(graph: TaskGraph) -> torch.dtype | None:
+    """The type that the first parameter of the graph had at capture."""
+    named = graph.named_parameters()
+    nodes = (node for node in graph.graph.find_nodes(op="get_attr") if tensor_name(node) in named)
+    values = (tensor(node) for node in nodes if tensor_name(node).partition(".")[0] != OWN)
+    return next((x.dtype for x in values if x is not None and x.is_floating_point()), None)
 
 
 def _named(region: Autocast | None) -> str:

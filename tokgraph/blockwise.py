@@ -1,0 +1,285 @@
+"""An accelerated program as one module of blocks over the model's own parameters: what distributed training takes hold of."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokgraph.errors import BatchError, StaleError
+from tokgraph.ir.compilation import Compilation
+from tokgraph.ir.names import STEP
+from tokgraph.ir.program import is_training
+from tokgraph.ir.spec import check_tasks
+from tokgraph.ir.tensors import held
+
+from .calls.cutting import AFTER, Cut
+from .calls.diagnosis import explain
+from .calls.parted import PartedCall, PartedTask
+from .calls.parts import GraphFailure, Holder, Inner, Part, Registered
+from .runtime import Accelerated, no_autocast
+
+
+class Blockwise(nn.Module):
+    """Every task of an accelerated program in the parts of one model: ``prologue``, ``blocks``, ``epilogue``.
+
+    Each part registers the parameters that only it reads, once for all tasks, in the user's own modules: what shards them
+    here shards the user's model. The keys of the state are those of :meth:`tokgraph.Accelerated.state_dict`.
+
+    Args:
+        accelerated: the program.
+        checkpoint: values of blocks that are computed again in the backward pass: ``False``: none; ``True``: all;
+            operators: all but the results of these.
+
+    Attributes:
+        prologue: what comes before the blocks: embeddings, encoders, masks, rows that are chosen by the batch alone.
+        blocks: one :class:`~tokgraph.calls.parts.Part` for each decoder block.
+        epilogue: what comes after them.
+        shared: parameters that several parts read (tied weights, a layer that is used twice), and buffers.
+    """
+
+    def __init__(self, accelerated: Accelerated, *, checkpoint: bool | Sequence[Any] = False) -> None:
+        super().__init__()
+        self._program = (accelerated,)  # a tuple: no submodule
+        self._dtype: torch.dtype | None = None
+        self._tasks = {name: PartedTask(accelerated.model, task.variants) for name, task in accelerated.items()}
+        cuts = [task.cut_of(task.variants.first) for task in self._tasks.values()]
+        kept = None if checkpoint is False else () if checkpoint is True else tuple(checkpoint)
+        self.prologue = Part()
+        self.blocks = _Blocks(Part(kept) for _ in range(max(found.blocks for found in cuts)))
+        self.epilogue = Part()
+        self.shared = Inner()
+        holders = dict(self._register(cuts))
+        for task in self._tasks.values():
+            task.holders = holders
+        super().train(is_training(accelerated.model))
+
+    def _part(self, index: int) -> nn.Module:
+        """As it is registered now: it may have been wrapped."""
+        return self.prologue if index == 0 else self.epilogue if index == AFTER else self.blocks[index - 1]
+
+    def _register(self, cuts: Sequence[Cut]) -> Iterator[tuple[str, int]]:
+        """Register what the tasks read; first name of a parameter -> the part that alone reads it."""
+        readers: dict[str, set[int]] = {}
+        places: dict[str, list[Registered]] = {}
+        for task, found in zip(self._tasks.values(), cuts, strict=True):
+            for name, floor in found.readers():
+                if at := task.places.of(name):
+                    places[at[0].name] = at
+                    readers.setdefault(at[0].name, set()).add(found.part(floor))
+        for name, at in places.items():
+            if len(readers[name]) == 1 and isinstance(at[0].now(), nn.Parameter):
+                (part,) = readers[name]
+                yield name, part
+                self._part(part).hold(at)  # type: ignore[operator]
+            else:
+                self.shared.hold(at)
+
+    def prepare(self, dtype: torch.dtype | None = None) -> Blockwise:
+        """Capture the tasks for the mode and the region of autocast that hold here: sharded models cannot be captured.
+
+        Args:
+            dtype: the type that parameters and inputs will have in the forward, as ``param_dtype`` of FSDP2's
+                ``MixedPrecisionPolicy`` gives them; ``None``: that of the model.
+        """
+        (accelerated,) = self._program
+        with parameters_as(accelerated.model, dtype):
+            for task in self._tasks.values():
+                task.prepare(dtype)
+        self._dtype = dtype
+        return self
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Task -> its training steps so far, of those whose plan drops at random."""
+        return {name: task.step for name, task in self._program[0].items() if held(task.graph_module, STEP) is not None}
+
+    @steps.setter
+    def steps(self, numbers: Mapping[str, int]) -> None:
+        for name, number in numbers.items():
+            self._program[0][name].step = number
+
+    def compile(  # type: ignore[override]
+        self, mode: bool | str | Compilation = True, *, backend: str | Callable[..., Any] = "inductor"
+    ) -> Blockwise:
+        """Compile what runs in each part with ``torch.compile`` from the next call on; equal pieces of all tasks once.
+
+        Args:
+            mode: as for :meth:`tokgraph.Accelerated.compile`; what is compiled at once is a block.
+            backend: by what.
+        """
+        how = Compilation.of(mode)
+        if how is not None and not isinstance(mode, Compilation):
+            how = Compilation(how.mode, "block", backend)
+        functions: dict[Any, Callable[..., Any]] = {}
+        for task in self._tasks.values():
+            task.use(how, functions)
+        return self
+
+    def train(self, mode: bool = True) -> Blockwise:
+        """Set the mode of the user's model, as a task of the program does."""
+        (accelerated,) = self._program
+        if is_training(accelerated.model) is not mode:
+            accelerated.train(mode)
+        return super().train(mode)
+
+    def forward(
+        self, task: str | None = None, batches: Mapping[str, Mapping[str, Any]] | None = None, **inputs: Any
+    ) -> Any:
+        """What the task's forward returns; of several tasks at once, ``{task: result}``.
+
+        Args:
+            task: the task of ``inputs``.
+            batches: task -> its inputs by name: each part runs once, for all of them.
+            inputs: the task's inputs by name. One that is called ``task`` or ``batches`` is given in ``batches``.
+
+        Raises:
+            BatchError: the inputs are not those that a graph was captured for, or hold another number of visual tokens.
+            StaleError: the model is no longer what was captured.
+        """
+        if (task is None) is (batches is None) or (batches is not None and inputs) or batches == {}:
+            raise BatchError(
+                "a call needs a task and its inputs, or batches",
+                help='module(task="generation", **inputs), or module(batches={"generation": inputs, ...})',
+            )
+        given: Mapping[str, Mapping[str, Any]] = {str(task): inputs} if batches is None else batches
+        check_tasks(given, self._tasks)
+        (accelerated,) = self._program
+        sharded = self._is_sharded()
+        with ExitStack() as stack:
+            calls = []
+            for name, named in given.items():
+                if accelerated[name].variants is not self._tasks[name].variants:
+                    raise StaleError(
+                        "the program was refreshed after this module was made",
+                        help="make another: accelerated.module()",
+                    )
+                calls.append(self._tasks[name].call(named, sharded, self._dtype))
+            stack.enter_context(no_autocast(calls[0].variant.autocast))
+            for call in calls:
+                stack.enter_context(call.begun(is_training(accelerated.model)))
+            try:
+                self._run(calls, sharded)
+            except GraphFailure as failure:
+                call = next(call for call in calls if call.graph.name == failure.task)
+                if isinstance(failure.__cause__, torch._dynamo.exc.TorchDynamoException):
+                    raise call.uncompiled(failure.__cause__, sharded) from failure.__cause__
+                raise explain(call.graph, call.leaves, failure.__cause__, again=not sharded) from failure.__cause__  # type: ignore[arg-type]
+            results = {call.graph.name: call.result(sharded) for call in calls}
+        return results[task] if task is not None else results
+
+    def _run(self, calls: Sequence[PartedCall], sharded: bool) -> None:
+        """Run each part once, with what every call has to do there.
+
+        Sharded parts run in any case, with values that go through, and with one that has a gradient as soon as a parameter
+        before them has one: other processes, which may run other tasks, wait for them in the forward and in the backward pass.
+        """
+        learning = sharded and torch.is_grad_enabled() and _learns_any(self.shared)
+        for index in (*range(len(self.blocks) + 1), AFTER):
+            part = self._part(index)
+            if learning:
+                for call in calls:
+                    call.learn(index)
+            doing = [(call, step) for call in calls if (step := call.step(index, sharded)) is not None]
+            if doing:
+                given = [tuple(call.values[name] for name in step.inputs) for call, step in doing]
+                with _views_allowed() if sharded else nullcontext():
+                    found = part([step for _, step in doing], given)
+                for (call, step), values in zip(doing, found, strict=True):
+                    call.take(step, values, index)
+            learning = learning or (sharded and torch.is_grad_enabled() and _learns_any(part))
+
+    def _is_sharded(self) -> bool:
+        """Whether FSDP2 shards any part: the tensors that are registered then change from one moment to the next."""
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
+        return fsdp is not None and any(isinstance(x, fsdp.FSDPModule) for x in self.modules())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        (accelerated,) = self._program
+        self._reshard()
+        destination.update({f"{prefix}{name}": x for name, x in accelerated.state_dict().items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        (accelerated,) = self._program
+        self._reshard()
+        mine = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+        try:
+            keys = accelerated.load_state_dict(mine, strict=False)
+        except RuntimeError as error:
+            error_msgs.append(str(error))
+            return
+        missing_keys += [prefix + name for name in keys.missing_keys]
+        unexpected_keys += [prefix + name for name in keys.unexpected_keys]
+
+    def _reshard(self) -> None:
+        """Let the registered tensors be the sharded ones, which a forward without backward leaves gathered."""
+        if self._is_sharded():
+            fsdp = sys.modules["torch.distributed.fsdp"]
+            for module in self.modules():
+                if isinstance(module, fsdp.FSDPModule):
+                    module.reshard()
+
+    def keyed(self) -> nn.Module:
+        """The same tensors under the names of the user's model, and of what the plan added.
+
+        It is what ``torch.distributed.checkpoint.state_dict`` is to be given, which names tensors after the modules that
+        register them: checkpoints are then those of the model, whatever it was trained as.
+        """
+        (accelerated,) = self._program
+        self._reshard()
+        model, found = accelerated.model, Holder()
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            found.__dict__[name] = model.__dict__[name]
+        found._modules.update(model._modules)
+        for task in self._tasks.values():
+            found.hold(x for name in task.variants.first.graph.own_parameters() for x in task.places.of(name))
+        return found
+
+
+class _Blocks(nn.ModuleList):
+    """Parts that save and load nothing: keys of the user's may begin as their names do."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def parameters_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let floating-point parameters of a model be of a type, as FSDP2 gives them to a forward; buffers stay."""
+    tables = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    made: dict[int, nn.Parameter] = {}
+    try:
+        for table, before in tables:
+            for name, p in before.items():
+                if dtype is not None and p is not None and p.is_floating_point() and p.dtype is not dtype:
+                    table[name] = made.setdefault(id(p), nn.Parameter(p.detach().to(dtype), p.requires_grad))
+        yield
+    finally:
+        for table, before in tables:
+            table.update(before)
+
+
+@contextmanager
+def _views_allowed() -> Iterator[None]:
+    """FSDP2 warns of parts that return views, which must not be written to: nothing here is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+        yield
+
+
+def _learns_any(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
