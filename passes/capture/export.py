@@ -37,6 +37,7 @@ from .autocast import CastsInside, MergeParameterCasts
 from .batch_axis import KeepBatchAxis
 from .buffers import read_before_written, rebound_buffers
 from .checks import keeping_checks
+from .composites import composites
 from .conditions import conditions_of
 from .copies import copies
 from .devices import check_devices
@@ -45,6 +46,7 @@ from .failures import not_traceable
 from .grad_mode import keep_grad_modes, noted_modes
 from .normalize import FusedToPlain, RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
 from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
+from .products import products
 from .reads import Reads
 from .row_losses import row_losses
 
@@ -260,7 +262,7 @@ def _export_once(
             exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         keep_grad_modes(exported)
         _rename_tensors(exported, target_of)
-        functional: ExportedProgram = exported.run_decompositions({**row_losses(), **copies()})
+        functional: ExportedProgram = exported.run_decompositions({**composites(), **products(), **row_losses(), **copies()})
         return functional
 
 
