@@ -172,7 +172,7 @@ CASES: dict[Any, list[tuple[Any, ...]]] = {
     aten.flatten.using_ints: [(stream, 0, 1), (heads, 2)],
     aten.unflatten.int: [(square, 2, [HEADS, D]), (square, 0, [2, 2])],
     aten.squeeze.dim: [(numbers(B, 1, S), 1), (numbers(1, S, S), -3)],
-    aten.squeeze.dims: [(numbers(1, S, 1, S), [0, 2])],
+    aten.squeeze.dims: [(numbers(1, S, 1, S), [0, 2]), (numbers(B, 1, S, 1), [1, 3])],
     aten.squeeze.default: [(numbers(1, S, 1, S),)],
     aten.transpose.int: [(heads, 1, 2), (square, -1, -2), (square, 0, 1)],
     aten.t.default: [(numbers(S, S),), (numbers(S),)],
