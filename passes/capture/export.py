@@ -41,6 +41,7 @@ from .composites import composites
 from .conditions import conditions_of
 from .copies import copies
 from .devices import check_devices
+from .dispatch import RowsInOrder
 from .eager import held_against_eager
 from .failures import not_traceable
 from .grad_mode import keep_grad_modes, noted_modes
@@ -52,7 +53,8 @@ from .row_losses import row_losses
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
-    RemoveAssertions, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, KeepBatchAxis,
+    RemoveAssertions, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, RowsInOrder,
+    KeepBatchAxis,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
 from tokgraph.ir.node import argument, rank
 
 from .registry import Axis, AxisMap, Mix, Rows, is_one, rule
@@ -113,3 +114,16 @@ def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]
         every = "".join(operands).replace("...", "")
         result = "..." * ("..." in inputs) + "".join(sorted(x for x in set(every) if every.count(x) == 1))
     return letters, result.replace("...", broadcast)
+
+
+@rule(torch.ops.tokgraph.grouped_mm.default, products=True, axes=())
+def grouped_mm(node: fx.Node) -> AxisMap:
+    """Ours: ``[..., k]`` times the matrix, of several, that each row's group has."""
+    x, weight, groups = node.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
+    assert isinstance(groups, fx.Node)
+    last = rank(node) - 1
+    rows: tuple[Rows, ...] = tuple(((x, axis), (groups, axis)) for axis in range(last))
+    order = Mix("order", ((weight, 0),))
+    return AxisMap((*rows, ((weight, 2),)), (Mix("contraction", ((x, last), (weight, 1))), order))

@@ -254,6 +254,9 @@ CASES: dict[Any, list[tuple[Any, ...]]] = {
     aten.argsort.default: [(stream, 1), (square,)],
     aten.topk.default: [(square, 2), (stream, 1, 1)],
     # tokgraph's own
+    tokgraph.grouped_mm.default: [
+        (stream, numbers(5, H, 3), positions(B, S, below=5)), (square, numbers(S, S, S), positions(S, S, below=S)),
+    ],
     tokgraph.select.default: [(stream, two_rows, 1, 0), (numbers(B, HEADS, S, S), two_rows, 3, 0)],
     tokgraph.drop.default: [(stream, two_rows)],
     tokgraph.restore.default: [(stream, numbers(B, 2, H), two_rows), (numbers(B, S), numbers(B, 2), two_rows)],
