@@ -50,11 +50,12 @@ from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
 from .products import products
 from .reads import Reads
 from .row_losses import row_losses
+from .sinks import SinksToSoftmax
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
     RemoveAssertions, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, RowsInOrder,
-    KeepBatchAxis,
+    SinksToSoftmax, KeepBatchAxis,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)

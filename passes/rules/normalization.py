@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
 from tokgraph.ir.node import argument, axis_argument, axis_arguments, rank
 
-from .registry import AxisMap, Mix, MixKind, Rows, broadcast_rows, first_input, rule
+from .registry import AxisMap, Mix, MixKind, Rows, broadcast_rows, first_input, is_one, rule
 
 aten = torch.ops.aten
 
@@ -24,6 +25,21 @@ def softmax(node: fx.Node) -> AxisMap:
     """Normalises over ``dim``."""
     x = first_input(node)
     return _kept(x, {axis_argument(node, x)}, "softmax")
+
+
+@rule(torch.ops.tokgraph.softmax_beside.default)
+def softmax_beside(node: fx.Node) -> AxisMap:
+    """Ours: normalises over the last axis, beside further columns whose other axes broadcast."""
+    x, sinks = node.args[:2]
+    assert isinstance(x, fx.Node)
+    assert isinstance(sinks, fx.Node)
+    last, columns = rank(x) - 1, rank(sinks) - 1
+    rows: list[Rows] = [((x, axis),) for axis in range(last)]
+    for axis in range(columns):
+        at = last - columns + axis
+        if not is_one(sinks, axis) or is_one(x, at):
+            rows[at] = ((x, at), (sinks, axis))
+    return AxisMap((*rows, None), (Mix("softmax", ((x, last),)), Mix("reduction", ((sinks, columns),))), ((last, (x, last)),))
 
 
 @rule(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checks, grouped, indices, masks, moving, ranges, scores, unread
+from . import checks, grouped, indices, masks, moving, ranges, scores, sinks, unread
 from .base import NAMESPACE, Condition, expand_index
 from .checks import check
 from .grouped import grouped_mm
@@ -66,6 +66,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         | unread.LOWERED
         | checks.LOWERED
         | grouped.LOWERED
+        | sinks.LOWERED
     )
 
 

@@ -254,6 +254,9 @@ CASES: dict[Any, list[tuple[Any, ...]]] = {
     aten.argsort.default: [(stream, 1), (square,)],
     aten.topk.default: [(square, 2), (stream, 1, 1)],
     # tokgraph's own
+    tokgraph.softmax_beside.default: [
+        (numbers(B, HEADS, S, S), numbers(HEADS, 1, 1)), (square, numbers(S, S, 1)), (stream, numbers(B, 1, 2)),
+    ],
     tokgraph.grouped_mm.default: [
         (stream, numbers(5, H, 3), positions(B, S, below=5)), (square, numbers(S, S, S), positions(S, S, below=S)),
     ],
