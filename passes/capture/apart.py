@@ -21,6 +21,7 @@ from ..rules.registry import Axis, AxisMap, first_input, is_one
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.bmm.default, aten.matmul.default)
 _ORDERS = (aten.transpose.int, aten.t.default, aten.permute.default)
+_WITHOUT_AXES = (aten.matmul.default, aten.index.Tensor, aten.expand.default)
 OF_RESULT = (aten.unsqueeze.default, aten.stack.default)
 """Operators whose axis arguments count axes of the result."""
 
@@ -109,7 +110,7 @@ def _made(
     if target is aten.einsum.default:
         return _einsum(emit, node, argument(node, "equation"), argument(node, "tensors"), operands, new)
     target = aten.matmul.default if target in _PRODUCTS else target
-    names = () if target in (aten.matmul.default, aten.index.Tensor) else traits(target).axes
+    names = () if target in _WITHOUT_AXES else traits(target).axes
     if names is None:
         return None
     if traits(target).broadcasts or (target is aten.matmul.default and min(map(rank, operands)) >= 2):

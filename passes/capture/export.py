@@ -45,6 +45,7 @@ from .dispatch import RowsInOrder
 from .eager import held_against_eager
 from .failures import not_traceable
 from .grad_mode import keep_grad_modes, noted_modes
+from .masked_rows import MaskedRows
 from .normalize import FusedToPlain, RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
 from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
 from .products import products
@@ -54,8 +55,8 @@ from .sinks import SinksToSoftmax
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
-    RemoveAssertions, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, RowsInOrder,
-    SinksToSoftmax, KeepBatchAxis,
+    RemoveAssertions, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, MaskedRows,
+    RowsInOrder, SinksToSoftmax, KeepBatchAxis,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)
