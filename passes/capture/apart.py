@@ -120,7 +120,10 @@ def _made(
     counted = runs if target in OF_RESULT else operands[tensor_inputs(node)[0]].runs
     args, kwargs = shifted(node, names, counted)
     if target is aten.expand.default:
-        args = (args[0], [size for s, run in zip(args[1], runs, strict=True) for size in ([s] if run == 1 else [-1] * run)])
+        args = (
+            args[0],
+            [size for s, run in zip(args[1], runs, strict=True) for size in ([s] if run == 1 else [-1] * run)],
+        )
     args, kwargs = fx.node.map_arg((args, kwargs), lambda x: new.get(x, x))
     return emit.call(target, *args, origin=node, **kwargs), operands
 
@@ -269,9 +272,7 @@ def _computes_same(made: fx.Node, node: fx.Node, runs: Sequence[int], operands: 
             if not same_size(size, was):
                 return False
         else:
-            expected = [
-                {(operands[x].value, operands[x].fine(j)[i]) for x, j in rows or ()} for i in range(run)
-            ]
+            expected = [{(operands[x].value, operands[x].fine(j)[i]) for x, j in rows or ()} for i in range(run)]
         for place, wanted in zip(places, expected, strict=True):
             found = new.rows[place]
             if (found is None) != (wanted is None):

@@ -80,7 +80,10 @@ class _Order:
     def run(self) -> None:
         """Find the rows in their own order, node by node, and put them where the others are put back."""
         self._natural[self._order] = self._emit.call(
-            aten.arange.default, self._emit.size(self._keys, 0), device=self._order.meta["val"].device, origin=self._order
+            aten.arange.default,
+            self._emit.size(self._keys, 0),
+            device=self._order.meta["val"].device,
+            origin=self._order,
         )
         for node in list(self._emit.graph.nodes):
             if node in self._natural or not any(x in self._natural or x in self._inverse for x in node.all_input_nodes):
@@ -172,9 +175,7 @@ class _Order:
         x, weight, ends = tensor_inputs(node)
         if x not in self._natural or rank(x) != 2 or rank(weight) != 3 or not self._counts(ends, weight):
             return None
-        return self._emit.call(
-            torch.ops.tokgraph.grouped_mm.default, self._natural[x], weight, self._keys, origin=node
-        )
+        return self._emit.call(torch.ops.tokgraph.grouped_mm.default, self._natural[x], weight, self._keys, origin=node)
 
     def _counts(self, ends: fx.Node, weight: fx.Node) -> bool:
         """Whether a value says where each group ends: the running sum of how many rows each has."""

@@ -46,7 +46,15 @@ from .eager import held_against_eager
 from .failures import not_traceable
 from .grad_mode import keep_grad_modes, noted_modes
 from .masked_rows import MaskedRows
-from .normalize import FusedToPlain, RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
+from .normalize import (
+    CopiesToViews,
+    FusedToPlain,
+    RemoveAssertions,
+    RemoveNoOps,
+    SplitToSlices,
+    TypeAsToCast,
+    ViewToReshape,
+)
 from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
 from .products import products
 from .reads import Reads
@@ -55,7 +63,7 @@ from .sinks import SinksToSoftmax
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
-    RemoveAssertions, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, MaskedRows,
+    RemoveAssertions, CopiesToViews, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, MaskedRows,
     RowsInOrder, SinksToSoftmax, KeepBatchAxis,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
@@ -266,7 +274,9 @@ def _export_once(
             exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         keep_grad_modes(exported)
         _rename_tensors(exported, target_of)
-        functional: ExportedProgram = exported.run_decompositions({**composites(), **products(), **row_losses(), **copies()})
+        functional: ExportedProgram = exported.run_decompositions(
+            {**composites(), **products(), **row_losses(), **copies()}
+        )
         return functional
 
 

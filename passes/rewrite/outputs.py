@@ -152,9 +152,7 @@ def _all_but_the_last(window: Window, node: fx.Node, facts: TaskFacts) -> bool:
     return whole and demand.reads != "all" and window.demanded < min(demand.rows, window.length)
 
 
-def _window(
-    build: IndexBuilder, emit: Emitter, node: fx.Node, window: Window, shared: tuple[fx.Node, ...]
-) -> ReadRows:
+def _window(build: IndexBuilder, emit: Emitter, node: fx.Node, window: Window, shared: tuple[fx.Node, ...]) -> ReadRows:
     """The rows of a slice; ``shared``: the demanded rows of the token axis, of which those of the slice are a part."""
     index = build.window(argument(node, "start") or 0, argument(node, "end"))
     index.meta[VISUAL_ROWS] = window.visual

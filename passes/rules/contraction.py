@@ -79,7 +79,9 @@ def convolution(node: fx.Node) -> AxisMap:
 
 @rule(aten.einsum.default, products=True)
 def einsum(node: fx.Node) -> AxisMap:
-    """Axes of one letter are row by row; letters that are not in the result are summed over, those twice in one operand mixed."""
+    """Axes of one letter are row by row; those of letters that the result lacks are summed over, those of one twice in an
+    operand mixed.
+    """
     operands: list[fx.Node] = argument(node, "tensors")
     letters, result = einsum_letters(argument(node, "equation"), [rank(x) for x in operands])
     places: dict[str, list[Axis]] = {}

@@ -192,6 +192,16 @@ def sort(node: fx.Node) -> AxisMap:
     return AxisMap(rows, (Mix("order", ((x, along),)),))
 
 
+@rule(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
+def index_fill(node: fx.Node) -> AxisMap:
+    """Writes a number at some places of one axis; the others are row by row."""
+    x = first_input(node)
+    along = axis_argument(node, x)
+    rows: tuple[Rows, ...] = tuple(None if axis == along else ((x, axis),) for axis in range(rank(x)))
+    places = [(argument(node, "index"), 0)]
+    return AxisMap(rows, _order([(x, along), *places]), ((along, (x, along)),))
+
+
 @rule(tokgraph.select.default, tokgraph.select_range.default, lookup=True)
 def select(node: fx.Node) -> AxisMap:
     """Ours: narrows ``dim``; the others are row by row."""

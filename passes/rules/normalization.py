@@ -39,7 +39,9 @@ def softmax_beside(node: fx.Node) -> AxisMap:
         at = last - columns + axis
         if not is_one(sinks, axis) or is_one(x, at):
             rows[at] = ((x, at), (sinks, axis))
-    return AxisMap((*rows, None), (Mix("softmax", ((x, last),)), Mix("reduction", ((sinks, columns),))), ((last, (x, last)),))
+    return AxisMap(
+        (*rows, None), (Mix("softmax", ((x, last),)), Mix("reduction", ((sinks, columns),))), ((last, (x, last)),)
+    )
 
 
 @rule(

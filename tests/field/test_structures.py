@@ -48,6 +48,7 @@ SITES = {
     "gone": tg.DropSite(TASK, 2, 4, 0.5, restore=False),
 }
 
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_block_is_a_layer_and_drops_are_those_by_hand(structure: str) -> None:
     model, facts = facts_of(structure)

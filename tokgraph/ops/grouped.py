@@ -75,7 +75,9 @@ def _fused(x: Tensor, weight: Tensor) -> bool:
 def _plain(x: Tensor, weight: Tensor, groups: Tensor) -> Tensor:
     """All rows with all matrices, for runtimes that know no groups."""
     chosen = [groups.unsqueeze(-1) == group for group in range(weight.shape[0])]
-    return sum((torch.where(rows, x @ matrix, 0.0) for rows, matrix in zip(chosen, weight, strict=True)), x.new_zeros(()))
+    return sum(
+        (torch.where(rows, x @ matrix, 0.0) for rows, matrix in zip(chosen, weight, strict=True)), x.new_zeros(())
+    )
 
 
 def _plain_weight(x: Tensor, grad: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -238,6 +238,8 @@ CASES: dict[Any, list[tuple[Any, ...]]] = {
         (stream, [flags(B, S)], numbers(H)),
     ],
     aten.index_add.default: [(stream, 1, torch.tensor([0, 2]), numbers(B, 2, H))],
+    aten.index_fill.int_Scalar: [(stream, -1, torch.tensor([0, 2]), 7.0), (square, 1, torch.tensor([1]), 0.0)],
+    aten.index_fill.int_Tensor: [(stream, 2, torch.tensor([0]), numbers())],
     aten.index_copy.default: [(square, 1, torch.tensor([0, 2]), numbers(S, 2, S))],
     aten.bucketize.Tensor: [(stream, numbers(5).sort().values)],
     aten.searchsorted.Tensor: [(numbers(5).sort().values, stream), (square.sort().values, square)],
