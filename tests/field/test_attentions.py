@@ -45,7 +45,7 @@ def with_padding(q: Tensor, k: Tensor, v: Tensor, hidden: Hidden) -> Tensor:
 
 def with_sinks(q: Tensor, k: Tensor, v: Tensor, hidden: Hidden) -> Tensor:
     found = scores(q, k, hidden)
-    sinks = torch.arange(HEADS).to(q).reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[1], -1) * v.mean()
+    sinks = torch.arange(HEADS).to(q).reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[1], -1)
     found = torch.cat([sinks, found], -1)
     return weighted((found - found.max(-1, keepdim=True).values).softmax(-1)[..., 1:], v)
 
