@@ -175,6 +175,8 @@ class _Order:
         x, weight, ends = tensor_inputs(node)
         if x not in self._natural or rank(x) != 2 or rank(weight) != 3 or not self._counts(ends, weight):
             return None
+        if len({y.meta["val"].dtype for y in (x, weight, node)}) > 1:
+            return None
         return self._emit.call(torch.ops.tokgraph.grouped_mm.default, self._natural[x], weight, self._keys, origin=node)
 
     def _counts(self, ends: fx.Node, weight: fx.Node) -> bool:
