@@ -185,17 +185,23 @@ class _Order:
         if ends.target is not aten.cumsum.default:
             return False
         counts, groups = _behind_copies(first_input(ends)), dims(weight)[0]
-        sorted_too = [x for x, natural in self._natural.items() if natural is self._keys]
         if counts.target is aten.histc.default:
             low, high = argument(counts, "min", 0), argument(counts, "max", 0)
             whole = (low, high) == (0, groups - 1) and argument(counts, "bins", 100) == groups
-            return whole and _behind_copies(first_input(counts)) in (self._keys, *sorted_too)
+            return whole and self._are_keys(_behind_copies(first_input(counts)))
         if counts.target is aten.sum.dim_IntList and not argument(counts, "keepdim", False):
             each = _behind_copies(first_input(counts))
             chosen = each.target is aten.one_hot.default and rank(each) == 2 and same_size(dims(each)[1], groups)
             over = argument(counts, "dim") in ([0], [-2])
-            return chosen and over and first_input(each) in (self._keys, *sorted_too)
-        return counts.target is aten.bincount.default and first_input(counts) in (self._keys, *sorted_too)
+            return chosen and over and self._are_keys(first_input(each))
+        return counts.target is aten.bincount.default and self._are_keys(first_input(counts))
+
+    def _are_keys(self, x: fx.Node) -> bool:
+        """Whether a value lists what is sorted, in whatever order."""
+        if x is self._keys or self._natural.get(x) is self._keys:
+            return True
+        listed = traits(x.target).reshape and traits(self._keys.target).reshape and rank(x) == 1
+        return listed and first_input(x) is first_input(self._keys)
 
     def _row_by_row(self, node: fx.Node) -> fx.Node | None:
         """Anything else that works on each row alone."""
