@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from tokgraph.ir.blocks import Attention, KeyOperand
-from tokgraph.ir.node import argument, rank, tensor_inputs
+from tokgraph.ir.node import argument, rank, tensor
 
-from ..rules import axis_map, traits
+from ..rules import axis_map
 from ..rules.registry import Axis, Mix
 from .axes import AxisClasses
 
@@ -83,18 +83,59 @@ def as_attention(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> Attent
 
 def weighted_sum(softmax: fx.Node, axis: int) -> fx.Node | None:
     """The matmul that the softmax's weights reach through row-wise operators alone, contracting their key axis."""
-    node = softmax
-    while len(node.users) == 1:
-        (user,) = node.users
-        if user.target in _PRODUCTS and user.args[0] is node:
-            return user if axis == rank(node) - 1 else None
-        described = axis_map(user)
-        if (
-            described is None
-            or traits(user.target).sized
-            or len(tensor_inputs(user)) != 1
-            or described.rows[axis : axis + 1] != (((node, axis),),)
-        ):
-            return None
-        node = user
-    return None
+    found = weights_of(softmax, axis)
+    return found[0] if found is not None else None
+
+
+def weights_of(softmax: fx.Node, axis: int) -> tuple[fx.Node, dict[fx.Node, int]] | None:
+    """The weighted sum of a softmax's weights, and the values between the two, each with its key axis.
+
+    Args:
+        softmax: the softmax.
+        axis: the axis over which it normalises.
+
+    Returns:
+        ``None`` where not all that is made of the weights is read by one product, as its left operand; or where something in
+        between does not work on each key alone, or reads other values that have an axis of keys, unless these are weights
+        as well (the difference of two attentions).
+    """
+    flow = {softmax: axis}
+    stack, product = [softmax], None
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user.target in _PRODUCTS and user.args[0] is node and user.args[1] is not node:
+                if flow[node] != rank(node) - 1 or product not in (None, user):
+                    return None
+                product = user
+                continue
+            place = _key_axis(user, node, flow)
+            if place is None:
+                return None
+            if user not in flow:
+                flow[user] = place
+                stack.append(user)
+    return None if product is None else (product, flow)
+
+
+def _key_axis(user: fx.Node, node: fx.Node, flow: dict[fx.Node, int]) -> int | None:
+    """The axis of keys of a value that is made of weights, if it is made of each of them alone."""
+    described = axis_map(user) if tensor(user) is not None else None
+    if described is None:
+        return None
+    followed = [a for a, rows in enumerate(described.rows) if (node, flow[node]) in (rows or ())]
+    if len(followed) != 1 or described.mixed((node, flow[node])) is not None:
+        return None
+    others = [(x, j) for x, j in described.rows[followed[0]] or () if x is not node]
+    return followed[0] if all(_weights(x, j) for x, j in others) else None
+
+
+def _weights(x: fx.Node, axis: int) -> bool:
+    """Whether a value is made of attention weights, and of nothing else that has an axis of keys."""
+    described = axis_map(x) if tensor(x) is not None and x.op == "call_function" else None
+    if described is None:
+        return False
+    if any(mix.kind == "softmax" and (axis, mix.axes[0]) in described.aligned for mix in described.mixes):
+        return True
+    rows = described.rows[axis]
+    return bool(rows) and all(_weights(y, j) for y, j in rows or ())

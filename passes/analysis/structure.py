@@ -9,7 +9,7 @@ from torch import fx
 from tokgraph.errors import AnalysisError
 from tokgraph.ir.blocks import Between, Block, Unplaced
 from tokgraph.ir.facts import TaskFacts, VisualFlow
-from tokgraph.ir.node import ancestors, by_name, tensor, where
+from tokgraph.ir.node import ancestors, by_name, module_path, tensor, where
 from tokgraph.ir.program import TaskGraph
 
 from ..rules import has_rule
@@ -140,10 +140,26 @@ def _behind_last(graph: fx.Graph, chain: _Structure, classes: AxisClasses) -> fx
                 return node
             read = [x for x in node.all_input_nodes if x in behind]
             if pointwise(node) and any(x in direct for x in read):
-                if any(x not in direct for x in read) and classes.of(node, chain.tokens):
+                others = [x for x in read if x not in direct]
+                if not others or not classes.of(node, chain.tokens):
+                    direct.add(node)
+                elif not _norm_behind(node, others, behind - direct, last):
                     return node
-                direct.add(node)
     return None
+
+
+def _norm_behind(node: fx.Node, others: list[fx.Node], made: set[fx.Node], last: Block) -> bool:
+    """Whether rows meet what a module behind the last layer made of them itself, as a norm does.
+
+    Args:
+        node: the operator.
+        others: what it reads beside the rows.
+        made: what is made of the rows, other than element by element.
+        last: the last layer.
+    """
+    module = module_path(node)
+    inside = ancestors(others) & made
+    return not (last.module + ".").startswith(module + ".") and all(module_path(x) == module for x in inside)
 
 
 def _chain(graph: TaskGraph, classes: AxisClasses) -> _Structure:

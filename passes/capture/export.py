@@ -37,20 +37,34 @@ from .autocast import CastsInside, MergeParameterCasts
 from .batch_axis import KeepBatchAxis
 from .buffers import read_before_written, rebound_buffers
 from .checks import keeping_checks
+from .composites import composites
 from .conditions import conditions_of
 from .copies import copies
 from .devices import check_devices
+from .dispatch import RowsInOrder
 from .eager import held_against_eager
 from .failures import not_traceable
 from .grad_mode import keep_grad_modes, noted_modes
-from .normalize import FusedToPlain, RemoveAssertions, RemoveNoOps, SplitToSlices, TypeAsToCast, ViewToReshape
+from .masked_rows import MaskedRows
+from .normalize import (
+    CopiesToViews,
+    FusedToPlain,
+    RemoveAssertions,
+    RemoveNoOps,
+    SplitToSlices,
+    TypeAsToCast,
+    ViewToReshape,
+)
 from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
+from .products import products
 from .reads import Reads
 from .row_losses import row_losses
+from .sinks import SinksToSoftmax
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
-    RemoveAssertions, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, KeepBatchAxis,
+    RemoveAssertions, CopiesToViews, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, MaskedRows,
+    RowsInOrder, SinksToSoftmax, KeepBatchAxis,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)
@@ -262,7 +276,9 @@ def _export_once(
             exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         keep_grad_modes(exported)
         _rename_tensors(exported, target_of)
-        functional: ExportedProgram = exported.run_decompositions({**row_losses(), **copies()})
+        functional: ExportedProgram = exported.run_decompositions(
+            {**composites(), **products(), **row_losses(), **copies()}
+        )
         return functional
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -30,9 +31,12 @@ _STATIC = (
 
 _FUSED: dict[object, Callable[..., Any]] = {
     aten.addcmul.default: aten.mul.Tensor, aten.addcdiv.default: aten.div.Tensor, aten.lerp.Scalar: aten.mul.Scalar,
-    aten.lerp.Tensor: aten.mul.Tensor,
+    aten.lerp.Tensor: aten.mul.Tensor, aten.baddbmm.default: aten.bmm.default,
 }  # fmt: skip
 """Operator -> the product or quotient in it."""
+
+
+_OF_SHAPE = (aten.bernoulli.p, aten.normal_functional.default)
 
 
 def _is_static(node: fx.Node) -> bool:
@@ -122,9 +126,42 @@ class TypeAsToCast(GraphPass):
 
 
 @dataclass(frozen=True)
+class CopiesToViews(GraphPass):
+    """Replaces operators that copy what another one views (``transpose_copy``, ``detach_copy``) by that one: in a graph
+    without writes it is the same, and torch cannot differentiate all of them. What draws random numbers of the shape of a
+    value, and has no derivative, gets it without its gradient.
+    """
+
+    name: ClassVar[str] = "copies-to-views"
+
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
+        """Retarget every copy of a view; detach what is read for its shape alone."""
+        graph = graph_module.graph
+        for node in graph.nodes:
+            if (view := _viewed(node.target)) is not None:
+                node.target = view
+            elif node.target in _OF_SHAPE and first_input(node).target is not aten.detach.default:
+                with graph.inserting_before(node):
+                    x = call(graph, aten.detach.default, first_input(node), origin=node, made_by=self.name)
+                node.update_arg(0, x)
+
+
+@cache
+def _viewed(operator_: object) -> object | None:
+    """The operator whose view an operator copies."""
+    if not isinstance(operator_, torch._ops.OpOverload) or operator_.namespace != "aten":
+        return None
+    name = operator_._schema.name.removeprefix("aten::")
+    packet = getattr(aten, name.removesuffix("_copy"), None) if name.endswith("_copy") else None
+    view = getattr(packet, operator_._overloadname, None)
+    return view if isinstance(view, torch._ops.OpOverload) and view.is_view else None
+
+
+@dataclass(frozen=True)
 class FusedToPlain(GraphPass):
-    """Replaces ``addcmul``, ``addcdiv`` and ``lerp`` by the operators they are made of: torch cannot compute their shapes
-    where operands broadcast over symbolic sizes, as a pass that changes shapes must.
+    """Replaces ``addcmul``, ``addcdiv``, ``lerp`` and ``baddbmm`` by the operators they are made of: torch cannot compute
+    the shapes of the first where operands broadcast over symbolic sizes, as a pass that changes shapes must, and scores of
+    an attention are recognised by their product.
     """
 
     name: ClassVar[str] = "fused-to-plain"
@@ -143,6 +180,11 @@ class FusedToPlain(GraphPass):
             return call(graph, target, *args, origin=node, made_by=self.name)
 
         x = first_input(node)
+        if node.target is aten.baddbmm.default:
+            product = made(aten.bmm.default, *node.args[1:3])
+            scaled = [(y, argument(node, name, 1)) for y, name in ((x, "beta"), (product, "alpha"))]
+            terms = [y if factor == 1 else made(aten.mul.Scalar, y, factor) for y, factor in scaled]
+            return terms[1] if argument(node, "beta", 1) == 0 else made(aten.add.Tensor, *terms)
         if node.target in (aten.lerp.Scalar, aten.lerp.Tensor):
             weight, way = argument(node, "weight"), made(aten.sub.Tensor, argument(node, "end"), x)
             return made(aten.add.Tensor, x, made(_FUSED[node.target], way, weight))

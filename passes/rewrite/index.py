@@ -85,6 +85,19 @@ class IndexBuilder:
         index.meta[VISUAL_ROWS] = demand.visual
         return index
 
+    def demanded_before_last(self, chosen: tuple[fx.Node, ...]) -> fx.Node:
+        """``[batch, rows]`` int64, into demanded rows: those before the last row of the sample, which is one of them.
+
+        Args:
+            chosen: indices from the token axis to the demanded rows; a sample with fewer than others has more rows in it.
+        """
+        demanded = self._masks.demanded
+        before = self._call(torch.ops.aten.slice.Tensor, demanded, 1, 0, -1)
+        before = self._call(torch.ops.aten.constant_pad_nd.default, before, [0, 1], False)
+        mask = self._emit.chain(before, chosen)
+        wanted = self._emit.size(mask, 1)
+        return self._call(tokgraph.rows.default, mask, self._emit.add(wanted, -1, self.entry), False)
+
     def window(self, start: fx.Node | int, stop: fx.Node | int | None) -> fx.Node:
         """``[batch, stop - start]`` int64: the positions that a slice of the token axis takes."""
         tokens = self._emit.size(self.entry, 1)

@@ -9,13 +9,14 @@ import torch
 from torch import fx
 
 from tokgraph.errors import PlanError
-from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.facts import TaskFacts, Window
 from tokgraph.ir.node import argument, axis_argument, by_name, descendants, output_args, tensor
 from tokgraph.ir.program import COMPACT_OUTPUTS
 
 from ..analysis.axes import AxisClasses
 from ..analysis.loss_rows import LossRows, loss_rows
 from ..emitter import VISUAL_ROWS, Emitter, read_instead, refresh_after
+from ..rules import traits
 from ..rules.registry import Axis, first_input
 from .index import IndexBuilder
 from .row_space import RowSpace
@@ -32,11 +33,13 @@ class ReadRows:
         axis: an axis that indexes the rows.
         base: indices from the token axis to these rows (empty: they are the token axis).
         chosen: indices into these rows of those that are read (empty: all).
+        within: indices from the token axis to the rows that are read, which begin as those of an output do (empty: none).
     """
 
     axis: Axis
     base: tuple[fx.Node, ...]
     chosen: tuple[fx.Node, ...]
+    within: tuple[fx.Node, ...] = ()
 
 
 def seed_outputs(
@@ -72,17 +75,18 @@ def seed_outputs(
     nodes = by_name(graph)
     stream = streams[0]
     reads = [_whole(build, stream, spaces, exact)]
-    if exact:
-        reads += [
-            read for w in facts.windows if (read := _window(build, emit, nodes[w.node], w.length, w.demanded, w.visual))
-        ]
     later = descendants(streams)
+    if exact:
+        returned = _returns_rows(graph, classes, later, (stream, 1), (stream, 0))
+        for w in facts.windows:
+            shared = reads[0].chosen if returned and _all_but_the_last(w, nodes[w.node], facts) else ()
+            reads.append(_window(build, emit, nodes[w.node], w, shared))
     losses = [rows for node in later if (rows := loss_rows(node)) is not None]
     changed: list[fx.Node] = []
     for read in reads:
         for rows in losses:
             if read.chosen and _reads(rows, classes, read.axis, (stream, 0)):
-                changed += _narrow_loss(emit, rows, read.chosen)
+                changed += _narrow_loss(emit, rows, read)
     _narrow_outputs(module, emit, classes, reads, later, (stream, 0))
     for read in reads[1:]:
         _window_to_selection(emit, read)
@@ -136,14 +140,31 @@ def _whole(build: IndexBuilder, stream: fx.Node, spaces: tuple[RowSpace, ...], e
     return ReadRows((stream, 1), (), tuple(chosen))
 
 
-def _window(
-    build: IndexBuilder, emit: Emitter, node: fx.Node, length: int, wanted: int, visual: int
-) -> ReadRows | None:
+def _returns_rows(graph: fx.Graph, classes: AxisClasses, later: set[fx.Node], axis: Axis, samples: Axis) -> bool:
+    """Whether an output holds rows of the token axis: it is narrowed to those that are demanded."""
+    return any(node in later and _token_axis(node, classes, axis, samples) is not None for node in output_args(graph))
+
+
+def _all_but_the_last(window: Window, node: fx.Node, facts: TaskFacts) -> bool:
+    """Whether a slice leaves out the last row alone, which is among the demanded ones (``logits[:, :-1]``)."""
+    demand = facts.demand
+    whole = window.length == demand.tokens - 1 and (argument(node, "start") or 0) == 0
+    return whole and demand.reads != "all" and window.demanded < min(demand.rows, window.length)
+
+
+def _window(build: IndexBuilder, emit: Emitter, node: fx.Node, window: Window, shared: tuple[fx.Node, ...]) -> ReadRows:
+    """The rows of a slice; ``shared``: the demanded rows of the token axis, of which those of the slice are a part."""
     index = build.window(argument(node, "start") or 0, argument(node, "end"))
-    index.meta[VISUAL_ROWS] = visual
-    demanded = build.demand((), (index, length, wanted))
+    index.meta[VISUAL_ROWS] = window.visual
     axis = axis_argument(node, node)
-    return ReadRows((node, axis), (index,), () if demanded is None else (demanded,))
+    if not shared:
+        demanded = build.demand((), (index, window.length, window.demanded))
+        return ReadRows((node, axis), (index,), () if demanded is None else (demanded,))
+    # the demanded rows of a sample, less its last row: an output and a loss that read them begin with one selection
+    first, *rest = shared
+    inner = build.demanded_before_last(shared)
+    inner.meta[VISUAL_ROWS] = window.visual
+    return ReadRows((node, axis), (index,), (emit.chain(first, [*rest, inner]),), (*shared, inner))
 
 
 def _window_to_selection(emit: Emitter, read: ReadRows) -> None:
@@ -153,15 +174,31 @@ def _window_to_selection(emit: Emitter, read: ReadRows) -> None:
     node.replace_all_uses_with(chosen)
 
 
-def _narrow_loss(emit: Emitter, rows: LossRows, chosen: tuple[fx.Node, ...]) -> list[fx.Node]:
-    logits = emit.chain(rows.logits, chosen, rows.axis, 0)
+def _narrow_loss(emit: Emitter, rows: LossRows, read: ReadRows) -> list[fx.Node]:
+    logits = _rows_within(emit, rows, read) if read.within else None
+    if logits is None:
+        logits = emit.chain(rows.logits, read.chosen, rows.axis, 0)
     targets = rows.targets
     ignored = argument(rows.loss, "ignore_index", -100)
-    for index in chosen:
+    for index in read.chosen:
         targets = emit.call(tokgraph.select_targets.default, targets, index, ignored, origin=rows.loss)
     read_instead(emit, rows.loss, rows.loss.args[0], rows.logits, logits)  # type: ignore[arg-type]
     read_instead(emit, rows.loss, rows.loss.args[1], rows.targets, targets)  # type: ignore[arg-type]
     return [logits, targets]
+
+
+def _rows_within(emit: Emitter, rows: LossRows, read: ReadRows) -> fx.Node | None:
+    """A loss's rows of a slice, taken from what is sliced; ``None`` where more than copies lies between."""
+    node, between = rows.logits, []
+    while node is not read.axis[0]:
+        if not traits(node.target).copies:
+            return None
+        between.append(node)
+        node = first_input(node)
+    found = emit.chain(first_input(node), read.within, read.axis[1], 0)
+    for copy in reversed(between):
+        found = emit.call(copy.target, found, *copy.args[1:], origin=copy, **copy.kwargs)
+    return found
 
 
 def _narrow_outputs(

@@ -80,7 +80,8 @@ class _Rebuild:
             if not (follows or node.op == "output" or is_check(node) or is_write(node) or self._stays(node)):
                 continue
             wants = self._found.inputs.get(node, {})
-            if follows or any(wants.get(x) or self._found.own.get(x) or not is_plain(x) for x in node.all_input_nodes):
+            moved = any(wants.get(x) or self._found.own.get(x) or not is_plain(x) for x in node.all_input_nodes)
+            if follows or moved or self._found.own.get(node):  # which may make the axis itself, of a size it is told
                 narrow = self._left if follows else partial(self._input, wants)
                 new[node] = fx.node.map_arg(node.args, narrow), fx.node.map_arg(node.kwargs, narrow)
         for node, (args, kwargs) in new.items():

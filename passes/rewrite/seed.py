@@ -20,8 +20,10 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import argument, by_name, output_args, rank, refresh_value, set_argument
 from tokgraph.ir.plan import DropSite
 
+from ..analysis.attentions import weights_of
 from ..contract import GraphPass, Numerics
 from ..emitter import RESIDUAL, Emitter, remove_dead_code
+from ..rules import traits
 from ..rules.registry import is_one
 from .index import IndexBuilder, check_disjoint_or_nested
 from .legality import check_blocks
@@ -123,8 +125,7 @@ class SeedSites(GraphPass):
             if any(s.projections == "own" and s.start <= block.index < (s.end or 0) for s in self.sites):
                 hidden = [space for space in spaces if _hides(space.site, block.index)]
                 order = seed_projections(block, spaces, hidden, self.task, emit, build, nodes)
-                for attention in block.attention:
-                    _hide_keys(attention, [] if order is None else [order], None, emit, nodes)
+                _hide_all_keys(block, [] if order is None else [order], None, emit, nodes)
             streams = self._seed_block(block, spaces, emit, nodes, streams)
         spaces = tuple(space for space in spaces if not space.site.restore)
         seed_outputs(graph_module, emit, build, facts, streams, spaces, self.exact)
@@ -183,8 +184,7 @@ class SeedSites(GraphPass):
             return after
         hidden = [space for space in spaces if _hides(space.site, block.index)]
         seen = unpadded(emit, spaces, hidden)
-        for attention in block.attention:
-            _hide_keys(attention, indices(hidden), seen, emit, nodes)
+        _hide_all_keys(block, indices(hidden), seen, emit, nodes)
         seed_sides(block, spaces, self.task, emit, nodes)
         inside = {*block.nodes, *side_nodes(block, nodes)}
         readers = [[user for user in end.users if user.name not in inside] for end in after]
@@ -221,6 +221,26 @@ def _frozen(emit: Emitter, before: fx.Node, after: fx.Node, spaces: Sequence[Row
     return merged
 
 
+def _hide_all_keys(
+    block: Block, hidden: list[fx.Node], seen: fx.Node | None, emit: Emitter, nodes: dict[str, fx.Node]
+) -> None:
+    """Select the visible keys of every attention of a block, then compute the shapes of their weights anew: those of two
+    attentions may meet. Arguments are as in :func:`_hide_keys`.
+    """
+    if not hidden:
+        return
+    between: dict[fx.Node, int] = {}
+    for attention in block.attention:
+        if attention.kind == "eager":
+            softmax = nodes[attention.node]
+            found = weights_of(softmax, attention.keys[0].axis)
+            assert found is not None  # that is how it was found
+            between |= {**found[1], found[0]: -1}
+    for attention in block.attention:
+        _hide_keys(attention, hidden, seen, emit, nodes)
+    _refresh_weights(emit, between, hidden[-1])
+
+
 def _hide_keys(
     attention: Attention, hidden: list[fx.Node], seen: fx.Node | None, emit: Emitter, nodes: dict[str, fx.Node]
 ) -> None:
@@ -234,8 +254,6 @@ def _hide_keys(
         emit: where nodes go.
         nodes: the graph's nodes by name.
     """
-    if not hidden:
-        return
     node, batch = nodes[attention.node], attention.batch
     assert batch is not None  # checked before
     if seen is not None:
@@ -257,7 +275,6 @@ def _hide_keys(
         weighed = emit.chain(nodes[scores.node], hidden, scores.axis, scores.batch)
         node.update_arg(0, weighed if seen is None else _masked(emit, weighed, seen))
         product.update_arg(1, emit.chain(nodes[values.node], hidden, values.axis, values.batch))
-        _refresh_weights(node, product)
 
 
 def _laid_out(emit: Emitter, seen: fx.Node, ndim: int, batch: int) -> fx.Node:
@@ -278,9 +295,19 @@ def _masked(emit: Emitter, mask: fx.Node | None, seen: fx.Node) -> fx.Node:
     return emit.call(aten.where.ScalarOther, seen, mask, -torch.inf, origin=mask)
 
 
-def _refresh_weights(softmax: fx.Node, product: fx.Node) -> None:
-    """Recompute the values between softmax and weighted sum, whose key axis became shorter."""
-    node = softmax
-    while node is not product:
+def _refresh_weights(emit: Emitter, between: dict[fx.Node, int], keys: fx.Node) -> None:
+    """Recompute the values from softmaxes to weighted sums, whose key axis became shorter.
+
+    Args:
+        emit: where nodes go.
+        between: these values, each with its key axis.
+        keys: the index of the keys that are left.
+    """
+    for node in sorted(between):
+        axis = between[node]
+        if traits(node.target).sized and axis >= 0:
+            sizes = list(node.args[1])  # type: ignore[arg-type]
+            if sizes[axis] != -1:
+                sizes[axis] = emit.size(keys, 1)
+                node.update_arg(1, sizes)
         refresh_value(node)
-        (node,) = node.users

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from tokgraph.ir.node import argument, is_write, rank, tensor
+from tokgraph.ir.node import argument, is_write, rank, tensor, value
 
 from ..emitter import is_check, is_selection, selection
 from ..rules import axis_map, traits
-from ..rules.registry import is_one
+from ..rules.registry import first_input, is_one
 from ..simplify.complements import are_complements
 from .checks import followers, told
 
@@ -202,8 +202,8 @@ def commute(node: fx.Node, along: Along, one_sample: bool = False) -> list[tuple
     described = axis_map(node) if tensor(node) is not None else None
     if node.op != "call_function" or described is None:
         return _without_rule(node)
-    if node.target is operator.getitem:
-        return Declined(node.name, "one result of several cannot be narrowed alone")
+    if node.target is operator.getitem and not _alike(first_input(node)):
+        return Declined(node.name, "one result of several, of different shapes, cannot be narrowed alone")
     if along.ndim is not None or (is_one(node, along.batch) and not one_sample):
         return Declined(node.name, "the value has no batch axis of its own")
     rows, samples = described.rows[along.dim], described.rows[along.batch]
@@ -223,6 +223,13 @@ def commute(node: fx.Node, along: Along, one_sample: bool = False) -> list[tuple
     if any(_occurrences(node, x) > sum(x is y for y, _ in rows) for x, _ in passed):
         return Declined(node.name, f"{node.target} reads one value along two axes")
     return passed
+
+
+def _alike(node: fx.Node) -> bool:
+    """Whether the results of an operator with several have one shape, so that its rule speaks of all of them."""
+    results = [x for x in value(node) if isinstance(x, torch.Tensor)]
+    first = results[0].shape
+    return all(x.dim() == len(first) and all(map(operator.eq, x.shape, first)) for x in results)
 
 
 def _without_rule(node: fx.Node) -> Declined:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
+from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
 from tokgraph.ir.node import argument, rank
 
-from .registry import AxisMap, Mix, Rows, is_one, rule
+from .registry import Axis, AxisMap, Mix, Rows, is_one, rule
 
 aten = torch.ops.aten
 
@@ -72,3 +75,57 @@ def convolution(node: fx.Node) -> AxisMap:
     batched = n == rank(argument(node, "weight"))
     rows: list[Rows] = [((x, 0),) if batched else None, *[None] * (n - 1)]
     return AxisMap(tuple(rows), tuple(Mix("window", ((x, axis),)) for axis in range(batched, n)))
+
+
+@rule(aten.einsum.default, products=True)
+def einsum(node: fx.Node) -> AxisMap:
+    """Axes of one letter are row by row; those of letters that the result lacks are summed over, those of one twice in an
+    operand mixed.
+    """
+    operands: list[fx.Node] = argument(node, "tensors")
+    letters, result = einsum_letters(argument(node, "equation"), [rank(x) for x in operands])
+    places: dict[str, list[Axis]] = {}
+    for x, own in zip(operands, letters, strict=True):
+        for axis, letter in enumerate(own):
+            places.setdefault(letter, []).append((x, axis))
+    twice = {letter for own in letters for letter in own if own.count(letter) > 1}
+    rows: list[Rows] = []
+    for axis, letter in enumerate(result):
+        follows = tuple((x, j) for x, j in places[letter] if not is_one(x, j) or is_one(node, axis))
+        rows.append(None if letter in twice else follows)
+    diagonal = tuple(Mix("layout", tuple(places[letter])) for letter in sorted(twice))
+    summed = [at for letter, at in places.items() if letter not in result and letter not in twice]
+    return AxisMap(
+        tuple(rows), (*diagonal, *(Mix("contraction" if len(at) > 1 else "reduction", tuple(at)) for at in summed))
+    )
+
+
+def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """A letter for each axis of every operand and of the result; the axes of an ellipsis get capital Greek ones.
+
+    Args:
+        equation: as ``torch.einsum`` takes it.
+        ranks: the ranks of the operands.
+    """
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
+    hidden = [n - len(own.replace("...", "")) if "..." in own else 0 for own, n in zip(operands, ranks, strict=True)]
+    broadcast = "".join(chr(0x391 + i) for i in range(max(hidden, default=0)))
+    letters = [own.replace("...", broadcast[len(broadcast) - n :]) for own, n in zip(operands, hidden, strict=True)]
+    if not arrow:
+        every = "".join(operands).replace("...", "")
+        result = "..." * ("..." in inputs) + "".join(sorted(x for x in set(every) if every.count(x) == 1))
+    return letters, result.replace("...", broadcast)
+
+
+@rule(torch.ops.tokgraph.grouped_mm.default, products=True, axes=())
+def grouped_mm(node: fx.Node) -> AxisMap:
+    """Ours: ``[..., k]`` times the matrix, of several, that each row's group has."""
+    x, weight, groups = node.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
+    assert isinstance(groups, fx.Node)
+    last = rank(node) - 1
+    rows: tuple[Rows, ...] = tuple(((x, axis), (groups, axis)) for axis in range(last))
+    order = Mix("order", ((weight, 0),))
+    return AxisMap((*rows, ((weight, 2),)), (Mix("contraction", ((x, last), (weight, 1))), order))

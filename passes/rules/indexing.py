@@ -24,14 +24,14 @@ def embedding(node: fx.Node) -> AxisMap:
     return AxisMap((*rows, ()))
 
 
-@rule(aten.one_hot.default)
+@rule(aten.one_hot.default, axes=())
 def one_hot(node: fx.Node) -> AxisMap:
     """The axes of the indices are row by row."""
     x = first_input(node)
     return AxisMap((*(((x, axis),) for axis in range(rank(x))), ()))
 
 
-@rule(aten.gather.default, lookup=True)
+@rule(aten.gather.default, axes=("dim",), lookup=True)
 def gather(node: fx.Node) -> AxisMap:
     """Along ``dim`` rows follow the index, elsewhere the index and ``x`` (but not where the index is the narrower)."""
     x, index = first_input(node), argument(node, "index")
@@ -39,7 +39,7 @@ def gather(node: fx.Node) -> AxisMap:
     return _by_index(x, along, [x, index], {along: ((index, along),)})
 
 
-@rule(aten.scatter.src, aten.scatter.value)
+@rule(aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_reduce.two, axes=("dim",))
 def scatter(node: fx.Node) -> AxisMap:
     """Row by row in every axis but ``dim`` (but not where index or source are of another size than ``x``)."""
     x, index, src = first_input(node), argument(node, "index"), argument(node, "src")
@@ -146,7 +146,17 @@ def _is_list_of_positions(index: fx.Node) -> bool:
     return val is not None and val.dim() == 1 and val.dtype not in (torch.bool, torch.uint8)
 
 
-@rule(aten.index_add.default, aten.index_copy.default, aten.scatter_add.default)
+@rule(aten.bucketize.Tensor, aten.searchsorted.Tensor, axes=())
+def bucketize(node: fx.Node) -> AxisMap:
+    """The place of each number among sorted ones: row by row where these are one list for all, as ``bucketize`` has it."""
+    looks = node.target is aten.searchsorted.Tensor
+    x, among = (argument(node, "self"), argument(node, "sorted_sequence" if looks else "boundaries"))
+    if rank(among) > 1:
+        return AxisMap((None,) * rank(node), _order(_axes_of(x, among)))
+    return AxisMap(tuple(((x, axis),) for axis in range(rank(x))), _order([(among, 0)]))
+
+
+@rule(aten.index_add.default, aten.index_copy.default)
 def index_add(node: fx.Node) -> AxisMap:
     """Writes rows by index: no axis is followed."""
     return _positions_of(node, first_input(node))
@@ -173,13 +183,23 @@ def is_whole_slice_scatter(node: fx.Node) -> bool:
     return start in (None, 0) and step == 1 and same_size(dims(src)[along], dims(x)[along])
 
 
-@rule(aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default)
+@rule(aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, axes=("dim",))
 def sort(node: fx.Node) -> AxisMap:
     """Orders along one axis; the others are row by row."""
     x = first_input(node)
     along = axis_argument(node, x)
     rows: tuple[Rows, ...] = tuple(None if axis == along else ((x, axis),) for axis in range(rank(x)))
     return AxisMap(rows, (Mix("order", ((x, along),)),))
+
+
+@rule(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
+def index_fill(node: fx.Node) -> AxisMap:
+    """Writes a number at some places of one axis; the others are row by row."""
+    x = first_input(node)
+    along = axis_argument(node, x)
+    rows: tuple[Rows, ...] = tuple(None if axis == along else ((x, axis),) for axis in range(rank(x)))
+    places = [(argument(node, "index"), 0)]
+    return AxisMap(rows, _order([(x, along), *places]), ((along, (x, along)),))
 
 
 @rule(tokgraph.select.default, tokgraph.select_range.default, lookup=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
 from tokgraph.ir.node import argument, axis_argument, axis_arguments, rank
 
-from .registry import AxisMap, Mix, MixKind, Rows, broadcast_rows, first_input, rule
+from .registry import AxisMap, Mix, MixKind, Rows, broadcast_rows, first_input, is_one, rule
 
 aten = torch.ops.aten
 
 
-def _kept(x: fx.Node, over: set[int], kind: MixKind) -> AxisMap:
-    """An operator of the same shape that needs whole rows along the axes ``over``."""
+def _kept(x: fx.Node, over: set[int], kind: MixKind, aligned: bool = True) -> AxisMap:
+    """An operator of the same rank that needs whole rows along the axes ``over``, whose places it keeps if ``aligned``."""
     rows: list[Rows] = [None if axis in over else ((x, axis),) for axis in range(rank(x))]
     mixes = tuple(Mix(kind, ((x, axis),)) for axis in sorted(over))
-    return AxisMap(tuple(rows), mixes, tuple((axis, (x, axis)) for axis in sorted(over)))
+    return AxisMap(tuple(rows), mixes, tuple((axis, (x, axis)) for axis in sorted(over)) if aligned else ())
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, axes=("dim",))
@@ -26,7 +27,28 @@ def softmax(node: fx.Node) -> AxisMap:
     return _kept(x, {axis_argument(node, x)}, "softmax")
 
 
-@rule(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.flip.default, aten.roll.default)
+@rule(torch.ops.tokgraph.softmax_beside.default)
+def softmax_beside(node: fx.Node) -> AxisMap:
+    """Ours: normalises over the last axis, beside further columns whose other axes broadcast."""
+    x, sinks = node.args[:2]
+    assert isinstance(x, fx.Node)
+    assert isinstance(sinks, fx.Node)
+    last, columns = rank(x) - 1, rank(sinks) - 1
+    rows: list[Rows] = [((x, axis),) for axis in range(last)]
+    for axis in range(columns):
+        at = last - columns + axis
+        if not is_one(sinks, axis) or is_one(x, at):
+            rows[at] = ((x, at), (sinks, axis))
+    return AxisMap(
+        (*rows, None), (Mix("softmax", ((x, last),)), Mix("reduction", ((sinks, columns),))), ((last, (x, last)),)
+    )
+
+
+@rule(
+    aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default, aten.cummin.default,
+    aten.flip.default, aten.roll.default,
+    axes=("dim", "dims"),
+)  # fmt: skip
 def scan(node: fx.Node) -> AxisMap:
     """Runs along its axis (or axes)."""
     x = first_input(node)
@@ -58,6 +80,7 @@ def layer_norm(node: fx.Node) -> AxisMap:
 
 @rule(
     aten.group_norm.default, aten.native_group_norm.default, aten.batch_norm.default, aten.instance_norm.default,
+    aten._native_batch_norm_legit.no_stats,
     normalises=True,
 )  # fmt: skip
 def channel_norm(node: fx.Node) -> AxisMap:
@@ -75,16 +98,30 @@ def channel_norm(node: fx.Node) -> AxisMap:
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction, aten.all.dim,
     aten.any.dim, aten.argmax.default, aten.argmin.default, aten.linalg_vector_norm.default, aten.logsumexp.default,
     aten.sum.default, aten.mean.default, aten.all.default, aten.any.default, aten.prod.default, aten.prod.dim_int,
+    aten.std.correction, aten.var_mean.correction, aten.std_mean.correction, aten.max.dim, aten.min.dim,
+    aten.nansum.default,
+    aten.count_nonzero.dim_IntList, aten.norm.ScalarOpt_dim,
     axes=("dim",),
 )  # fmt: skip
+@rule(
+    aten.aminmax.default, aten.median.dim, aten.nanmedian.dim, aten.mode.default, aten.kthvalue.default,
+    aten.max.default, aten.min.default, aten.median.default, aten.nanmedian.default,
+)  # fmt: skip
 def reduction(node: fx.Node) -> AxisMap:
-    """Reduces over some or all axes."""
+    """Reduces over some or all axes, to one result or several of one shape."""
     x = first_input(node)
     n = rank(x)
     dims = set(axis_arguments(node, x)) or set(range(n))
     left = range(n) if argument(node, "keepdim", False) else [a for a in range(n) if a not in dims]
     rows: list[Rows] = [() if axis in dims else ((x, axis),) for axis in left]
     return AxisMap(tuple(rows), tuple(Mix("reduction", ((x, axis),)) for axis in sorted(dims)))
+
+
+@rule(aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default, axes=("dim",))
+def fourier(node: fx.Node) -> AxisMap:
+    """Transforms over some axes; the others are row by row."""
+    x = first_input(node)
+    return _kept(x, set(axis_arguments(node, x)), "scan", aligned=False)
 
 
 @rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default,

@@ -19,7 +19,8 @@ aten = torch.ops.aten
 
 
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, sized=True, reshape=True)
-@rule(aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)
+@rule(aten.squeeze.dim, aten.squeeze.dims, axes=("dim",))
+@rule(aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default)
 def view(node: fx.Node) -> AxisMap:
     """An axis survives when its size and the product of the sizes before it survive: then the element at index ``i``
     of the one is at index ``i`` of the other, whatever the sizes are, so equal integers cannot confuse it.
@@ -164,6 +165,39 @@ def is_whole_slice(node: fx.Node) -> bool:
     x = first_input(node)
     cut = axis_argument(node, x)
     return bool(argument(node, "step", 1) == 1) and same_size(dims(node)[cut], dims(x)[cut])
+
+
+@rule(aten.glu.default, axes=("dim",))
+def glu(node: fx.Node) -> AxisMap:
+    """Gates the first half of an axis by the second; the other axes are row by row."""
+    x = first_input(node)
+    halved = axis_argument(node, x)
+    rows: tuple[Rows, ...] = tuple(None if axis == halved else ((x, axis),) for axis in range(rank(x)))
+    return AxisMap(rows, (Mix("layout", ((x, halved),)),))
+
+
+@rule(aten.unfold.default, axes=("dimension",))
+def unfold(node: fx.Node) -> AxisMap:
+    """Windows of one axis, their elements on a new last one; the other axes are row by row."""
+    x = first_input(node)
+    cut = axis_argument(node, x, "dimension")
+    rows: tuple[Rows, ...] = tuple(None if axis == cut else ((x, axis),) for axis in range(rank(x)))
+    return AxisMap((*rows, None), (Mix("window", ((x, cut),)),))
+
+
+@rule(aten.view_as_real.default, axes=())
+def view_as_real(node: fx.Node) -> AxisMap:
+    """Real and imaginary parts on a new last axis."""
+    x = first_input(node)
+    return AxisMap((*(((x, axis),) for axis in range(rank(x))), ()))
+
+
+@rule(aten.view_as_complex.default, axes=())
+def view_as_complex(node: fx.Node) -> AxisMap:
+    """Complex numbers of a last axis of size 2."""
+    x = first_input(node)
+    last = rank(x) - 1
+    return AxisMap(tuple(((x, axis),) for axis in range(last)), (Mix("layout", ((x, last),)),))
 
 
 @rule(aten.select.int, axes=("dim",))

@@ -134,6 +134,15 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
             "",
         ),
     ],
+    TOKGRAPH.grouped_mm.default: [
+        (numbers(2, 3, 4, grad=True), numbers(5, 4, 6, grad=True), index([0, 4, 0], [2, 4, 0])),
+        (numbers(3, 4), numbers(1, 4, 2), torch.tensor([0, 0, 0])),
+    ],
+    TOKGRAPH.grouped_mm_weight.default: [(numbers(2, 3, 4), numbers(2, 3, 6), index([0, 4, 0], [2, 4, 0]), 5)],
+    TOKGRAPH.softmax_beside.default: [
+        (numbers(2, 3, 5, grad=True), numbers(3, 2, grad=True)),
+        (numbers(2, 3, 5, grad=True), numbers(1, 1, 1)),
+    ],
     TOKGRAPH.check.default: [
         (MASK | True, "all true", "model.py:1", "layers.0", [], []),
         (torch.tensor(True), "⟦v0:.1f⟧ of ⟦s0:⟧", "", "", [torch.tensor(0.5)], [3]),

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from . import checks, indices, masks, moving, ranges, scores, unread
+from . import checks, grouped, indices, masks, moving, ranges, scores, sinks, unread
 from .base import NAMESPACE, Condition, expand_index
 from .checks import check
+from .grouped import grouped_mm
 from .indices import drop_counts, keep_rows, lost_rows, ragged_rows, range_rows, ranks, rows, select_targets
 from .masks import demand_mask, prompt_mask, range_mask
 from .moving import drop, merge, restore, select
@@ -32,6 +33,7 @@ __all__ = [
     "drop",
     "drop_counts",
     "expand_index",
+    "grouped_mm",
     "keep_rows",
     "lost_rows",
     "merge",
@@ -63,6 +65,8 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         | scores.LOWERED
         | unread.LOWERED
         | checks.LOWERED
+        | grouped.LOWERED
+        | sinks.LOWERED
     )
 
 

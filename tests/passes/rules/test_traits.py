@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.passes.rules.calls import Call, assert_same, every, numbers, shape
 from tests.passes.rules.test_rules import CASES, ELEMENTWISE, RANDOM, RULED, H, S, call_of, elementwise_call, stream
-from tokgraph.passes.capture.batch_axis import shifted
+from tokgraph.ir.node import rank, tensor_inputs
+from tokgraph.passes.capture.apart import OF_RESULT, shifted
 from tokgraph.passes.cost.operators import MORE, multiplies_nothing
 from tokgraph.passes.rules import AxisMap, registry, rule, ruled_operators, traits
 from tokgraph.passes.rules.registry import first_input, has_rule, identity_rows
@@ -62,7 +63,8 @@ def with_axis_split(call: Call, axes: tuple[str, ...]) -> tuple[list[torch.Tenso
     before = [t.unflatten(0, split) for t in call.run() if t.dim() == len(call.rule.rows)]
     for x in sources:
         call.values[x] = every(call.values[x], lambda t: t.unflatten(0, split))
-    call.node.args, call.node.kwargs = shifted(call.node, axes, 1)
+    counted = len(call.rule.rows) if call.node.target in OF_RESULT else rank(tensor_inputs(call.node)[0])
+    call.node.args, call.node.kwargs = shifted(call.node, axes, (2, *[1] * (counted - 1)))
     return call.run()[: len(before)], before
 
 
