@@ -15,7 +15,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "hidden": (8, 12, 16),
     "heads": (2, 4, 1),
     "vocabulary": (20, 8, 12, 16),
-    "layers": (3, 2, 4),
+    "layers": (2, 3, 4),
     # a layer
     "norm": ("layer", "rms"),
     "order": ("pre", "post", "sandwich", "parallel", "feed first"),

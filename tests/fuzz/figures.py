@@ -64,6 +64,7 @@ class Figures:
         """Count a case."""
         seed, judged = outcome
         self.cases += 1
+        self.cover(seed)
         if isinstance(judged, str):
             self.broken[str(seed)] = judged
             return
@@ -75,7 +76,6 @@ class Figures:
                 self.examples.setdefault(verdict.reason, seed)
             elif verdict.failed:
                 self.found.setdefault(str(seed), []).append(f"{verdict.kind} {verdict.reason}".strip())
-        self.cover(seed)
 
     def cover(self, seed: int) -> None:
         """Remember that a seed was tried."""

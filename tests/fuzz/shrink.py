@@ -57,10 +57,10 @@ def candidates(case: Case) -> Iterator[Case]:
     (plan,) = case.plans
     for i in range(len(plan.sites)):
         yield replace(case, plans=(replace(plan, sites=plan.sites[:i] + plan.sites[i + 1 :]),))
-    for name in ("layers", *OPTIONS):
+    for name in OPTIONS:
         options = OPTIONS[name]
-        smaller = (min(options),) if name in ("layers",) else ()
-        for choice in (*smaller, *options[: options.index(case.choices[name])]):
+        before = options.index(case.choices[name]) if case.choices[name] in options else len(options)
+        for choice in options[:before]:
             choices = sensible({**case.choices, name: choice})
             if choices != case.choices and size(choices) < size(case.choices):
                 yield replace(case, choices=choices, plans=(fitted(plan, choices["layers"]),))
@@ -77,7 +77,7 @@ def candidates(case: Case) -> Iterator[Case]:
 
 
 def size(choices: dict[str, object]) -> tuple[int, ...]:
-    """What gets smaller: layers, then how far choices are from the simplest."""
+    """What gets smaller: how many choices are not the simplest, then how far they are from it."""
     far = [OPTIONS[name].index(choices[name]) if choices[name] in OPTIONS[name] else 1 for name in OPTIONS]
     return (sum(x != 0 for x in far), sum(far))
 
