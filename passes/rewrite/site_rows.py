@@ -65,8 +65,8 @@ class SiteRows(abc.ABC):
         if outer is not None and self._protects(site):
             raise PlanError(
                 f"task {self._facts.name!r}: the site [{site.start}, {site.end}) does not restore, and lies in a site "
-                f"[{outer.start}, {outer.end}) that does: demanded visual tokens, which may not go for good, may be among those "
-                "that come back, and how many are left to the inner site depends on the batch",
+                f"[{outer.start}, {outer.end}) that does: demanded visual tokens, which may not go for good, may be among "
+                "those that it puts back, and how many are left to the inner site depends on the batch",
                 help="give both restore=True, or both restore=False",
             )
 

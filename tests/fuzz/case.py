@@ -21,11 +21,12 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "order": ("pre", "post", "sandwich", "parallel", "feed first"),
     "residual": ("add", "scaled", "in place", "addcmul", "lerp", "gated", "gated by rows"),
     "attention": ("sdpa", "manual", "manual float32", "softcap"),
-    "layout": ("batch, heads", "heads, batch", "merged"),
-    "keys": ("as many", "repeated", "expanded"),
+    "layout": ("batch, heads", "heads, batch", "tokens, heads", "merged"),
+    "keys": ("as many", "repeated", "expanded", "by the kernel"),
+    "qkv": ("apart", "in one"),
     "qk_norm": (False, True),
     "rope": ("none", "halves", "pairs", "complex"),
-    "mask": ("causal", "is_causal", "float", "prefix", "window", "padding", "none", "alternating"),
+    "mask": ("causal", "is_causal", "float", "prefix", "window", "padding", "none", "alternating", "packed"),
     "bias": ("none", "alibi", "relative"),
     "feed": ("gelu", "swiglu", "soft experts", "top-1", "merged rows", "top-2 scattered", "bmm"),
     "dropout": (False, True),
@@ -34,11 +35,13 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
         "one", "two", "hyper", "first to all", "first before all", "features again", "embeddings each",
         "shared keys", "cross", "scaled by number",
     ),
-    "side": ("none", "router", "exit", "penalty", "inner penalty"),
+    "side": ("none", "router", "exit", "penalty", "inner penalty", "of all logits"),
     "loop": ("list", "twice"),
     "tied": (False, True),
+    "positions": (False, True),
     # around the decoder
     "entry": ("scatter", "where", "put", "cat", "ids"),
+    "visual": ("said", "followed"),
     "place": ("middle", "beginning", "end", "same"),
     "loss": ("shifted", "slice", "transposed", "weighted", "codes", "flow", "all rows"),
     "returns": ("loss", "logits", "mapping"),
@@ -47,8 +50,11 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Field -> its choices, the simplest first: the shrinker goes there."""
 OFTEN_SIMPLE = {
-    **dict.fromkeys(("loop", "outputs", "dropout"), 0.8),
-    **dict.fromkeys(("bias", "side", "streams", "rope", "qk_norm", "tied", "order", "residual", "layout", "attention"), 0.5),
+    **dict.fromkeys(("loop", "outputs", "dropout", "visual"), 0.8),
+    **dict.fromkeys(
+        ("bias", "side", "streams", "rope", "qk_norm", "tied", "positions", "order", "residual", "layout", "attention"),
+        0.5,
+    ),
     "dynamic": 0.9,  # takes long to capture
 }
 """How often fields are at their simplest, beside being drawn: or most cases would be refused, for the same few reasons."""
@@ -140,10 +146,18 @@ def sensible(choices: dict[str, Any]) -> dict[str, Any]:
         c["batch"] = 2
     if c["streams"] in ("two", "hyper") and (c["order"], c["residual"]) != ("pre", "add"):
         c["order"], c["residual"] = "pre", "add"
+    if c["keys"] == "by the kernel" and (c["attention"], c["layout"]) != ("sdpa", "batch, heads"):
+        c["keys"] = "repeated"
+    if c["keys"] != "as many":
+        c["qkv"] = "apart"
+    if c["layout"] == "tokens, heads" and c["attention"] == "sdpa":
+        c["attention"] = "manual"
+    if c["entry"] == "ids":  # there is no input of images to follow
+        c["visual"] = "said"
     if c["loop"] == "twice":
         c["layers"] = 4
     if c["loss"] == "flow":
-        c["tied"], c["side"] = False, "none" if c["side"] == "exit" else c["side"]
+        c["tied"], c["side"] = False, "none" if c["side"] in ("exit", "of all logits") else c["side"]
     return c
 
 
@@ -168,7 +182,7 @@ def draw_site(rng: random.Random, case: Case) -> Site:
     restore = rng.random() < (0.95 if all_read or case.side == "penalty" else 0.65)
     selectors = ["uniform", "uniform", "random"]
     if case.reads == "text" or rng.random() < 0.05:
-        selectors.append("norm")
+        selectors += ["norm", "attention"]
     return Site(
         start,
         rng.randint(start + 1, layers) if restore else layers,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -131,14 +131,18 @@ def judge(subject: Subject, sites: list[dict[str, Any]], exact: bool) -> Verdict
     facts = subject.facts
     if isinstance(facts, Verdict):
         return facts
+    # which rows attention chooses, only the oracle says: a loop by hand would have to keep the weights of every attention
+    known = all(site["selector"] != "attention" for site in sites)
     plan = tg.Plan(tuple(tg.DropSite(TASK, **site) for site in sites), exact=exact)
     accelerated = attempted(lambda: tg.apply(facts, plan))
     if isinstance(accelerated, Verdict):
         return accelerated
     blocks = [block.module for block in facts[TASK].blocks]
-    if sites and blocks != [f"layers.{number % len(subject.module.layers)}" for number in range(subject.names["LAYERS"])]:
+    if sites and blocks != [
+        f"layers.{number % len(subject.module.layers)}" for number in range(subject.names["LAYERS"])
+    ]:
         return Verdict("another block", f"{len(blocks)} blocks", f"blocks are {blocks}")
-    for number, (batch, expected) in enumerate(zip(subject.batches, by_hand, strict=True)):
+    for number, (batch, expected) in enumerate(zip(subject.batches, by_hand, strict=True) if known else ()):
         found = compared(subject, accelerated, batch, expected)
         if found.failed and number == 2 and "the task was captured for" in found.detail:
             break  # capture said that it fixes a size
@@ -147,7 +151,10 @@ def judge(subject: Subject, sites: list[dict[str, Any]], exact: bool) -> Verdict
     accelerated[TASK].step = 0
     oracle = attempted(lambda: tg.verify(accelerated), late=True)
     if isinstance(oracle, Verdict):
-        return oracle
+        asked = not known and oracle.reason.startswith(
+            "TG007"
+        )  # the prompt does not see all visual tokens of this batch
+        return replace(oracle, kind="refused") if asked else oracle
     return Verdict("accepted") if oracle.passed else Verdict("oracle", "", str(oracle.tasks))
 
 

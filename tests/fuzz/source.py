@@ -78,7 +78,7 @@ def rotary(c: Case) -> str:
         [
             "def angles_of(tokens):",
             body(
-                'places = torch.arange(tokens, dtype=torch.float64)',
+                "places = torch.arange(tokens, dtype=torch.float64)",
                 "angles = (places[:, None] * 10.0 ** -torch.arange(HEAD // 2, dtype=torch.float64))[:, None]",
                 f"angles = {spread[c.rope]}" if c.rope in spread else "",
                 "return angles.cos(), angles.sin()",
@@ -98,13 +98,15 @@ def masks(c: Case) -> list[str]:
     lines = ["places = torch.arange(ids.shape[1])"]
     kind = {
         "causal": [f"mask = ({causal})[None, None]"],
-        "float": [f"mask = torch.zeros(1, 1, len(places), len(places), dtype=torch.float64)",
+        "float": ["mask = torch.zeros(1, 1, len(places), len(places), dtype=torch.float64)",
                   f"mask = mask.masked_fill(~({causal}), torch.finfo(torch.float64).min)"],
         "prefix": ["image = seen_as_image(ids)",
                    f"mask = ({causal})[None, None] | (image[:, None, :, None] & image[:, None, None, :])"],
         "window": [f"mask = (({causal}) & (places[:, None] - places < 6))[None, None]"],
         "alternating": [f"whole = ({causal})[None, None]",
                         "mask = whole & (places[:, None] - places < 5)"],
+        "packed": ["parts = (ids == 2).cumsum(1)",
+                   f"mask = ({causal})[None, None] & (parts[:, None, :, None] == parts[:, None, None, :])"],
         "padding": [f"mask = ({causal})[None, None] & (ids != PAD)[:, None, None, :]"],
     }  # fmt: skip
     return lines + kind[c.mask] if c.mask in kind else []
@@ -119,41 +121,54 @@ def attention(c: Case) -> str:
     lay = {
         "batch, heads": "{}.transpose(1, 2)",
         "heads, batch": "{}.permute(2, 0, 1, 3)",
+        "tokens, heads": "{}",
         "merged": "{}.transpose(1, 2).flatten(0, 1)",
     }[c.layout]
     lay_mask = {
         "batch, heads": "{}",
         "heads, batch": "{}.transpose(0, 1)",
+        "tokens, heads": "{}",
         "merged": "{}.expand(len(x), HEADS, -1, -1).flatten(0, 1)",
     }[c.layout]
     back = {
         "batch, heads": "y.transpose(1, 2).flatten(2)",
         "heads, batch": "y.permute(1, 2, 0, 3).flatten(2)",
+        "tokens, heads": "y.flatten(2)",
         "merged": "y.unflatten(0, (-1, HEADS)).transpose(1, 2).flatten(2)",
     }[c.layout]
     shared = c.streams == "shared keys"
     norm = NORMS[c.norm].format(n="HEAD")
-    init = [
-        "super().__init__()",
+    made = [
         "self.q, self.out = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)",
         "self.k, self.v = (nn.Linear(HIDDEN, KEYS * HEAD) for _ in range(2))",
+    ]
+    rows = ["q = self.q(x).unflatten(-1, (HEADS, HEAD))"]
+    own_keys = ["k, v = (f(x).unflatten(-1, (KEYS, HEAD)) for f in (self.k, self.v))"]
+    if c.qkv == "in one":
+        made = ["self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)"]
+        rows = ["q, *own = (y.unflatten(-1, (HEADS, HEAD)) for y in self.qkv(x).chunk(3, -1))"]
+        own_keys = ["k, v = own"]
+    init = [
+        "super().__init__()",
+        *made,
         f"self.q_norm, self.k_norm = {norm}, {norm}" if c.qk_norm else "",
         "self.slopes = nn.Parameter(torch.rand(HEADS))" if c.bias == "relative" else "",
     ]
     repeat = {
         "as many": [],
+        "by the kernel": [],
         "repeated": ["k, v = (y.repeat_interleave(GROUP, 2) for y in (k, v))"],
         "expanded": ["k, v = (y.unsqueeze(3).expand(-1, -1, -1, GROUP, -1).flatten(2, 3) for y in (k, v))"],
     }[c.keys]
     keys = [
-        "k, v = (f(x).unflatten(-1, (KEYS, HEAD)) for f in (self.k, self.v))",
+        *own_keys,
         "k = self.k_norm(k)" if c.qk_norm else "",
         "k = turned(k, *rope)" if c.rope != "none" else "",
     ]
     if shared:
         keys = ["if kv is None:", *(f"    {line}" for line in keys if line), "    kv = k, v", "k, v = kv"]
     forward = [
-        "q = self.q(x).unflatten(-1, (HEADS, HEAD))",
+        *rows,
         "q = self.q_norm(q)" if c.qk_norm else "",
         "q = turned(q, *rope)" if c.rope != "none" else "",
         *keys,
@@ -190,6 +205,10 @@ def scores(c: Case, lay: str) -> list[str]:
     """From laid out queries, keys and values to ``y``."""
     lines = ["tokens = x.shape[1]"] if c.bias != "none" or c.mask == "is_causal" else []
     fused = c.attention == "sdpa"
+    more = ", enable_gqa=True" if c.keys == "by the kernel" else ""
+    products = "q @ k.mT", "{} @ v"
+    if c.layout == "tokens, heads":
+        products = 'torch.einsum("bqhd,bkhd->bhqk", q, k)', 'torch.einsum("bhqk,bkhd->bqhd", {}, v)'
     boolean = c.mask not in ("float", "none")
     if c.mask == "is_causal" and not (fused and c.bias == "none"):
         lines += ["mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]"]
@@ -198,10 +217,10 @@ def scores(c: Case, lay: str) -> list[str]:
         return [
             *lines,
             "if seen is None:",
-            "    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)",
+            f"    y = F.scaled_dot_product_attention(q, k, v, is_causal=True{more})",
             "else:  # by hand",
             f"    mask = {whole}",
-            f"    y = F.scaled_dot_product_attention(q, k, v, attn_mask={lay.format('mask')})",
+            f"    y = F.scaled_dot_product_attention(q, k, v, attn_mask={lay.format('mask')}{more})",
         ]
     if boolean:
         lines += ["mask = mask if seen is None else mask & seen  # by hand"]
@@ -211,11 +230,15 @@ def scores(c: Case, lay: str) -> list[str]:
         lines += ["mask = seen  # by hand"]
     if c.bias != "none":
         lines += bias(c, boolean)
-    given = lay.format("mask") if c.mask != "none" or c.bias != "none" else f"None if mask is None else {lay.format('mask')}"
+    given = (
+        lay.format("mask")
+        if c.mask != "none" or c.bias != "none"
+        else f"None if mask is None else {lay.format('mask')}"
+    )
     lines += [f"mask = {given}"] if given != "mask" else []
     if fused:
-        return [*lines, "y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)"]
-    lines += ["scores = q @ k.mT / math.sqrt(HEAD)"]
+        return [*lines, f"y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask{more})"]
+    lines += [f"scores = {products[0]} / math.sqrt(HEAD)"]
     if c.attention == "softcap":
         lines += ["scores = 2.0 * torch.tanh(scores / 2.0)"]
     if c.bias != "none" or c.mask == "float":
@@ -225,7 +248,7 @@ def scores(c: Case, lay: str) -> list[str]:
     else:
         lines += ["scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)  # by hand"]
     narrow = "scores.softmax(-1, dtype=torch.float32).to(v.dtype)"
-    return [*lines, f"y = ({narrow if c.attention == 'manual float32' else 'scores.softmax(-1)'}) @ v"]
+    return [*lines, f"y = {products[1].format(narrow if c.attention == 'manual float32' else 'scores.softmax(-1)')}"]
 
 
 def bias(c: Case, boolean: bool) -> list[str]:
@@ -289,7 +312,14 @@ def feed(c: Case) -> str:
     forward = [*forward, "y = self.dropout(y)" if c.dropout else "", f"return {'y, logits' if routed(c) else 'y'}"]
     init = ["super().__init__()", *init, "self.dropout = nn.Dropout(0.0)" if c.dropout else ""]
     return "\n".join(
-        ["class Feed(nn.Module):", "    def __init__(self):", body(*init), "", "    def forward(self, x):", body(*forward)]
+        [
+            "class Feed(nn.Module):",
+            "    def __init__(self):",
+            body(*init),
+            "",
+            "    def forward(self, x):",
+            body(*forward),
+        ]
     )
 
 
@@ -383,7 +413,10 @@ def model(c: Case) -> str:
         f"self.norm = {norm}",
         "self.velocity = nn.Linear(HIDDEN, FEATURES)" if c.loss == "flow" else "",
         "self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)" if not c.tied and c.loss != "flow" else "",
-        "self.again = nn.ModuleList(nn.Linear(FEATURES, HIDDEN) for _ in range(2))" if c.streams == "features again" else "",
+        "self.positions = nn.Embedding(TOKENS + 4, HIDDEN)" if c.positions else "",
+        "self.again = nn.ModuleList(nn.Linear(FEATURES, HIDDEN) for _ in range(2))"
+        if c.streams == "features again"
+        else "",
         "self.each = nn.ModuleList(nn.Embedding(VOCABULARY, HIDDEN) for _ in range(LAYERS))"
         if c.streams == "embeddings each"
         else "",
@@ -419,7 +452,9 @@ def entry(c: Case) -> str:
         "cat": ["text = self.embed(ids)",
                 "return torch.cat([text[:, :START], self.patch(patches), text[:, START + IMAGE :]], 1)"],
     }[c.entry]  # fmt: skip
-    return "\n".join(["    def enter(self, ids, patches):" if has_patches(c) else "    def enter(self, ids):", body(*lines)])
+    return "\n".join(
+        ["    def enter(self, ids, patches):" if has_patches(c) else "    def enter(self, ids):", body(*lines)]
+    )
 
 
 def read(c: Case) -> str:
@@ -472,6 +507,7 @@ def loop(c: Case) -> list[str]:
     return [
         f"x, more = {entered}, 0.0",
         *masks(c),
+        "x = x + self.positions.weight[: x.shape[1]]" if c.positions else "",
         "rope = angles_of(ids.shape[1])" if c.rope != "none" else "",
         state.get(c.streams, ""),
         "kv = None" if c.streams == "shared keys" else "",
@@ -514,7 +550,13 @@ def losses(c: Case) -> list[str]:
         ]
     else:
         lines += ["loss = next_token(y, labels) + more"]
-    returns = {"loss": "loss", "logits": "loss, y", "mapping": '{"loss": loss, "logits": y, "count": labels.ne(IGNORED).sum()}'}
+    if c.side == "of all logits":
+        lines += ["loss = loss + 0.1 * y.logsumexp(-1).square().mean()"]
+    returns = {
+        "loss": "loss",
+        "logits": "loss, y",
+        "mapping": '{"loss": loss, "logits": y, "count": labels.ne(IGNORED).sum()}',
+    }
     return [*lines, f"return {returns[c.returns]}"]
 
 
@@ -576,6 +618,7 @@ def build(c: Case) -> str:
         visual = 'tg.VisualTokens.ids(input="ids", low=CODES, high=VOCABULARY - 1)'
     else:
         visual = 'tg.VisualTokens.ids(input="ids", equal=IMAGE_ID)'
+    where = 'visual_inputs=("patches",)' if c.visual == "followed" else f"visual={visual}"
     names = inputs(c)
     sizes = {n: '{0: "batch"}' if n == "patches" else '{0: "batch", 1: "tokens"}' for n in names}
     dynamic = "{" + ", ".join(f'"{n}": {s}' for n, s in sizes.items()) + "}" if c.dynamic else "None"
@@ -583,8 +626,7 @@ def build(c: Case) -> str:
         "torch.manual_seed(SEED)",
         "model = Model().double()",
         f"dynamic = {dynamic}",
-        f"visual = {visual}",
-        f'task = tg.Task(forward, batch(0), dynamic=dynamic, visual=visual, reads="{c.reads}", outputs="{c.outputs}")',
+        f'task = tg.Task(forward, batch(0), dynamic=dynamic, {where}, reads="{c.reads}", outputs="{c.outputs}")',
         'return tg.ModelSpec(model, {"task": task})',
     ]
     return "\n".join(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
 from pathlib import Path
 
 import pytest
@@ -51,7 +50,9 @@ def wrong(case: Case) -> Iterator[Verdict]:
 
 def test_a_failure_is_shrunk_to_what_it_takes() -> None:
     sites = (Site(1, 3, 0.25, "norm"), Site(1, 2, 0.75, "random", "freeze", seed=2))
-    given = Case(0, sensible({n: o[-1] for n, o in OPTIONS.items()} | {"mask": "window"}), (PlanCase(), PlanCase(sites, True)))
+    given = Case(
+        0, sensible({n: o[-1] for n, o in OPTIONS.items()} | {"mask": "window"}), (PlanCase(), PlanCase(sites, True))
+    )
     small, verdict = shrunk(given, lambda case: list(wrong(case)))
     plain = {name: options[0] for name, options in OPTIONS.items()}
     assert small.choices == {**plain, "layers": 2, "mask": "window"}

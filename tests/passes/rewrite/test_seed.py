@@ -369,7 +369,6 @@ def test_for_good_inside_a_span_that_comes_back_is_refused(keep: float) -> None:
     captured().rewritten(site(0, 2, 1.0), site(1, None, 0.5, restore=False))  # the one around drops nothing
 
 
-
 def test_rows_cannot_go_for_good_where_all_are_demanded() -> None:
     found = captured(outputs="full")
     with pytest.raises(PlanError, match="every row of its outputs is demanded") as caught:
