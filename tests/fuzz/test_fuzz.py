@@ -14,9 +14,9 @@ from tests.fuzz.planted import PLANTED
 from tests.fuzz.run import names_of, verdicts
 from tests.fuzz.shrink import alone, shrunk
 
-QUICK = range(20, 21)
+QUICK = (1,)
 """Seeds of the default run."""
-SEEDS = range(20)
+SEEDS = [seed for seed in range(20) if seed not in QUICK]
 """Those of the slow one."""
 
 
@@ -28,17 +28,12 @@ def test_what_is_accepted_is_right(seed: int) -> None:
     assert [verdict for verdict in judged if verdict.failed] == []
 
 
-FOUND_AT = dict.fromkeys(PLANTED, 0)
-"""Planted bug -> a seed at which to begin, so that a test takes seconds. ``docs/fuzz.md`` says how long it takes from 0."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 @pytest.mark.filterwarnings("ignore")
 def test_a_planted_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTED[bug](monkeypatch)
-    seeds = range(FOUND_AT[bug], FOUND_AT[bug] + 20)
-    assert any(v.failed for seed in seeds for v in outcome(seed)[1] if isinstance(v, Verdict))
+    assert any(v.failed for seed in range(60) for v in outcome(seed)[1] if isinstance(v, Verdict))
 
 
 def wrong(case: Case) -> Iterator[Verdict]:
