@@ -59,7 +59,8 @@ def alike(
             continue
         seen.add(pair)
         if y in stops or x in before:
-            if stops.get(y) != before.get(x):
+            both = x is y and x not in before  # as what enters the first layer, and is added behind each
+            if stops.get(y) != before.get(x) and not both:
                 return False
         elif y in region:
             if not _same_call(x, y):

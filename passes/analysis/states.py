@@ -290,8 +290,11 @@ def _last(graph: fx.Graph, units: Units, rows: Sequence[State]) -> State | None:
 
 
 def _residual_end(trunk: Trunk, units: Sequence[Unit], rows: Sequence[State]) -> State | None:
-    """The end of the last layer's own additions to what is added to its attention; needs layers that are modules."""
-    _, module = layer_modules(units[-2], units[-1])
+    """The end of the last layer's own additions to what is added to its attention; needs layers that are modules.
+
+    Nothing is told where the layer before goes on behind its module, and something is added behind that of the last.
+    """
+    before, module = layer_modules(units[-2], units[-1])
     end = trunk.joins[-1]
     if len(rows[-1]) != 1 or not module or not within(end, module):
         return None
@@ -305,4 +308,5 @@ def _residual_end(trunk: Trunk, units: Sequence[Unit], rows: Sequence[State]) ->
                     direct, made = {end}, computed_from([end])
                 else:
                     direct.add(node)
-    return (end,)
+    goes_on = any(pointwise(user) and len(user.all_input_nodes) > 1 for user in end.users if not within(user, module))
+    return None if goes_on and not within(rows[-1][0], before) else (end,)

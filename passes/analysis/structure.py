@@ -179,11 +179,11 @@ def _cut(graph: TaskGraph, classes: AxisClasses) -> _Structure | Unfound | None:
     layers = find_layers(graph.graph, units, classes)
     if isinstance(layers, Unfound):
         return layers
-    blocks = blocks_of(layers, classes)
-    nodes = by_name(graph.graph)
-    entry = nodes[blocks[0].start]
-    for name in dict.fromkeys(name for block in blocks for name in (*block.before, *block.after)):
-        check_layout(graph, nodes[name], classes, layers.tokens)
+    for node in dict.fromkeys(x for state in layers.states for x in state):
+        check_layout(graph, node, classes, layers.tokens)
+    # the samples are on the stream's first axis, and may be on another one of the value that showed the tokens
+    blocks = blocks_of(replace(layers, tokens=(layers.states[0][0], 1)), classes)
+    entry = by_name(graph.graph)[blocks[0].start]
     unplaced = find_unplaced(graph.graph, blocks, classes, (entry, 1))
     doubt = None if unplaced else find_doubt(graph.graph, blocks, classes, (entry, 1))  # no site is placed as it is
     if doubt is not None:

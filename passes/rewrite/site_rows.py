@@ -45,7 +45,8 @@ class SiteRows(abc.ABC):
             seen: what selectors may look at.
 
         Raises:
-            PlanError: demanded rows must stay, and samples hold different numbers of them.
+            PlanError: demanded rows must stay, and samples hold different numbers of them; or a site around it may have
+                dropped some.
         """
 
     def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
@@ -57,6 +58,17 @@ class SiteRows(abc.ABC):
     def _protects(self, site: DropSite) -> bool:
         """Whether demanded rows must stay, because what leaves does not come back."""
         return not site.restore and bool(self._facts.demand.visual)
+
+    def _refuse_inside(self, site: DropSite, around: tuple[RowSpace, ...]) -> None:
+        """Refuse a site that must leave demanded rows where one around it may have taken some of them already."""
+        outer = next((space.site for space in around if space.site.restore and space.dropped), None)
+        if outer is not None and self._protects(site):
+            raise PlanError(
+                f"task {self._facts.name!r}: the site [{site.start}, {site.end}) does not restore, and lies in a site "
+                f"[{outer.start}, {outer.end}) that does: demanded visual tokens, which may not go for good, may be among "
+                "those that it puts back, and how many are left to the inner site depends on the batch",
+                help="give both restore=True, or both restore=False",
+            )
 
     def _free(self, alive: fx.Node, site: DropSite, around: tuple[RowSpace, ...]) -> fx.Node:
         """``[batch, rows]`` bool: those of the rows ``alive`` that may go."""
@@ -78,6 +90,7 @@ class EqualRows(SiteRows):
 
     def kept(self, site: DropSite, around: tuple[RowSpace, ...], seen: Seen) -> RowSpace:
         """As many rows of every sample."""
+        self._refuse_inside(site, around)
         count = self._facts.visual.count
         alive = around[-1].visual if around else count
         protected = self._protected() if self._protects(site) else 0
@@ -110,6 +123,7 @@ class RaggedRows(SiteRows):
 
     def kept(self, site: DropSite, around: tuple[RowSpace, ...], seen: Seen) -> RowSpace:
         """As many rows of every sample, some of them padding."""
+        self._refuse_inside(site, around)
         flow, gone = self._facts.visual, sum(space.dropped for space in around)
         here = self._emit.chain(self._masks.visual, indices(around))
         padding = around[-1].padding(self._emit) if around else None

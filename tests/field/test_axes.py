@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import tokgraph as tg
 from tests.field import decoder as m
+from tests.field import structures as s
 from tests.field.decoder import HEADS, TASK, Block, Hidden, heads
 
 SITE = tg.DropSite(TASK, 1, 2, 0.5)
@@ -60,6 +61,26 @@ def test_attention_in_every_layout(attend: Callable[..., Tensor], dynamic: bool,
     accelerated = tg.optimize(m.spec(model, m.batch(at), dynamic=dynamic), tg.Plan((SITE,)))
     other = m.batch(at[::-1], seed=4)
     by_hand = m.loss(model, **other, span=range(1, 2), hidden=m.dropped(other["ids"]))
+    assert m.worst(accelerated[TASK](**other), by_hand, model) < 1e-8
+
+
+class Joined(s.Looped):
+    """Image rows are joined to those of text, so that no input holds all tokens and shows the axis of samples beside them."""
+
+    def enter(self, ids: Tensor, patches: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return torch.cat([x[:, :3], self.patch(patches), x[:, 7:]], 1)
+
+
+@pytest.mark.parametrize("attend", [heads_first, pytest.param(heads_first_eager, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), HEADS])
+def test_layers_that_are_cut_apart_follow_samples_from_their_stream(attend: Callable[..., Tensor], count: int) -> None:
+    """The value that showed the axis of tokens, an attention's, has its heads where the stream has its samples."""
+    model, at = m.model(partial(s.PostNorm, attend), cls=Joined), (3,) * count
+    where = tg.VisualTokens.positions(slice(3, 7))
+    accelerated = tg.optimize(m.spec(model, m.batch(at), s.loss, visual=where), tg.Plan((SITE,)))
+    other = m.batch(at, seed=4)
+    by_hand = model.loss(**other, span=range(1, 2), dropped=m.dropped(other["ids"]))
     assert m.worst(accelerated[TASK](**other), by_hand, model) < 1e-8
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tokgraph as tg
@@ -71,3 +71,26 @@ def test_spans_at_the_ends_with_exact_and_symbolic_sizes(structure: str) -> None
     model, facts = facts_of(structure, dynamic=True)
     for start, end, mode in ((0, 1, "hide"), (2, 4, "hide"), (0, 4, "freeze")):
         assert worst(facts, model, tg.DropSite(TASK, start, end, 0.5, mode=mode), exact=True) < 1e-10
+
+
+class OtherAtTheEnd(s.FirstToAll):
+    """Behind the last layer something is added in another way than behind those before it."""
+
+    def each(self, number: int, layer: nn.Module, x: Tensor, hidden: Tensor | None) -> Tensor:
+        last = number == len(self.layers) - 1
+        return layer(x, hidden) + self.first.tanh() if last else super().each(number, layer, x, hidden)
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_is_added_behind_every_layer_is_its_end_also_of_the_second_of_two(layers: int) -> None:
+    """With two layers, what is added is the state before the first: the last block ended in front of the addition."""
+    model = m.model(layers=layers, cls=s.FirstToAll)
+    facts = tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))
+    assert worst(facts, model, tg.DropSite(TASK, layers - 1, layers, mode="freeze")) < 1e-10
+
+
+def test_a_last_layer_behind_which_other_things_are_added_is_refused() -> None:
+    """It may end before the addition, or behind it."""
+    model = m.model(layers=2, cls=OtherAtTheEnd)
+    with pytest.raises(tg.AnalysisError, match="the last layer adds to the stream in another way"):
+        tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))

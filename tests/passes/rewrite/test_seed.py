@@ -361,6 +361,14 @@ def test_hide_inside_freeze_is_refused() -> None:
         captured().seeded(site(0, 2, mode="freeze"), site(1, 2, 0.25))
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.25, 0.75])
+def test_for_good_inside_a_span_that_comes_back_is_refused(keep: float) -> None:
+    """The span around may have taken the demanded rows that must stay: it ended in a negative number of rows."""
+    with pytest.raises(PlanError, match="does not restore, and lies in a site"):
+        captured().rewritten(site(0, 2, keep), site(1, None, 0.5, restore=False))
+    captured().rewritten(site(0, 2, 1.0), site(1, None, 0.5, restore=False))  # the one around drops nothing
+
+
 def test_rows_cannot_go_for_good_where_all_are_demanded() -> None:
     found = captured(outputs="full")
     with pytest.raises(PlanError, match="every row of its outputs is demanded") as caught:
