@@ -105,8 +105,8 @@ def _made(
     if target is aten.addmm.default:
         return _as_linear(emit, node, operands, new)
     if target in _PRODUCTS and _as_einsum(node, operands):
-        target, args = aten.einsum.default, (_product_equation(node), list(node.args[:2]))
-        return _einsum(emit, node, *args, operands, new)
+        factors = [x for x in node.args[:2] if isinstance(x, fx.Node)]  # one value may be both
+        return _einsum(emit, node, _product_equation(node), factors, operands, new)
     if target is aten.einsum.default:
         return _einsum(emit, node, argument(node, "equation"), argument(node, "tensors"), operands, new)
     target = aten.matmul.default if target in _PRODUCTS else target

@@ -162,10 +162,10 @@ class _Order:
         x = first_input(node) if index is not None else node
         if index not in self._natural or x in self._natural:
             return None
-        times = self._divided(index)  # type: ignore[arg-type]
+        times = self._divided(index)
         if times is not None and same_size(dims(x)[0] * times, self._size):
             return x if times == 1 else self._emit.call(aten.repeat_interleave.self_int, x, times, 0, origin=node)
-        return self._emit.call(aten.index.Tensor, x, [self._natural[index]], origin=node)  # type: ignore[index]
+        return self._emit.call(aten.index.Tensor, x, [self._natural[index]], origin=node)
 
     def _grouped(self, node: fx.Node) -> fx.Node | None:
         """A product of sorted rows, the groups one after the other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -55,8 +55,9 @@ def _mask(node: fx.Node, x: fx.Node) -> fx.Node | None:
     indices = [i for i in argument(node, "indices") if i is not None]
     (mask,) = indices if len(indices) == 1 and argument(node, "indices")[0] is not None else (None,)
     val = tensor(mask)
-    boolean = val is not None and val.dtype is torch.bool and val.shape == x.meta["val"].shape[: val.dim()]
-    return mask if boolean and rank(mask) < rank(x) else None
+    if mask is None or val is None or val.dtype is not torch.bool or val.shape != x.meta["val"].shape[: val.dim()]:
+        return None
+    return mask if rank(mask) < rank(x) else None
 
 
 def _whole(emit: Emitter, node: fx.Node, x: fx.Node, mask: fx.Node) -> fx.Node | None:
@@ -91,7 +92,13 @@ def _scattered(emit: Emitter, y: fx.Node, x: fx.Node, mask: fx.Node) -> fx.Node 
     count = emit.call(aten.sum.default, mask, origin=mask)
     right = emit.call(aten.eq.Scalar, count, emit.size(y, 0), origin=mask)
     place = where(mask)
-    said = ("the mask does not choose as many rows as are put there", place.source or "", place.module or "", [], [])
+    said: tuple[Any, ...] = (
+        "the mask does not choose as many rows as are put there",
+        place.source or "",
+        place.module or "",
+        [],
+        [],
+    )
     emit.call(torch.ops.tokgraph.check.default, right, *said, origin=mask)
     return emit.call(aten.masked_scatter.default, zeros, _laid_out(emit, mask, rank(x)), y, origin=y)
 
