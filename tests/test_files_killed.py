@@ -74,6 +74,18 @@ def test_what_is_being_written_is_not_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out", "out.json", "out/fast", "out/slow"]
 
 
+def test_a_directory_in_a_directory(tmp_path: Path) -> None:
+    """What writes into a folder may itself write whole or not at all."""
+    target = tmp_path / "out"
+    for _ in range(2):
+        with new_directory(target) as place:
+            for inner in (place, place / "more"):
+                with new_directory(inner) as deeper:
+                    write_atomically(deeper / "a", "1")
+            write_atomically(place / "b", "2")
+    assert names(tmp_path) == ["out", "out/a", "out/b", "out/more", "out/more/a"]
+
+
 def write_many(target: Path, text: str, times: int) -> None:
     for _ in range(times):
         with new_directory(target) as place:

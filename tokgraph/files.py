@@ -101,8 +101,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield temporary
         for file in (temporary, *temporary.rglob("*")):  # some libraries write files for the user's eyes only
             file.chmod(0o755 if file.is_dir() else 0o644)
-        with _locked(path.parent):
-            _move(temporary, path)
+        _move(temporary, path)
 
 
 @contextmanager
@@ -138,13 +137,18 @@ def _made(path: Path) -> Iterator[Path]:
 
 
 def _move(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.replace(path)
-        return
-    for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-        target = path / file.relative_to(temporary)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
+    try:
+        if not path.exists():
+            temporary.replace(path)
+            return
+    except OSError:
+        if not path.is_dir():  # it is there by now
+            raise
+    with _locked(path):
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            target = path / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
 
 
 def _sweep(path: Path) -> None:
@@ -158,7 +162,7 @@ def _sweep(path: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a directory; the system takes it from a process that ends, however it ends.
+    """Hold the lock of a file or directory; the system takes it from a process that ends, however it ends.
 
     Raises:
         BlockingIOError: another holds it, and ``wait`` is false.
