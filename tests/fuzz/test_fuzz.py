@@ -16,7 +16,7 @@ from tests.fuzz.shrink import alone, shrunk
 
 QUICK = (1,)
 """Seeds of the default run."""
-SEEDS = [seed for seed in range(20) if seed not in QUICK]
+SEEDS = [seed for seed in range(8) if seed not in QUICK]
 """Those of the slow one."""
 
 
@@ -29,7 +29,7 @@ def test_what_is_accepted_is_right(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("bug", list(PLANTED)[:5])  # the others take more decoders: docs/fuzz.md
 @pytest.mark.filterwarnings("ignore")
 def test_a_planted_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTED[bug](monkeypatch)

@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import CheckpointFunction
 
 from tokgraph.errors import BatchError, CaptureError, SpecError, TokgraphError, Where
 
@@ -219,6 +218,8 @@ def without_checkpoints(where: Callable[[], bool] = lambda: True) -> Iterator[No
     Args:
         where: whether one that is met is left out; others stay.
     """
+    from torch.utils.checkpoint import CheckpointFunction  # imports torch._dynamo, which takes a second
+
     apply = CheckpointFunction.apply
 
     def run(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
