@@ -93,7 +93,9 @@ class IndexBuilder:
         """
         demanded = self._masks.demanded
         before = self._call(torch.ops.aten.slice.Tensor, demanded, 1, 0, -1)
-        before = self._call(torch.ops.aten.constant_pad_nd.default, before, [0, 1], False)
+        last = self._call(torch.ops.aten.slice.Tensor, demanded, 1, -1, 2**63 - 1)
+        none = self._call(torch.ops.aten.zeros_like.default, last)  # a pad would fix sizes that are open
+        before = self._call(torch.ops.aten.cat.default, [before, none], 1)
         mask = self._emit.chain(before, chosen)
         wanted = self._emit.size(mask, 1)
         return self._call(tokgraph.rows.default, mask, self._emit.add(wanted, -1, self.entry), False)

@@ -286,7 +286,7 @@ class Precomputed:
         """
         if all(name in inputs for name in self.names):
             return dict(inputs)
-        return {**inputs, **self._computed(inputs)}
+        return {**inputs, **torch.compiler.disable(self._computed)(inputs)}
 
     def aside(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """As :meth:`complete`, without gradients, and with the model's buffers left as they are."""
@@ -299,7 +299,6 @@ class Precomputed:
                 with torch.no_grad():
                     x.copy_(was)
 
-    @torch.compiler.disable
     def _computed(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         mine = {key: x for key, x in inputs.items() if key not in self.names}
         try:
