@@ -100,7 +100,9 @@ def _scattered(emit: Emitter, y: fx.Node, x: fx.Node, mask: fx.Node) -> fx.Node 
         [],
     )
     emit.call(torch.ops.tokgraph.check.default, right, *said, origin=mask)
-    return emit.call(aten.masked_scatter.default, zeros, _laid_out(emit, mask, rank(x)), y, origin=y)
+    sizes = [emit.size(x, axis) for axis in range(rank(x))]
+    everywhere = emit.call(aten.expand.default, _laid_out(emit, mask, rank(x)), sizes, origin=mask)
+    return emit.call(aten.masked_scatter.default, zeros, everywhere, y, origin=y)
 
 
 def _laid_out(emit: Emitter, mask: fx.Node, ndim: int) -> fx.Node:

@@ -60,7 +60,7 @@ def test_training_steps_of_the_examples(example: str, task: str, policy: str, tm
 
 @pytest.mark.slow
 def test_two_graphs_of_ten_million_parameters_take_no_more_disk_than_their_weights(tmp_path: Path) -> None:
-    spec = tg.load(EXAMPLES / "digits.py", layers=2, hidden=672, heads=8, batch=2)
+    spec = tg.load(EXAMPLES / "digits.py", layers=3, hidden=560, heads=8, batch=2)
     raw = sum(x.numel() * x.element_size() for x in spec.model.state_dict().values())
     assert sum(p.numel() for p in spec.model.parameters()) > 10e6
     program = tg.capture(spec)
