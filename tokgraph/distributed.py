@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard as shard
 
 from .blockwise import Blockwise
 from .errors import FileError
-from .files import write_atomically
+from .files import parse_json, read_text, write_atomically
 
 _MANIFEST = "checkpoint.json"
 
@@ -152,7 +152,7 @@ def _described(folder: Path) -> Mapping[str, Any]:
         FileError: it is none, or a file of it is missing or was cut short.
     """
     try:
-        described = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        described = parse_json(read_text(folder / _MANIFEST))
         files: dict[str, int] = described["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, axis_argument, dims, rank, same_size, tensor, tensor_inputs
+from tokgraph.ir.node import argument, axis_argument, dims, rank, same_size, same_sizes, tensor, tensor_inputs
 
 from ..contract import GraphPass
 from ..emitter import Emitter
@@ -136,7 +136,7 @@ class _Order:
         if into in self._natural or x not in self._natural or rank(index) != 1 or not self._fills(x):
             return None
         rows, times = self._natural[x], self._divided(index)
-        if times is None or rank(rows) != rank(into) or not _same(dims(rows)[1:], dims(into)[1:]):
+        if times is None or rank(rows) != rank(into) or not same_sizes(dims(rows)[1:], dims(into)[1:]):
             return None
         if not same_size(dims(into)[0] * times, self._size):
             return None
@@ -234,7 +234,3 @@ def _behind_copies(node: fx.Node) -> fx.Node:
     while traits(node.target).copies:
         node = first_input(node)
     return node
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, rank, tensor, tensor_inputs, where
+from tokgraph.ir.node import argument, dims, rank, same_sizes, tensor, tensor_inputs, where
 
 from ..contract import GraphPass
 from ..emitter import Emitter
@@ -55,7 +55,7 @@ def _mask(node: fx.Node, x: fx.Node) -> fx.Node | None:
     indices = [i for i in argument(node, "indices") if i is not None]
     (mask,) = indices if len(indices) == 1 and argument(node, "indices")[0] is not None else (None,)
     val = tensor(mask)
-    if mask is None or val is None or val.dtype is not torch.bool or val.shape != x.meta["val"].shape[: val.dim()]:
+    if mask is None or val is None or val.dtype is not torch.bool or not same_sizes(dims(mask), dims(x)[: val.dim()]):
         return None
     return mask if rank(mask) < rank(x) else None
 
@@ -64,7 +64,7 @@ def _whole(emit: Emitter, node: fx.Node, x: fx.Node, mask: fx.Node) -> fx.Node |
     """A value of chosen rows, computed for all of them; ``None`` where it reads none of ``x``, or is not elementwise."""
     if node.target is aten.index.Tensor and _mask(node, first_input(node)) is mask:
         source = first_input(node)
-        return source if source.meta["val"].shape == x.meta["val"].shape else None
+        return source if same_sizes(dims(source), dims(x)) else None
     elementwise = node.op == "call_function" and traits(node.target).broadcasts and not _draws(node)
     if not elementwise or tensor(node) is None or rank(node) != rank(x) - rank(mask) + 1:
         return None
@@ -86,7 +86,7 @@ def _draws(node: fx.Node) -> bool:
 
 def _scattered(emit: Emitter, y: fx.Node, x: fx.Node, mask: fx.Node) -> fx.Node | None:
     """Rows of another value at the places of the mask, as many as there are: that is checked on every batch."""
-    if tuple(y.meta["val"].shape[1:]) != tuple(x.meta["val"].shape[rank(mask) :]):
+    if not same_sizes(dims(y)[1:], dims(x)[rank(mask) :]):
         return None
     zeros = emit.call(aten.zeros_like.default, x, dtype=y.meta["val"].dtype, origin=y)
     count = emit.call(aten.sum.default, mask, origin=mask)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from tokgraph.ir.node import argument, is_write, rank, tensor, value
+from tokgraph.ir.node import argument, is_write, rank, same_sizes, sizes_of, tensor, value
 
 from ..emitter import is_check, is_selection, selection
 from ..rules import axis_map, traits
@@ -227,9 +227,8 @@ def commute(node: fx.Node, along: Along, one_sample: bool = False) -> list[tuple
 
 def _alike(node: fx.Node) -> bool:
     """Whether the results of an operator with several have one shape, so that its rule speaks of all of them."""
-    results = [x for x in value(node) if isinstance(x, torch.Tensor)]
-    first = results[0].shape
-    return all(x.dim() == len(first) and all(map(operator.eq, x.shape, first)) for x in results)
+    first, *others = [sizes_of(x) for x in value(node) if isinstance(x, torch.Tensor)]
+    return all(same_sizes(sizes, first) for sizes in others)
 
 
 def _without_rule(node: fx.Node) -> Declined:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -41,7 +41,12 @@ def dims(node: fx.Node) -> tuple[Dim, ...]:
     val = tensor(node)
     if val is None:
         raise InternalError(f"node {node.name} ({node.target}) has no tensor value")
-    return tuple(d.node.expr if isinstance(d, torch.SymInt) else d for d in val.shape)
+    return sizes_of(val)
+
+
+def sizes_of(x: torch.Tensor) -> tuple[Dim, ...]:
+    """A fake tensor's shape, in numbers and expressions: these can be compared without a guard on what is open."""
+    return tuple(d.node.expr if isinstance(d, torch.SymInt) else d for d in x.shape)
 
 
 def rank(node: fx.Node) -> int:
@@ -57,6 +62,11 @@ def same_size(a: Dim, b: Dim) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return bool(a == b) or bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
+
+
+def same_sizes(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+    """Whether two shapes are known to be equal; to compare those of fake tensors would fix sizes that are open."""
+    return len(a) == len(b) and all(map(same_size, a, b))
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
