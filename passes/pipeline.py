@@ -118,7 +118,7 @@ class Pipeline:
         return iter(mine[: ends[-1]] if ends else mine)
 
     def _step(self, function: Pass, graph: TaskGraph, facts: TaskFacts | None) -> TaskGraph:
-        before = _operators(graph.graph)
+        before = _operators(graph.graph) if self.observer is not None else Counter()
         start = time.perf_counter()
         # Nobody calls what lies between passes, unless someone looks at it; code of a deep graph takes long to write.
         result = run_pass(function, graph.graph_module, facts, recompile=self.observer is not None)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import is_write
@@ -17,6 +16,7 @@ from tokgraph.ir.values import Values
 
 from ..contract import GraphPass
 from ..emitter import Emitter, is_check, is_selection, remove_dead_code, selection
+from ..order import sort_nodes
 from ..rules import traits
 from .wants import Along, Chain, Selections, Want, selections, through_restore, through_selection
 
@@ -46,9 +46,9 @@ class PushDown(GraphPass):
             return
         rebuild = _Rebuild(graph, found, self.name)
         rebuild.run()
-        stable_topological_sort(graph_module)
-        remove_dead_code(graph_module.graph)
-        _refresh(graph_module.graph)
+        sort_nodes(graph)
+        remove_dead_code(graph)
+        _refresh(graph)
 
 
 def _refresh(graph: fx.Graph) -> None:

@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 from torch import fx
-from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.blocks import Attention, Block
@@ -23,6 +22,7 @@ from tokgraph.ir.plan import DropSite
 from ..analysis.attentions import weights_of
 from ..contract import GraphPass, Numerics
 from ..emitter import RESIDUAL, Emitter, remove_dead_code
+from ..order import sort_nodes
 from ..rules import traits
 from ..rules.registry import is_one
 from .index import IndexBuilder, check_disjoint_or_nested
@@ -130,8 +130,8 @@ class SeedSites(GraphPass):
         spaces = tuple(space for space in spaces if not space.site.restore)
         seed_outputs(graph_module, emit, build, facts, streams, spaces, self.exact)
         pass_through_checks(emit, graph, checks)
-        stable_topological_sort(graph_module)  # a choice of rows may stand after nodes that now read it
-        remove_dead_code(graph_module.graph)
+        sort_nodes(graph)  # a choice of rows may stand after nodes that now read it
+        remove_dead_code(graph)
 
     def _unread(self, facts: TaskFacts, build: IndexBuilder, emit: Emitter, nodes: dict[str, fx.Node]) -> list[Check]:
         """What must hold in each batch so that no rows are read that a site without restore drops."""

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.fx.passes.tools_common import stable_topological_sort
 
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import tensor
 
 from ..contract import GraphPass
 from ..emitter import VISUAL_ROWS, Emitter, is_selection, remove_dead_code
+from ..order import sort_nodes
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -64,8 +64,8 @@ class UniformRows(GraphPass):
             at = _INDEX_AT.get(node.target)
             if at is not None and (index := one.of(node.args[at])) is not None:
                 node.update_arg(at, index)
-        stable_topological_sort(graph_module)
-        remove_dead_code(graph_module.graph)
+        sort_nodes(graph)
+        remove_dead_code(graph)
 
 
 @dataclass
