@@ -56,7 +56,17 @@ def ids(path: Path) -> str:
     return path.name
 
 
-COSTLY = {"README.md", "CONTRIBUTING.md", "calls.md", "compile.md", "concepts.md", "facts.md", "onnx.md", "policies.md"}
+COSTLY = {
+    "README.md",
+    "CONTRIBUTING.md",
+    "calls.md",
+    "compile.md",
+    "concepts.md",
+    "facts.md",
+    "onnx.md",
+    "policies.md",
+    "training.md",
+}
 PROGRAMS = [
     pytest.param(path, marks=pytest.mark.slow) if path.name in COSTLY else path
     for path in DOCUMENTS

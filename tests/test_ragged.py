@@ -127,12 +127,14 @@ def planned(model: Captured, sites: list[DropSite], exact: bool = True) -> tg.Pl
     return check_plan(tg.Plan(tuple(sites), exact), model.facts)
 
 
-@pytest.mark.parametrize(("rule", "exact"), [("pad", True), pytest.param("min", False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", SITES)
-def test_the_oracle_agrees(ragged: Captured, case: str, exact: bool, rule: Ragged) -> None:
-    sites = [replace(s, ragged=rule) for s in SITES[case]]
-    accelerated = ragged.apply(planned(ragged, sites, exact))
-    tg.verify(ragged.program, accelerated).raise_if_failed()
+def test_the_oracle_agrees(ragged: Captured, case: str) -> None:
+    """Pads on top of the exact pass; the rule that drops as many of each sample without it, where there is most to go wrong."""
+    rules: list[tuple[Ragged, bool]] = [("pad", True), *([("min", False)] if case in ("for good", "nested") else [])]
+    for rule, exact in rules:
+        sites = [replace(s, ragged=rule) for s in SITES[case]]
+        accelerated = ragged.apply(planned(ragged, sites, exact))
+        tg.verify(ragged.program, accelerated).raise_if_failed()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Training steps of the two examples under four policies: gradients as autograd's, and weights stored once at size."""
+"""Training steps of the two examples under three policies: gradients as autograd's, and weights stored once at size."""
 
 from __future__ import annotations
 
@@ -29,11 +29,9 @@ def captured(example: str) -> Captured:
 @pytest.mark.parametrize(
     ("example", "task", "policy"),
     [
-        ("digits", "generation", "none"),
         ("digits", "understanding", "exact"),
         ("digits", "generation", "himix-hmgen-share-partial"),
         ("janus", "understanding", "himix-hmgen-share-partial"),
-        ("janus", "understanding", "none"),
         ("janus", "generation", "shared"),
     ],
 )

@@ -192,7 +192,7 @@ def test_the_oracle_agrees_on_chameleon() -> None:
         model = zoo.chameleon()
     captured = Captured.of(tg.ModelSpec(model.model, {name: task_of(task) for name, task in model.tasks.items()}))
     assert len(captured.facts[U].blocks) == 4
-    for name in policies():
+    for name in ("dart", "himix-hmgen-share-partial", "pyramiddrop", "random-ltd", "task-specific"):
         verify(captured, policy(name).plan(captured.facts))
 
 
