@@ -27,6 +27,7 @@ from .buffers import rebound_buffers
 from .check import Run, Runner, compare, copied
 from .failures import does_not_run
 from .fields import Fields, recorded_fields
+from .flex import flex_with_gradients
 from .precompute import precomputing
 from .reads import Reads, is_setting, recorded_reads
 from .state import Change, RandomState, State
@@ -313,7 +314,11 @@ class _Eager:
 def _call(model: nn.Module, task: Task, autocast: Autocast | None, /, **inputs: Any) -> Any:
     """A run of a task's forward."""
     region = nullcontext() if autocast is None else torch.autocast(autocast.device, autocast.dtype)
-    with rebound_buffers(model), region:  # casts of parameters are shared, as they are for the user
+    with (
+        rebound_buffers(model),
+        region,
+        flex_with_gradients(model_device(model).type),
+    ):  # casts of parameters are shared
         return task.forward(model, **copied(inputs))
 
 

@@ -44,6 +44,7 @@ from .devices import check_devices
 from .dispatch import RowsInOrder
 from .eager import held_against_eager
 from .failures import not_traceable
+from .flex import flex_traced
 from .grad_mode import keep_grad_modes, noted_modes
 from .masked_rows import MaskedRows
 from .normalize import (
@@ -272,7 +273,7 @@ def _export_once(
         _quiet_torch(),
     ):  # which records gradients
         warnings.simplefilter("ignore")
-        with keeping_checks(), CastsInside(model_device(wrapper.model).type):
+        with keeping_checks(), CastsInside(model_device(wrapper.model).type), flex_traced():
             exported = torch.export.export(wrapper, (inputs,), strict=False, dynamic_shapes=shapes)
         keep_grad_modes(exported)
         _rename_tensors(exported, target_of)

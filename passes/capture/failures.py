@@ -46,6 +46,8 @@ _BY_MESSAGE: Mapping[str, str] = {
     "PyTorch does: copy before the forward; make the kernel an operator with torch.library.custom_op",
     r"UnsupportedOperator|NotImplementedError": "torch.export has no rule for this operator (nested, sparse and quantized "
     "tensors have few): use another, or make it one of your own with torch.library.custom_op",
+    r"Unsupported input type .*BlockMask": "give the task what the mask of flex attention is made of, and let the "
+    "forward make it (create_block_mask): it is then one of every batch",
     r"SymIntArrayRef": "this operator takes no sizes that are symbols: leave out dynamic= for this task, or write the line "
     "with another operator",
     r"recursion": "the forward calls itself without an end on the values that torch.export traces with",

@@ -24,6 +24,8 @@ import tokgraph as tg
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 GROUPED = ("grouped_mm", "_grouped_mm")  # products of experts, which PyTorch has for no float64
+FLEX = "flex_attention"
+"""The name of an attention that has no gradient on a CPU."""
 FLOOR = 1e-6  # of the largest gradient: those of key biases are zero but for rounding
 
 
@@ -162,6 +164,8 @@ def run(
         drops: what goes; spans do not overlap.
     """
     model = copy.deepcopy(model).double()
+    if any(getattr(getattr(part, "config", None), "_attn_implementation", "") == FLEX for part in model.modules()):
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
     inputs = {k: x.double() if isinstance(x, Tensor) and x.dtype in NARROW else x for k, x in inputs.items()}
     wide = _Wide()
     for drop in drops:

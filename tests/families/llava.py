@@ -259,6 +259,12 @@ FAMILIES = [
         partial(llava, "eager"),
         ("attention as products and a softmax",),
     ),
+    Family(
+        "LLaVA, flex attention",
+        f"Llava{CONDITIONAL}",
+        partial(llava, "flex_attention"),
+        ("the eager model runs in `sdpa`: on a CPU flex attention has no gradient",),
+    ),
     Family("LLaVA, bfloat16", f"Llava{CONDITIONAL}", partial(llava, dtype=torch.bfloat16), ("parameters in bfloat16",)),
     Family("LLaVA, train mode", f"Llava{CONDITIONAL}", partial(llava, train=True), ("`model.train()`",)),
     Family(
