@@ -21,10 +21,11 @@ from .attentions import TokenMix, as_attention, attentions, token_mixes
 from .axes import AxisClasses
 from .between import Part, belong_after, named_by, parameters, read_tensors
 from .cuts import layer_modules, pointwise, within
+from .flow import computed_from
 from .projections import find_projections, projection_weights
 from .states import Layers
 from .stream import Segment, common_module
-from .units import computed_from, grown, list_of, parts_of_one_layer
+from .units import grown, list_of, parts_of_one_layer
 
 aten = torch.ops.aten
 _PLACING = ("order", "layout")  # what puts rows somewhere makes no layer: image features that come in again

@@ -26,7 +26,8 @@ from tokgraph.ir.tensors import tensor_name
 from ..rules import traits
 from ..rules.registry import Axis, is_tagged_pointwise
 from .axes import AxisClasses
-from .units import Unit, Units, computed_from, reads_values
+from .flow import computed_from, reads_values
+from .units import Unit, Units
 
 aten = torch.ops.aten
 State = tuple[fx.Node, ...]

@@ -17,7 +17,8 @@ from ..rules import traits
 from ..rules.registry import Axis
 from .axes import AxisClasses
 from .cuts import within
-from .units import computed_from, list_of
+from .flow import computed_from
+from .units import list_of
 
 
 @dataclass(frozen=True)

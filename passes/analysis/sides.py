@@ -20,7 +20,7 @@ from ..rules.registry import Axis
 from .axes import AxisClasses
 from .cuts import within
 from .doubts import item_of
-from .units import reads_values
+from .flow import reads_values
 
 aten = torch.ops.aten
 _MEANS = (aten.mean.dim, aten.mean.default)

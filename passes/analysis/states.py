@@ -17,8 +17,9 @@ from tokgraph.ir.node import module_path
 from ..rules.registry import Axis
 from .axes import AxisClasses
 from .cuts import State, Trunk, between, boundary, earlier, find_trunk, layer_modules, pointwise, regions, within
+from .flow import computed_from, reads_values
 from .likeness import alike, pairs
-from .units import Unit, Units, computed_from, reads_values
+from .units import Unit, Units
 
 
 @dataclass(frozen=True)

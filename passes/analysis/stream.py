@@ -73,7 +73,7 @@ def _stream(graph: TaskGraph) -> list[fx.Node]:
     tokens without float inputs are tried as well, and, where neither shows a stream with attention, each kind of content
     for itself; but not what carries images, from which the stream of an image encoder could be longer.
     """
-    embedded, floats = _content_roots(graph.graph)
+    embedded, floats = content_roots(graph.graph)
     together = [_longest_chain(_cut_points(graph, roots)) for roots in (embedded + floats, embedded)]
     best = together[0] if together[0] == together[1] else max(together, key=_attentions)
     if _attends(best):
@@ -110,7 +110,7 @@ def _attends(chain: list[fx.Node]) -> bool:
     return any(True for _ in _mixes_of_attention(chain))
 
 
-def _content_roots(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
+def content_roots(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
     """Values in which token content becomes float: embeddings of inputs; and float inputs."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     from_inputs = descendants(placeholders)

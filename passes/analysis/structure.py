@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -19,11 +20,12 @@ from .blocks import blocks_of, check_layout, find_blocks, find_unplaced, token_a
 from .cuts import pointwise, within
 from .demand import find_demand, find_windows
 from .doubts import Doubt, find_doubt
+from .flow import computed_from
 from .prompt import find_prompt
 from .sides import with_sides
 from .states import Unfound, find_layers
 from .stream import residual_segments
-from .units import computed_from, find_units
+from .units import attending, find_units, joined_text
 from .visual import find_visual, visual_mask
 
 
@@ -166,9 +168,31 @@ def _chain(graph: TaskGraph, classes: AxisClasses) -> _Structure:
     segments = residual_segments(graph)
     tokens = token_axis(graph, segments, classes)
     blocks, between = find_blocks(segments, classes, tokens)
+    _check_tokens(graph, blocks, classes, tokens)
     entry = by_name(graph.graph)[blocks[0].start]
     unplaced = find_unplaced(graph.graph, blocks, classes, tokens)
     return _Structure((entry, tokens[1]), blocks, find_visual(graph, entry, classes), unplaced, between)
+
+
+def _check_tokens(graph: TaskGraph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> None:
+    """Check that a chain is no tower in front of a decoder, nor a head behind it, where no input says whose tokens count.
+
+    Raises:
+        AnalysisError: its rows are not those of which some are text.
+    """
+    if graph.task.visual is None or graph.task.visual.input is None:
+        joined = joined_text(graph, classes, attending(graph))
+        if joined and not any(classes.same(tokens, axis) for axis in joined):
+            raise AnalysisError(
+                f"task {graph.name!r}: the residual stream that was found, of {blocks[0].module or tokens[0].name}, is not "
+                f"that of the tokens that text and other content make, which begins at {_begins(joined[0][0])}",
+                where=where(tokens[0]),
+                help="say where the visual tokens are with visual=tg.VisualTokens.ids(...) or .mask(...), which name an input",
+            )
+
+
+def _begins(node: fx.Node) -> str:
+    return " in ".join(filter(None, (node.name, module_path(node))))
 
 
 def _cut(graph: TaskGraph, classes: AxisClasses) -> _Structure | Unfound | None:

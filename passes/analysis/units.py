@@ -7,7 +7,7 @@ cross-attention).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,10 +17,12 @@ from torch import fx
 from tokgraph.ir.node import ancestors, argument, axis_argument, descendants, module_path, rank, tensor, tensor_inputs
 from tokgraph.ir.program import TaskGraph
 
-from ..rules import axis_map, traits
+from ..rules import axis_map
 from ..rules.registry import Axis
 from .attentions import weighted_sum
 from .axes import AxisClasses
+from .flow import reads_values
+from .meeting import meetings
 from .projections import projection_weights
 
 aten = torch.ops.aten
@@ -70,20 +72,9 @@ class Units:
     aside: fx.Node | None = None
 
 
-def reads_values(user: fx.Node) -> bool:
-    """Whether a node that reads a value computes a tensor from it, and not from its shape alone."""
-    return tensor(user) is not None and not traits(user.target).shape_only
-
-
-def computed_from(nodes: Iterable[fx.Node], until: fx.Node | None = None) -> set[fx.Node]:
-    """The given nodes and every tensor computed from their values, as far as it stands at or before ``until``."""
-    return descendants(nodes, until, reads_values)
-
-
 def find_units(graph: TaskGraph, classes: AxisClasses) -> Units | None:
     """The units of the decoder that visual tokens go through, ``None`` where no attention reads their rows."""
-    live = ancestors([graph.graph.output_node()])
-    looking = [found for node in graph.graph.nodes if node in live and (found := _looking(node)) is not None]
+    looking = attending(graph)
     family = _family(graph, classes, looking)
     mine = [at for at in looking if any(classes.same(at.queries, axis) for axis in family)]
     if not mine:
@@ -104,6 +95,12 @@ def find_units(graph: TaskGraph, classes: AxisClasses) -> Units | None:
     return Units(tokens, tuple(units), aside)
 
 
+def attending(graph: TaskGraph) -> list[Looking]:
+    """What the attentions of a graph look from and at."""
+    live = ancestors([graph.graph.output_node()])
+    return [found for node in graph.graph.nodes if node in live and (found := _looking(node)) is not None]
+
+
 def _looking(node: fx.Node) -> Looking | None:
     """What an attention looks from and at."""
     described = axis_map(node) if tensor(node) is not None else None
@@ -121,14 +118,18 @@ def _looking(node: fx.Node) -> Looking | None:
 def _family(graph: TaskGraph, classes: AxisClasses, looking: Sequence[Looking]) -> list[Axis]:
     """Axes that index the visual tokens: of the input that says where they are, and what is joined to or cut from them.
 
-    Where no input says it, the tokens are those of the first attention of tokens to tokens that the visual inputs and others
-    reach; where no input is visual, those of most attentions.
+    Where no input says it, they are those that are made of text and other content joined, and attend to one another. Where
+    nothing is joined, they are those of the first attention of tokens to tokens that the visual inputs and others reach; where
+    no input is visual, those of most attentions.
     """
     visual = graph.task.visual
     sources = graph.input_nodes().get(visual.input or "", []) if visual is not None else []
     if len(sources) == 1 and tensor(sources[0]) is not None and rank(sources[0]) == 2:
         return grown(graph.graph, classes, (sources[0], 1))
     inner = [at for at in looking if classes.same(at.queries, at.keys)]
+    joined = joined_text(graph, classes, inner)
+    if joined:
+        return joined
     if graph.task.visual_inputs:
         wanted = set(graph.task.visual_inputs)
         inputs = graph.input_nodes().items()
@@ -141,6 +142,15 @@ def _family(graph: TaskGraph, classes: AxisClasses, looking: Sequence[Looking]) 
         return []
     first = max(inner, key=lambda at: sum(classes.same(at.queries, other.queries) for other in inner))
     return grown(graph.graph, classes, first.queries)
+
+
+def joined_text(graph: TaskGraph, classes: AxisClasses, looking: Sequence[Looking]) -> list[Axis]:
+    """The axes of tokens of which some are text, the first that attend to one another; none where no such tokens do."""
+    for axis in meetings(graph.graph):
+        found = grown(graph.graph, classes, axis)
+        if any(classes.same(at.queries, at.keys) and classes.same(at.queries, a) for at in looking for a in found):
+            return found
+    return []
 
 
 def grown(graph: fx.Graph, classes: AxisClasses, axis: Axis) -> list[Axis]:

@@ -27,7 +27,7 @@ from tokgraph.ir.node import (
 
 from ..analysis.attentions import token_mixes
 from ..analysis.axes import AxisClasses
-from ..analysis.units import computed_from
+from ..analysis.flow import computed_from
 from ..rules import axis_map, has_rule, traits
 from ..rules.registry import Axis, is_one
 

@@ -16,10 +16,11 @@ from tests.field.decoder import HIDDEN, TASK
 from tokgraph.errors import AnalysisError
 from tokgraph.ir.node import module_path
 from tokgraph.passes.analysis.axes import AxisClasses
+from tokgraph.passes.analysis.flow import computed_from
 from tokgraph.passes.analysis.likeness import alike
 from tokgraph.passes.analysis.states import Layers, Unfound, find_layers
 from tokgraph.passes.analysis.structure import task_facts
-from tokgraph.passes.analysis.units import computed_from, find_units
+from tokgraph.passes.analysis.units import find_units
 
 
 def graph_of(model: nn.Module, forward: Callable[..., Tensor] = s.loss, inputs: dict[str, Tensor] | None = None):
