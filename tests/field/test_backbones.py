@@ -135,7 +135,7 @@ DESIGNS: dict[str, tuple[type[Seeing], Callable[[], nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("inferred", [False, True], ids=["positions", "visual inputs"])
+@pytest.mark.parametrize("inferred", [False, pytest.param(True, marks=SLOW)], ids=["positions", "visual inputs"])
 @pytest.mark.parametrize(
     "name", [n if n == "a deep tower, norms behind sums" else pytest.param(n, marks=SLOW) for n in DESIGNS]
 )
