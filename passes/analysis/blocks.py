@@ -56,16 +56,16 @@ def check_layout(graph: TaskGraph, node: fx.Node, classes: AxisClasses, tokens: 
     """Check that a value of the state is laid out as dropping needs it.
 
     Raises:
-        AnalysisError: it is not ``[batch, tokens, hidden]``.
+        AnalysisError: it is not ``[batch, tokens, ...]``.
     """
     _check_layout(graph, node, next(iter(classes.of(node, tokens)), -1))
 
 
 def _check_layout(graph: TaskGraph, node: fx.Node, axis: int) -> None:
-    if rank(node) != 3 or axis != 1:
+    if rank(node) < 3 or axis != 1:
         raise AnalysisError(
             f"task {graph.name!r}: the residual stream has shape {tuple(tensor(node).shape)} with its tokens on axis "  # type: ignore[union-attr]
-            f"{axis}; tokgraph needs [batch, tokens, hidden]",
+            f"{axis}; tokgraph needs [batch, tokens, ...]",
             where=where(node),
         )
 

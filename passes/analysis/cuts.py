@@ -68,7 +68,7 @@ def find_trunk(graph: fx.Graph, units: Units, classes: AxisClasses) -> Trunk:
     }  # what may bypass the last unit, through element-wise operators
     joins = []
     for node in graph.nodes:
-        if node in below and node not in past and pointwise(node):
+        if node in below and node not in past and (pointwise(node) or node.target is aten.permute.default):
             bypassing = [x for x in node.all_input_nodes if x in past]
             if node not in after:
                 past |= {node} if bypassing else set()
@@ -226,9 +226,9 @@ def _cut(
 
 
 def _carries(node: fx.Node, classes: AxisClasses, tokens: Axis) -> bool:
-    """Whether a value can be part of a state: one float tensor with one token axis."""
+    """Whether a value can be part of a state: one float tensor, ``[batch, tokens, ...]``."""
     val = value(node)
-    return isinstance(val, torch.Tensor) and val.is_floating_point() and len(classes.of(node, tokens)) == 1
+    return isinstance(val, torch.Tensor) and val.is_floating_point() and classes.of(node, tokens) == (1,)
 
 
 def layer_modules(a: Unit, b: Unit) -> tuple[str, str]:

@@ -35,6 +35,7 @@ from ..contract import GraphPass
 from ..pipeline import Observer, Pipeline
 from .autocast import CastsInside, MergeParameterCasts
 from .batch_axis import KeepBatchAxis
+from .batch_first import BatchFirst
 from .buffers import read_before_written, rebound_buffers
 from .checks import keeping_checks
 from .composites import composites
@@ -65,7 +66,7 @@ from .sinks import SinksToSoftmax
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
     RemoveAssertions, CopiesToViews, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, MaskedRows,
-    RowsInOrder, SinksToSoftmax, KeepBatchAxis,
+    RowsInOrder, SinksToSoftmax, KeepBatchAxis, BatchFirst,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)

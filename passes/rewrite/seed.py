@@ -160,6 +160,8 @@ class SeedSites(GraphPass):
         for site in self.sites:
             if site.start == block and not only_projects(site, facts):
                 inner = emit.chain(stream, indices(spaces))
+                if rank(inner) > 3:  # a row of several streams is scored as one
+                    inner = emit.call(aten.flatten.using_ints, inner, 2, -1, origin=inner)
                 attention = next(iter(facts.blocks[block - 1].attention), None) if block else None
                 keys = tuple(space for space in before if _hides(space.site, block - 1))
                 spaces = (*spaces, build.site(site, spaces, Seen(inner, spaces, attention, before, keys)))
@@ -213,7 +215,8 @@ def _frozen(emit: Emitter, before: fx.Node, after: fx.Node, spaces: Sequence[Row
     rows = _frozen(emit, unchanged, emit.select(after, space.index), inner)
     padding = None if inner else space.padding(emit)
     if padding is not None:
-        padding = emit.call(aten.unsqueeze.default, padding, -1, origin=padding)
+        for _ in range(rank(rows) - 2):
+            padding = emit.call(aten.unsqueeze.default, padding, -1, origin=padding)
         rows = emit.call(aten.where.self, padding, unchanged, rows, origin=after)
         rows.meta[RESIDUAL] = True
     merged = emit.call(tokgraph.restore.default, before, rows, space.index, origin=after)

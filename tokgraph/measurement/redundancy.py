@@ -74,7 +74,7 @@ class RedundancyMeter:
 
     def see(self, call: Call) -> None:
         """Compare the visual rows with those before the block, and take their rank."""
-        stream: torch.Tensor = call.result
+        stream: torch.Tensor = call.result.flatten(2)  # several streams side by side
         visual = self._visual.to(stream.device)
         after, block = stream[visual], self._position[call.node.name] - 1
         if block >= 0:

@@ -87,7 +87,7 @@ class Oracle(GraphInterpreter):
             block, before = self._ends[n.name]
             gone = self._frozen(block)
             if gone.any():  # where none is, the block may give its rows another width
-                result = torch.where(gone.unsqueeze(-1), self._state[before], result)
+                result = torch.where(gone.reshape(*gone.shape, *[1] * (result.dim() - 2)), self._state[before], result)
         if n.name in self._mains:
             self._enter(self._mains[n.name] + 1, result)
         elif n.name in self._starts:
@@ -135,7 +135,7 @@ class Oracle(GraphInterpreter):
             if site.start == block:
                 gone = self._frozen(block)
                 self._dropped[number] = drop_mask(
-                    site, self._visual, gone, self._demanded(), stream.detach(), self._mass, self._step
+                    site, self._visual, gone, self._demanded(), stream.detach().flatten(2), self._mass, self._step
                 )
 
     def _active(self, block: int) -> list[int]:

@@ -120,18 +120,23 @@ def flat(model: models.Decoder, ids: Tensor) -> Tensor:
     return F.cross_entropy(model.head(x), ids[0])
 
 
-@pytest.mark.parametrize(
-    ("forward", "block", "shape", "axis"),
-    [(tokens_first, models.TokensFirst, "(8, 2, 4)", 0), (flat, models.PreNorm, "(8, 4)", 0)],
-)
-def test_a_stream_of_another_layout_is_refused(forward: object, block: type[nn.Module], shape: str, axis: int) -> None:
-    task = tg.Task(forward, {"ids": models.image_ids()}, visual=tg.VisualTokens.positions(slice(1, 3)))  # type: ignore[arg-type]
+def test_a_stream_whose_tokens_are_first_is_found() -> None:
+    task = tg.Task(tokens_first, {"ids": models.image_ids()}, visual=tg.VisualTokens.positions(slice(1, 3)))
+    spec = tg.ModelSpec(models.decoder(models.TokensFirst), {"t": task})
+    facts = facts_of(spec)
+    assert [len(block.attention) for block in facts.blocks] == [1, 1]
+    accelerated = tg.apply(program := tg.capture(spec), tg.Plan((tg.DropSite("t", 0, 1, 0.5),)))
+    assert tg.verify(program, accelerated).passed
+
+
+def test_a_stream_without_samples_is_refused() -> None:
+    task = tg.Task(flat, {"ids": models.image_ids()}, visual=tg.VisualTokens.positions(slice(1, 3)))
     with pytest.raises(AnalysisError) as caught:
-        facts_of(tg.ModelSpec(models.decoder(block), {"t": task}))
+        facts_of(tg.ModelSpec(models.decoder(models.PreNorm), {"t": task}))
     message = str(caught.value)
-    assert shape in message
-    assert f"tokens on axis {axis}" in message
-    assert "[batch, tokens, hidden]" in message
+    assert "(8, 4)" in message
+    assert "tokens on axis 0" in message
+    assert "[batch, tokens, ...]" in message
 
 
 class Product(nn.Module):

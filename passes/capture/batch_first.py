@@ -1,0 +1,94 @@
+"""Streams of other layouts: stacked ones, ``[streams, batch, tokens, hidden]``, and ``[tokens, batch, hidden]``.
+
+What crosses from layer to layer is dropped and put back as ``[batch, tokens, ...]``. So a value of another layout, where it may
+be such a state, is written in that one and back: two views that cancel each other, between which the rest of the stages
+finds the layout that it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.node import argument, dims, module_path, rank, same_size, tensor
+
+from ..analysis.axes import AxisClasses
+from ..analysis.stream import content_roots
+from ..analysis.units import grown
+from ..contract import GraphPass
+from ..emitter import Emitter
+from ..rules.registry import Axis, is_one
+
+aten = torch.ops.aten
+_MAKES_STATES = (
+    aten.add.Tensor, aten.mul.Tensor, aten.stack.default, aten.cat.default, aten.slice_scatter.default, aten.transpose.int,
+)  # fmt: skip
+"""Operators that make what leads from layer to layer."""
+
+
+@dataclass(frozen=True)
+class BatchFirst(GraphPass):
+    """Writes values of tokens that do not begin with batch and tokens in that layout, and back for who reads them."""
+
+    name: ClassVar[str] = "batch-first"
+
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
+        """Put two permutations behind every such value."""
+        graph = graph_module.graph
+        embedded = [node for node in content_roots(graph)[0] if rank(argument(node, "indices")) == 2]
+        nodes = [node for node in graph.nodes if any(_may_be_moved(node, rows) for rows in embedded)]
+        if not nodes:
+            return
+        classes, emit = AxisClasses(graph), Emitter(graph, self.name)
+        tokens = [axis for rows in embedded for axis in grown(graph, classes, (rows, 1))]
+        for node in nodes:
+            order = _order(node, classes, [(rows, 0) for rows in embedded], tokens)
+            readers = list(node.users)
+            if order is not None and not any(_is_moved(reader, order) for reader in readers):
+                first = emit.call(aten.permute.default, node, order, origin=node)
+                for _, reading in groupby(sorted(readers, key=module_path), key=module_path):
+                    _back(Emitter(graph, self.name), first, order, list(reading))
+
+
+def _back(emit: Emitter, first: fx.Node, order: list[int], readers: list[fx.Node]) -> None:
+    """Let readers, which are in one module, read a value in its own layout again, which is made there: behind a boundary of
+    layers, if they are.
+    """
+    axes = [order.index(axis) for axis in range(len(order))]
+    back = emit.call(aten.permute.default, first, axes, origin=readers[0])
+    for reader in readers:
+        reader.replace_input_with(first.args[0], back)  # type: ignore[arg-type]
+
+
+def _is_moved(reader: fx.Node, order: list[int]) -> bool:
+    return reader.target is aten.permute.default and list(argument(reader, "dims")) == order
+
+
+def _may_be_moved(node: fx.Node, rows: fx.Node) -> bool:
+    """Whether sizes allow that a node makes rows of tokens whose samples are not on its first axis."""
+    val = tensor(node) if node.target in _MAKES_STATES else None
+    if val is None or not val.is_floating_point() or val.dim() < 3 or is_one(rows, 0):
+        return False
+    return any(same_size(size, dims(rows)[0]) for size in dims(node)[1:-1])
+
+
+def _order(node: fx.Node, classes: AxisClasses, samples: list[Axis], tokens: list[Axis]) -> list[int] | None:
+    """The axes of a value, batch and tokens first; ``None`` where they are, or cannot be told."""
+    found = [list(_of(node, classes, axes)) for axes in (samples, tokens)]
+    if [len(axes) for axes in found] != [1, 1] or (found[0], found[1]) == ([0], [1]):
+        return None
+    first = [found[0][0], found[1][0]]
+    return [*first, *(axis for axis in range(rank(node)) if axis not in first)]
+
+
+def _of(node: fx.Node, classes: AxisClasses, axes: list[Axis]) -> Iterator[int]:
+    """The axes of a value that index the same positions as one of some axes."""
+    for at in range(rank(node)):
+        if any(classes.same((node, at), axis) for axis in axes):
+            yield at
