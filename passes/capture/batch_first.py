@@ -47,10 +47,13 @@ class BatchFirst(GraphPass):
             return
         classes, emit = AxisClasses(graph), Emitter(graph, self.name)
         tokens = [axis for rows in embedded for axis in grown(graph, classes, (rows, 1))]
-        for node in nodes:
-            order = _order(node, classes, [(rows, 0) for rows in embedded], tokens)
+        samples = [(rows, 0) for rows in embedded]
+        orders = {node: order for node in nodes if (order := _order(node, classes, samples, tokens)) is not None}
+        if all(node.target is aten.transpose.int for node in orders):  # attentions turn rows for themselves, and back
+            return
+        for node, order in orders.items():
             readers = list(node.users)
-            if order is not None and not any(_is_moved(reader, order) for reader in readers):
+            if not any(_is_moved(reader, order) for reader in readers):
                 first = emit.call(aten.permute.default, node, order, origin=node)
                 for _, reading in groupby(sorted(readers, key=module_path), key=module_path):
                     _back(Emitter(graph, self.name), first, order, list(reading))

@@ -36,6 +36,7 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         (numbers(2, 5, 3, grad=True), index([0, 2], [1, 4]), 1, 0),
         (numbers(2, 4, 5, 5, grad=True), index([0, 2, 3], [1, 2, 4]), 3, 0),  # a mask's keys; sizes coincide
         (numbers(5, 2, grad=True), index([3], [0]), 0, 1),
+        (numbers(5, 2, 3, grad=True), index([0, 2], [1, 4]), 0, 1),
         (numbers(2, 5, 3, grad=True), NOTHING, 1, 0),
         (MASK, index([0, 2], [1, 4]), 1, 0),
     ],
@@ -216,6 +217,7 @@ def test_select_takes_and_restore_puts_back_rows_sample_by_sample():
     at = index([0, 2], [1, 4])
     assert ops.drop(x, at).flatten().tolist() == [0, 2, 6, 9]
     assert ops.select(x.mT, at, 2, 0).flatten().tolist() == [0, 2, 6, 9]
+    assert ops.select(x.transpose(0, 1), at, 0, 1).flatten().tolist() == [0, 6, 2, 9]
     assert ops.restore(x, -ops.drop(x, at), at).flatten().tolist() == [-0.0, 1, -2, 3, 4, 5, -6, 7, 8, -9]
 
 

@@ -46,7 +46,8 @@ def expand_index(index: Tensor, shape: torch.Size, dim: int, batch_dim: int) -> 
     view[batch_dim], view[dim] = index.shape
     sizes = list(shape)
     sizes[dim] = index.shape[1]
-    return index.reshape(view).expand(sizes)
+    rows = index if batch_dim < dim else index.t()
+    return rows.reshape(view).expand(sizes)
 
 
 def true_rows(mask: Tensor, count: int) -> Tensor:
