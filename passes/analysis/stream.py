@@ -196,4 +196,8 @@ def common_module(nodes: tuple[fx.Node, ...]) -> str:
     if not paths:
         return ""
     shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))]
+    called = {path for node in nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
+    item = max((at + 1 for at, part in enumerate(shared) if part.isdigit()), default=0)
+    if ".".join(shared) not in called and ".".join(shared[:item]) in called:  # a list of parts, within a layer
+        return ".".join(shared[:item])
     return ".".join(shared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from torch import fx
@@ -22,7 +23,7 @@ from tokgraph.ir.node import (
     tensor_inputs,
     where,
 )
-from tokgraph.ir.program import TaskGraph
+from tokgraph.ir.program import TaskGraph, loss_node
 
 from ..rules import traits
 from ..rules.registry import Axis, is_one
@@ -134,11 +135,7 @@ def _found(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlo
     inputs = [n for key, nodes in graph.input_nodes().items() if key in wanted for n in nodes]
     visual = descendants(inputs)
     if stream not in visual:
-        raise AnalysisError(
-            f"task {graph.name!r}: the residual stream does not depend on the visual inputs {sorted(wanted)}",
-            where=where(stream),
-            help="name the inputs that carry image content in visual_inputs=, or say where they are with visual=",
-        )
+        _refuse_stream(graph, stream, wanted, visual)
     others = descendants([n for key, nodes in graph.input_nodes().items() if key not in wanted for n in nodes])
     rows = VisualRows(graph, visual, others, classes)
     node, axis = stream, 1
@@ -156,6 +153,24 @@ def _found(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlo
             if after.target is aten.where.self:
                 rows.refuse_combined(after)
         node, axis = x, at
+
+
+def _refuse_stream(graph: TaskGraph, stream: fx.Node, wanted: set[str], visual: set[fx.Node]) -> NoReturn:
+    """Raise for a stream that begins without image content."""
+    looks = loss_node(graph) in visual
+    raise AnalysisError(
+        f"task {graph.name!r}: the residual stream does not depend on the visual inputs {sorted(wanted)}"
+        + (
+            ": its layers look at the image from beside, by cross-attention, and none of its own tokens is visual"
+            if looks
+            else ""
+        ),
+        where=where(stream),
+        help="to drop tokens of the encoder that is looked at, name an input along its tokens, as its attention mask: "
+        "visual=tg.VisualTokens.mask(...)"
+        if looks
+        else "name the inputs that carry image content in visual_inputs=, or say where they are with visual=",
+    )
 
 
 def _meeting(node: fx.Node, axis: int, visual: set[fx.Node]) -> VisualFlow | None:
