@@ -166,8 +166,7 @@ def _refuse_stream(graph: TaskGraph, stream: fx.Node, wanted: set[str], visual: 
             else ""
         ),
         where=where(stream),
-        help="to drop tokens of the encoder that is looked at, name an input along its tokens, as its attention mask: "
-        "visual=tg.VisualTokens.mask(...)"
+        help="tokens of an encoder that is only looked at cannot be dropped: name inputs whose rows are among the decoder's"
         if looks
         else "name the inputs that carry image content in visual_inputs=, or say where they are with visual=",
     )

@@ -39,6 +39,12 @@ QFORMER = {
 }  # fmt: skip
 
 
+T5 = {
+    "model_type": "t5", "vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2,
+    "num_heads": 4, "dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
 def blip2(name: str = "Blip2", text: dict[str, Any] = OPT) -> Example:
     """BLIP-2 and InstructBLIP: queries read the image, InstructBLIP's with the instruction beside them."""
     config = getattr(tf, f"{name}Config")(
@@ -213,6 +219,23 @@ def florence2() -> Example:
     )  # fmt: skip
     model = build(tf.Florence2ForConditionalGeneration, config)
 
+    return _encoding(model, listed("model.language_model.encoder.layers"), count=5)
+
+
+def blip2_t5() -> Example:
+    """BLIP-2 with T5: queries and prompt are read by T5's encoder, whose bias of positions grows with the prompt."""
+    config = tf.Blip2Config(
+        vision_config=TOWER, qformer_config=QFORMER, text_config=T5, num_query_tokens=4, image_token_index=IMAGE
+    )
+    model = build(tf.Blip2ForConditionalGeneration, config)
+    answer = {name: {0: "batch", 1: "answer"} for name in ("decoder_input_ids", "labels")}
+    dynamic = {"input_ids": TOKENS, "pixel_values": {0: "batch"}, **answer}
+    return _encoding(model, listed("language_model.encoder.block"), count=4, dynamic=dynamic)
+
+
+def _encoding(model: Any, layers: tuple[str, ...], count: int, dynamic: Any = None) -> Example:
+    """The task of a model whose encoder reads image and prompt, and whose decoder the answer."""
+
     def answer(ids: Tensor) -> dict[str, Tensor]:
         return {"decoder_input_ids": ids[:, -5:].clone()}
 
@@ -220,20 +243,21 @@ def florence2() -> Example:
         found: Tensor = model(**inputs, use_cache=False).logits
         return found
 
-    made = understanding(model, listed("model.language_model.encoder.layers"), count=5, more=answer, logits=logits)
+    made = understanding(model, layers, count=count, more=answer, logits=logits)
 
     def batch(task: str, seed: int) -> dict[str, Tensor]:
         inputs = made.batch(task, seed)
         return inputs | {"labels": inputs["decoder_input_ids"].clone()}
 
     task = made.tasks["understanding"]
-    own = tg.Task(task.forward, batch("understanding", 0), visual=task.visual, reads="all")
+    own = tg.Task(task.forward, batch("understanding", 0), visual=task.visual, reads="all", dynamic=dynamic)
     return Example(model, {"understanding": own}, batch, made.layers)
 
 
 CONDITIONAL = "ForConditionalGeneration"
 FAMILIES = [
     Family("BLIP-2", f"Blip2{CONDITIONAL}", blip2),
+    Family("BLIP-2, T5", f"Blip2{CONDITIONAL}", blip2_t5, ("visual tokens and layers of its encoder",)),
     Family("InstructBLIP", f"InstructBlip{CONDITIONAL}", partial(blip2, "InstructBlip")),
     Family(
         "InstructBLIP, Vicuna",

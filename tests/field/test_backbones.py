@@ -113,6 +113,17 @@ class InDepth(Seeing):
         return m.cross_entropy(self.read(made), labels)
 
 
+class LooksOnly(Seeing):
+    """The decoder has text alone, and looks at the image from beside."""
+
+    def loss(self, ids: Tensor, patches: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        x, image = self.embed(ids), self.image(patches)
+        for layer, look in zip(self.layers, self.ask, strict=False):
+            x = layer(x)
+            x = x + look.look(x, image, image, need_weights=False)[0]
+        return m.cross_entropy(self.read(x), labels)
+
+
 def inputs(seed: int) -> dict[str, Tensor]:
     made = m.batch((0, 0), seed=seed)
     ids = made["ids"].masked_fill(made["ids"] == m.IMAGE_ID, 2)
@@ -152,3 +163,12 @@ def test_the_decoder_is_found(name: str, inferred: bool) -> None:
     for seed in (0, 1):
         by_hand = model.loss(**inputs(seed), span=range(LAYERS - 1), drop=True)
         assert m.worst(accelerated[TASK](**inputs(seed)), by_hand, model) < 1e-10
+
+
+@SLOW
+def test_a_decoder_that_only_looks_has_no_visual_tokens() -> None:
+    torch.manual_seed(0)
+    model = LooksOnly([Block() for _ in range(LAYERS)]).double()
+    task = tg.Task(lambda model, **batch: model.loss(**batch), inputs(0), reads="text", visual_inputs=("patches",))
+    with pytest.raises(tg.AnalysisError, match="look at the image by cross-attention"):
+        tg.analyze(tg.capture(tg.ModelSpec(model, {TASK: task})))

@@ -183,8 +183,12 @@ def reducing(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("mask", "why"),
-    [(reducing, "differs between the user's forward and the captured graph"), (causal, "Unsupported input type")],
-    ids=["a mask that reduces", "a mask that is an input"],
+    [
+        pytest.param(
+            reducing, "differs between the user's forward and the captured graph", marks=SLOW, id="a mask that reduces"
+        ),
+        pytest.param(causal, "Unsupported input type", id="a mask that is an input"),
+    ],
 )
 def test_what_cannot_be_captured_is_refused(mask: Mod, why: str) -> None:
     decoder, inputs = model(Case(lambda ids: mask)), m.batch()
