@@ -20,7 +20,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from tokgraph.ir.node import ancestors, module_path, tensor, tensor_inputs, value
+from tokgraph.ir.node import ancestors, argument, module_path, tensor, tensor_inputs, value
 from tokgraph.ir.tensors import tensor_name
 
 from ..rules import traits
@@ -226,9 +226,18 @@ def _cut(
 
 
 def _carries(node: fx.Node, classes: AxisClasses, tokens: Axis) -> bool:
-    """Whether a value can be part of a state: one float tensor, ``[batch, tokens, ...]``."""
+    """Whether a value can be part of a state: one float tensor with one token axis. Of a value that stands there batch first as
+    well, that one is meant.
+    """
     val = value(node)
-    return isinstance(val, torch.Tensor) and val.is_floating_point() and classes.of(node, tokens) == (1,)
+    if not isinstance(val, torch.Tensor) or not val.is_floating_point() or len(classes.of(node, tokens)) != 1:
+        return False
+    return classes.of(node, tokens) == (1,) or not any(_turns(x) for x in (node, *node.users))
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether a node moves the samples to the first axis of a value, or away from it."""
+    return node.target is aten.permute.default and argument(node, "dims")[0] != 0
 
 
 def layer_modules(a: Unit, b: Unit) -> tuple[str, str]:
