@@ -208,6 +208,57 @@ def test_blocks_that_others_wrap() -> None:
         compare(result(acc, partial(acc[task], **inputs)), result(acc, partial(module, task=task, **inputs)), 1e-6)
 
 
+def test_several_plans() -> None:
+    """One module, its parameters once; each plan as its own flat graphs, one after the other and back."""
+    accs = {name: planned(name) for name in ("none", "shared", "himix")} | {"again": planned("himix")}
+    module = tg.Blockwise(accs)
+    assert module.plan == "none"
+    inputs = inputs_of(accs["none"])["understanding"]
+    for plan in ("himix", "none", "shared", "himix"):
+        module.use(plan)
+        acc = accs[plan]
+        compare(
+            result(acc, partial(acc["understanding"], **inputs)),
+            result(acc, partial(module, task="understanding", **inputs)),
+            1e-6,
+        )
+    added = accs["himix"].own_parameters
+    assert added
+    assert {id(p) for p in added.values()} == {id(p) for p in accs["again"].own_parameters.values()}
+    assert {id(p) for p in module.parameters()} == {id(p) for p in accs["himix"].parameters()}
+    assert module.idle_parameters() == []
+    assert {id(p) for p in module.use("shared").idle_parameters()} == {id(p) for p in added.values()}
+    assert module.state_dict().keys() == accs["himix"].state_dict().keys()
+    assert dict(module.keyed().named_parameters()) == dict(accs["himix"].named_parameters())
+
+    state = {name: x.clone() for name, x in module.state_dict().items()}
+    with torch.no_grad():
+        for p in added.values():
+            p.zero_()
+    assert not any(module.load_state_dict(state))
+    assert all(torch.equal(p, state[name]) for name, p in added.items())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        module.load_state_dict({**state, "another": torch.zeros(1)})
+    holder = module.blocks[0]._modules["tokgraph_own"]  # what shards a parameter puts another there
+    of, leaf = next((m, leaf) for m in holder.modules() for leaf in m._parameters)
+    of._parameters[leaf] = nn.Parameter(of._parameters[leaf].detach().clone())
+    assert {id(p) for p in accs["himix"].own_parameters.values()} == {
+        id(p) for p in accs["again"].own_parameters.values()
+    }
+    assert {id(p) for p in accs["himix"].own_parameters.values()} != {id(p) for p in added.values()}
+
+
+def test_plans_that_are_not_there() -> None:
+    acc = planned("shared")
+    with pytest.raises(tg.PlanError, match="no plan 'none'; it holds 'shared'"):
+        tg.Blockwise({"shared": acc}).use("none")
+    with pytest.raises(tg.PlanError, match="these are of none"):
+        tg.Blockwise({})
+    facts = tg.analyze(tg.capture(models.spec(models.seeded(models.VLM))))
+    with pytest.raises(tg.PlanError, match="these are of 2"):
+        tg.Blockwise({"shared": acc, "other": tg.apply(facts, tg.Plan(()))})
+
+
 # ------------------------------------------------------------------ slow: in float64, bit for bit
 
 
