@@ -205,8 +205,6 @@ class Training:
             (loss / len(mine)).backward()
             told[TASKS.index(task)] += float(loss.detach()) / tasks.count(task)
             told[-2:] += chosen.batch * torch.tensor([facts[task].demand.tokens, facts[task].visual.count])
-        for p in self.module.idle_parameters():
-            p.grad = None  # not zeros, by which the optimizer would decay them
         torch.nn.utils.clip_grad_norm_(self.parameters, chosen.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

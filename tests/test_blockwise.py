@@ -227,8 +227,6 @@ def test_several_plans() -> None:
     assert added
     assert {id(p) for p in added.values()} == {id(p) for p in accs["again"].own_parameters.values()}
     assert {id(p) for p in module.parameters()} == {id(p) for p in accs["himix"].parameters()}
-    assert module.idle_parameters() == []
-    assert {id(p) for p in module.use("shared").idle_parameters()} == {id(p) for p in added.values()}
     assert module.state_dict().keys() == accs["himix"].state_dict().keys()
     assert dict(module.keyed().named_parameters()) == dict(accs["himix"].named_parameters())
 

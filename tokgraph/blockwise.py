@@ -56,6 +56,8 @@ class Blockwise(nn.Module):
         )
         self._model = (_model_of(self._programs),)  # a tuple: no submodule
         self._plan = next(iter(self._programs))
+        self._resting: set[str] = set()
+        self._resting_for: str | None = None
         self._dtype: torch.dtype | None = None
         self._tasks = _parted(self._programs)
         every = [task for tasks in self._tasks.values() for task in tasks.values()]
@@ -89,14 +91,29 @@ class Blockwise(nn.Module):
         self._plan = plan
         return self
 
-    def idle_parameters(self) -> list[nn.Parameter]:
-        """Those that other plans added, which no call of the plan in force reads.
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """:meth:`forward`; FSDP2's hooks run in between, and what they gather is to know whether it learns."""
+        if len(self._programs) > 1 and self._resting_for != self._plan and self._is_sharded():
+            self._reshard()
+            self._rest(self._plan)
+        return super().__call__(*args, **inputs)
 
-        FSDP2 gives a parameter that nothing read a gradient of zeros, by which AdamW decays it: set theirs to ``None``.
+    def _rest(self, plan: str | None) -> None:
+        """Let what only other plans added learn nothing: FSDP2 would give it gradients of zeros, by which AdamW decays it.
+
+        Args:
+            plan: that is in force; ``None``: let everything learn that did.
         """
-        read = self._programs[self._plan].own_parameters
-        others = {name: p for program in self._programs.values() for name, p in program.own_parameters.items()}
-        return [p for name, p in others.items() if name not in read]
+        added = {name: p for program in self._programs.values() for name, p in program.own_parameters.items()}
+        read = added if plan is None else self._programs[plan].own_parameters
+        for name, p in added.items():
+            if name not in read and p.requires_grad:
+                p.requires_grad_(False)
+                self._resting.add(name)
+            elif name in read and name in self._resting:
+                p.requires_grad_()
+                self._resting.remove(name)
+        self._resting_for = plan
 
     def _part(self, index: int) -> nn.Module:
         """As it is registered now: it may have been wrapped."""
@@ -284,6 +301,9 @@ class Blockwise(nn.Module):
         register them: checkpoints are then those of the model, whatever it was trained as.
         """
         self._reshard()
+        self._rest(
+            None
+        )  # an optimizer's state is saved and loaded for what learns; the next call lets the rest rest again
         model, found = self._model[0], Holder()
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             found.__dict__[name] = model.__dict__[name]

@@ -96,7 +96,6 @@ def train(
     steps: range,
     work_of: Callable[[int], list[dict[str, Any]]],
     clip: list[nn.Parameter] | None = None,
-    idle: Callable[[], list[nn.Parameter]] = list,
 ) -> list[float]:
     """Steps of an optimizer; ``work_of`` gives the batches of all processes that this one stands for."""
     losses = []
@@ -110,8 +109,6 @@ def train(
             loss = sum(x["loss"] for x in forward(each).values())
             (loss / len(batches)).backward()
             total += float(loss.detach()) / len(batches)
-        for p in idle():
-            p.grad = None
         if clip is not None:
             nn.utils.clip_grad_norm_(clip, 0.5)
         optimizer.step()
@@ -221,8 +218,8 @@ class Cells:
             parameters = list(largest.parameters())
             optimizer, losses = torch.optim.AdamW(parameters, 1e-2), []
             for plan, steps in [*order.items(), ("none", range(6, 8))]:
-                idle = module.use(plan).idle_parameters
-                losses += train(accs[plan], forward(plan), optimizer, steps, work_of, parameters, idle)
+                module.use(plan)
+                losses += train(accs[plan], forward(plan), optimizer, steps, work_of, parameters)
             return losses, state(largest)
 
         expected = run(lambda plan: flat(accs[plan]), self.everyones(True, tasks))
@@ -247,7 +244,10 @@ class Cells:
         def fsdp() -> dict[str, float]:
             module.load_state_dict(start)
             tg.distributed.fully_shard(module, init_device_mesh("cpu", (self.world,)))
-            return against(run(lambda _: lambda b: module(batches=b), self.mine(True, tasks)), False)
+            found = against(run(lambda _: lambda b: module(batches=b), self.mine(True, tasks)), False)
+            assert not any(p.requires_grad for p in largest.own_parameters.values())
+            assert all(p.requires_grad for p in module.keyed().parameters())
+            return found
 
         self.cell("phases/one", one)
         self.cell("phases/ddp", ddp)
