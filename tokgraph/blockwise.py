@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from tokgraph.errors import BatchError, PlanError, StaleError
 from tokgraph.ir.compilation import Compilation
@@ -58,6 +59,7 @@ class Blockwise(nn.Module):
         self._plan = next(iter(self._programs))
         self._resting: set[str] = set()
         self._resting_for: str | None = None
+        self._told_of_views = False  # FSDP2 warns that a result is a view, not to be written to: once is enough
         self._dtype: torch.dtype | None = None
         self._tasks = _parted(self._programs)
         every = [task for tasks in self._tasks.values() for task in tasks.values()]
@@ -96,7 +98,11 @@ class Blockwise(nn.Module):
         if len(self._programs) > 1 and self._resting_for != self._plan and self._is_sharded():
             self._reshard()
             self._rest(self._plan)
-        return super().__call__(*args, **inputs)
+        with _views_allowed() if self._told_of_views else nullcontext():
+            result = super().__call__(*args, **inputs)
+        if not self._told_of_views and _is_fsdp(self):
+            self._told_of_views = any(isinstance(x, torch.Tensor) and x._is_view() for x in pytree.tree_leaves(result))
+        return result
 
     def _rest(self, plan: str | None) -> None:
         """Let what only other plans added learn nothing: FSDP2 would give it gradients of zeros, by which AdamW decays it.
@@ -256,8 +262,7 @@ class Blockwise(nn.Module):
 
     def _is_sharded(self) -> bool:
         """Whether FSDP2 shards any part: the tensors that are registered then change from one moment to the next."""
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
-        return fsdp is not None and any(isinstance(x, fsdp.FSDPModule) for x in self.modules())
+        return any(_is_fsdp(x) for x in self.modules())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._reshard()
@@ -288,11 +293,9 @@ class Blockwise(nn.Module):
 
     def _reshard(self) -> None:
         """Let the registered tensors be the sharded ones, which a forward without backward leaves gathered."""
-        if self._is_sharded():
-            fsdp = sys.modules["torch.distributed.fsdp"]
-            for module in self.modules():
-                if isinstance(module, fsdp.FSDPModule):
-                    module.reshard()
+        for module in self.modules():
+            if _is_fsdp(module):
+                module.reshard()  # type: ignore[operator]
 
     def keyed(self) -> nn.Module:
         """The same tensors under the names of the user's model, and of what the plan added.
@@ -375,6 +378,11 @@ def _views_allowed() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         yield
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _learns_any(module: nn.Module) -> bool:
