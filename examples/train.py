@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +131,12 @@ def peak_of(device: torch.device, bf16: bool) -> float | None:
     return next((rates[not bf16] for part, rates in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
+def flops_of(program: tg.Accelerated, task: str) -> float:
+    """Return the FLOPs of a micro-batch, forward and backward, of the graph that runs; what is computed again is left out."""
+    cost = tg.costs(program.program, program.facts)[task]
+    return float((cost if cost.sizes is None else cost.at()).total().flops)
+
+
 class Training:
     """Programs of one model, an optimizer and what they have come to.
 
@@ -166,7 +171,8 @@ class Training:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, chosen.lr, weight_decay=0.05)
         self.peak = chosen.peak_flops or peak_of(device, chosen.bf16)
-        self.flops = cache(self.flops)  # type: ignore[method-assign]
+        known = self.programs if self.peak else {}
+        self.flops = {(name, task): flops_of(known[name], task) for name in known for task in TASKS}
         self.step = 0
         last = tg.distributed.latest(chosen.out / "checkpoints")
         if last is not None:
@@ -181,12 +187,6 @@ class Training:
         warm = max(self.chosen.steps // 10, 1)
         left = (self.chosen.steps - self.step) / max(self.chosen.steps - warm, 1)
         return float(self.chosen.lr * min((self.step + 1) / warm, left))
-
-    def flops(self, plan: str, task: str) -> float:
-        """Return the FLOPs of a micro-batch, forward and backward, of the graph that runs; nothing that runs again counts."""
-        program = self.programs[plan]
-        cost = tg.costs(program.program, program.facts)[task]
-        return float((cost if cost.sizes is None else cost.at()).total().flops)
 
     def advance(self) -> dict[str, Any]:
         """Make a step by the plan of its phase; return what is to be told of it."""
@@ -215,8 +215,8 @@ class Training:
             dist.all_reduce(told)
         self.step += 1
         seconds = time.perf_counter() - began
-        done = self.peak and sum(self.flops(plan, task) for task in tasks)
-        used = done and done / (self.peak * self.world * seconds)
+        done = sum(self.flops.get((plan, task), 0) for task in tasks)
+        used = done / (self.peak * self.world * seconds) if self.peak else None
         losses = {f"{task}_loss": float(told[i]) for i, task in enumerate(TASKS)}
         rates = {"tokens_per_second": float(told[-2]) / seconds, "visual_tokens_per_second": float(told[-1]) / seconds}
         lr = self.optimizer.param_groups[0]["lr"]

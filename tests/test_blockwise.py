@@ -254,6 +254,15 @@ def test_plans_that_are_not_there() -> None:
     with pytest.raises(tg.PlanError, match="these are of none"):
         tg.Blockwise({})
     other: Any = SimpleNamespace(model=nn.Linear(1, 1))
+    captured = captured_tiny(3)
+    fastv = captured.apply(tg.make_plan(captured.program, "fastv", facts=captured.facts), "understanding")
+    module, batches = tg.Blockwise({"fastv": fastv, "shared": acc}), inputs_of(acc)
+    module(task="understanding", **batches["understanding"])
+    with pytest.raises(tg.BatchError, match=r"plan 'fastv' is in force(.|\n)*module.use\('shared'\)"):
+        module(batches=batches)
+    assert {*module.use("shared")(batches=batches)} == {"understanding", "generation"}
+    with pytest.raises(tg.BatchError, match="'drawing', which the model does not have"):
+        module(task="drawing")
     with pytest.raises(tg.PlanError, match="these are of 2"):
         tg.Blockwise({"shared": acc, "other": other})
 

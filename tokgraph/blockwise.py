@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -215,7 +215,7 @@ class Blockwise(nn.Module):
             )
         given: Mapping[str, Mapping[str, Any]] = {str(task): inputs} if batches is None else batches
         accelerated, tasks = self._programs[self._plan], self._tasks[self._plan]
-        check_tasks(given, tasks)
+        self._check_tasks(given)
         sharded = self._is_sharded()
         with ExitStack() as stack:
             calls = []
@@ -223,7 +223,7 @@ class Blockwise(nn.Module):
                 if accelerated[name].variants is not tasks[name].variants:
                     raise StaleError(
                         "the program was refreshed after this module was made",
-                        help="make another: accelerated.module()",
+                        help="make another: accelerated.module(), or tg.Blockwise of all plans",
                     )
                 calls.append(tasks[name].call(named, sharded, self._dtype))
             stack.enter_context(no_autocast(calls[0].variant.autocast))
@@ -238,6 +238,17 @@ class Blockwise(nn.Module):
                 raise explain(call.graph, call.leaves, failure.__cause__, again=not sharded) from failure.__cause__  # type: ignore[arg-type]
             results = {call.graph.name: call.result(sharded) for call in calls}
         return results[task] if task is not None else results
+
+    def _check_tasks(self, named: Iterable[str]) -> None:
+        """Refuse tasks that there are not, in no plan or not in the one in force."""
+        check_tasks(named, {name: task for tasks in self._tasks.values() for name, task in tasks.items()})
+        for name in named:
+            if name not in self._tasks[self._plan]:
+                having = (repr(plan) for plan, tasks in self._tasks.items() if name in tasks)
+                raise BatchError(
+                    f"plan {self._plan!r} is in force, whose program has no task {name!r}",
+                    help=f"module.use({' or '.join(having)})",
+                )
 
     def _run(self, calls: Sequence[PartedCall], sharded: bool) -> None:
         """Run each part once, with what every call has to do there.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokgraph.errors import BatchError
 from tokgraph.ir.program import tied_names
 from tokgraph.ir.spec import LOSS_KEY, check_tasks, split_outputs
 from tokgraph.runtime import Accelerated
@@ -57,6 +58,8 @@ class TrainableTask(nn.Module):
         accelerated, task = self._program
         if task is None:
             check_tasks(inputs, accelerated)
+            if not inputs:
+                raise BatchError("a step needs the batch of a task", help=f"{next(iter(accelerated))}={{...}}")
             losses = [split_outputs(accelerated[name](**batch))[0] for name, batch in inputs.items()]
             return {LOSS_KEY: torch.stack(losses).sum()}
         result = accelerated[task](**inputs)

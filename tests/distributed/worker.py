@@ -214,17 +214,17 @@ class Cells:
         start = copy.deepcopy(module.state_dict())
         order = {"none": range(2), "random-ltd": range(2, 4), "himix": range(4, 6)}
 
-        def run(forward: Callable[[str], Callable[[Any], Any]], work_of: Any) -> tuple[list[float], dict[str, Tensor]]:
+        def run(forward: Callable[[str], Callable[[Any], Any]], work_of: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
             parameters = list(largest.parameters())
             optimizer, losses = torch.optim.AdamW(parameters, 1e-2), []
             for plan, steps in [*order.items(), ("none", range(6, 8))]:
                 module.use(plan)
                 losses += train(accs[plan], forward(plan), optimizer, steps, work_of, parameters)
-            return losses, state(largest)
+            return losses, state(largest), optimizer
 
         expected = run(lambda plan: flat(accs[plan]), self.everyones(True, tasks))
 
-        def against(found: tuple[list[float], dict[str, Tensor]], all_here: bool) -> dict[str, float]:
+        def against(found: Any, all_here: bool) -> dict[str, float]:
             losses = torch.tensor(found[0], dtype=torch.float64)
             if not all_here:
                 dist.all_reduce(losses)
@@ -244,9 +244,21 @@ class Cells:
         def fsdp() -> dict[str, float]:
             module.load_state_dict(start)
             tg.distributed.fully_shard(module, init_device_mesh("cpu", (self.world,)))
-            found = against(run(lambda _: lambda b: module(batches=b), self.mine(True, tasks)), False)
-            assert not any(p.requires_grad for p in largest.own_parameters.values())
-            assert all(p.requires_grad for p in module.keyed().parameters())
+            trained = run(lambda _: lambda b: module(batches=b), self.mine(True, tasks))
+            found = against(trained, False)
+            added, moments = list(largest.own_parameters.values()), trained[2].state
+            assert not any(
+                p.requires_grad for p in added
+            )  # they rest, and the optimizer's state of them is saved all the same
+            before = [whole(moments[p]["exp_avg"]) for p in added]
+            tg.distributed.save(self.folder / "phases", module, trained[2])
+            for p in added:
+                moments[p]["exp_avg"].zero_()
+            module(batches=work(0, self.rank, False, tasks))
+            tg.distributed.load(self.folder / "phases", module, trained[2])
+            assert all(
+                x.any() and torch.equal(whole(moments[p]["exp_avg"]), x) for p, x in zip(added, before, strict=True)
+            )
             return found
 
         self.cell("phases/one", one)
