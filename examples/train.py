@@ -1,9 +1,10 @@
 """Train both tasks of a unified model on one process or many: sharded or copied, thinned or not, resumed after a crash.
 
 ``torchrun --nproc-per-node 2 examples/train.py --quick`` trains the digits; ``--policy none`` trains the plain model by the
-same script. A step is a number of micro-batches, each of one task, whatever the number of processes: one process and
-several make the same steps. Steps are written to ``metrics.jsonl``; the last checkpoint that is whole is where a run that
-was killed goes on; SIGTERM saves and leaves.
+same script; ``--phases none:10%,shared,none:10%`` warms up without drops and ends with the full model, in one run. A step is
+a number of micro-batches, each of one task, whatever the number of processes: one process and several make the same steps.
+Steps are written to ``metrics.jsonl``, and for TensorBoard where that is installed; the last checkpoint that is whole is
+where a run that was killed goes on, in its phase; SIGTERM saves and leaves.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +39,18 @@ from tokgraph.ir.spec import split_outputs
 
 Batch = dict[str, Tensor]
 TASKS = ("understanding", "generation")
+PEAKS = {
+    "H200 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165e12, 82.6e12),
+}
+"""Part of a device's name, the first that fits -> FLOP/s of dense products in bfloat16, in float32: NVIDIA's data sheets."""
 
 
 def arguments() -> argparse.Namespace:
@@ -42,6 +59,10 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=["digits", "janus"], default="digits", help="real images, or a tiny Janus on random ones")
     add("--policy", default="shared", help="how visual tokens are thinned; none: the plain model (default: shared)")
+    add(
+        "--phases",
+        help="policies one after the other: none:10%%,shared,none:10%%; shared/0.25: another share that is kept",
+    )
     add("--parallel", choices=["fsdp", "ddp"], default="fsdp", help="shard the model over processes, or copy it")
     add("--steps", type=int, default=300, help="optimizer steps")
     add("--micro-batches", type=int, default=4, help="micro-batches of a step, of all processes together")
@@ -51,7 +72,8 @@ def arguments() -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest norm of the gradients")
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--recompute", action="store_true", help="compute values of blocks again in the backward pass")
-    add("--compile", action="store_true", help="compile blocks")
+    add("--compile", nargs="?", const="inductor", metavar="BACKEND", help="compile blocks")
+    add("--peak-flops", type=float, help="FLOP/s that a device can do, for the share of it that is used: by its name")
     add("--save-every", type=int, default=100, help="steps between checkpoints")
     add("--out", type=Path, default=Path("run"), help="folder of metrics and checkpoints")
     add("--seed", type=int, default=0, help="seed of weights and batches")
@@ -97,8 +119,26 @@ def tasks_of(step: int, chosen: argparse.Namespace) -> list[str]:
     return [tasks[i] for i in order.tolist()]
 
 
+def plan_of(facts: tg.Facts, name: str) -> tg.Plan:
+    """Return the plan of a policy, or of ``POLICY/KEEP``."""
+    policy, _, keep = name.partition("/")
+    return tg.make_plan(facts, policy, **({"keep": float(keep)} if keep else {}))
+
+
+def peak_of(device: torch.device, bf16: bool) -> float | None:
+    """Return the FLOP/s that a device can do by its data sheet; None where that is not known here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rates[not bf16] for part, rates in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def flops_of(program: tg.Accelerated, task: str) -> float:
+    """Return the FLOPs of a micro-batch, forward and backward, of the graph that runs; what is computed again is left out."""
+    cost = tg.costs(program.program, program.facts)[task]
+    return float((cost if cost.sizes is None else cost.at()).total().flops)
+
+
 class Training:
-    """A program, an optimizer and what they have come to.
+    """Programs of one model, an optimizer and what they have come to.
 
     Args:
         chosen: the command line.
@@ -113,10 +153,14 @@ class Training:
             raise SystemExit(f"--micro-batches must be a multiple of the {world} processes, and at least 2")
         spec, self.batch = model_of(chosen)
         spec.model.to(device)
-        self.program = tg.optimize(spec, chosen.policy, verify=False)
-        self.module = self.program.module(checkpoint=chosen.recompute)
+        self.schedule = tg.Schedule.parse(chosen.phases or chosen.policy, chosen.steps)
+        # every batch has the same sizes, and with numbers for sizes the capture takes a third of the time
+        tasks = {name: replace(task, dynamic=None) for name, task in spec.tasks.items()}
+        facts = tg.analyze(tg.capture(tg.ModelSpec(spec.model, tasks)))
+        self.programs = {name: tg.apply(facts, plan_of(facts, name)) for name in self.schedule.plans}
+        self.module = tg.Blockwise(self.programs, checkpoint=chosen.recompute)
         if chosen.compile:
-            self.module.compile()
+            self.module.compile(backend=chosen.compile)
         with self.region():
             self.module.prepare()
         self.model: Callable[..., Any] = self.module
@@ -126,6 +170,9 @@ class Training:
             tg.distributed.fully_shard(self.module, init_device_mesh(device.type, (world,)))
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, chosen.lr, weight_decay=0.05)
+        self.peak = chosen.peak_flops or peak_of(device, chosen.bf16)
+        known = self.programs if self.peak else {}
+        self.flops = {(name, task): flops_of(known[name], task) for name in known for task in TASKS}
         self.step = 0
         last = tg.distributed.latest(chosen.out / "checkpoints")
         if last is not None:
@@ -141,24 +188,26 @@ class Training:
         left = (self.chosen.steps - self.step) / max(self.chosen.steps - warm, 1)
         return float(self.chosen.lr * min((self.step + 1) / warm, left))
 
-    def advance(self) -> dict[str, float]:
-        """Make a step; return what is to be told of it."""
+    def advance(self) -> dict[str, Any]:
+        """Make a step by the plan of its phase; return what is to be told of it."""
+        plan = self.schedule.at(self.step)
+        facts = self.programs[plan].facts
+        self.module.use(plan)
         began, chosen = time.perf_counter(), self.chosen
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         tasks = tasks_of(self.step, chosen)
         mine = range(self.rank, len(tasks), self.world)
-        told = torch.zeros(len(TASKS) + 2, dtype=torch.float64)  # losses by task; tokens, visual tokens
+        told = torch.zeros(len(TASKS) + 2, dtype=torch.float64)  # losses by task; tokens, visual tokens of the batch
         for micro in mine:
             task, number = tasks[micro], self.step * len(tasks) + micro
             batch = {k: x.to(self.device) for k, x in self.batch(task, chosen.seed * 1_000_003 + number).items()}
-            self.program[task].step = number  # what is drawn at random does not depend on the number of processes
+            self.module.steps = {task: number}  # what is drawn at random does not depend on the number of processes
             with self.region():
                 loss, _ = split_outputs(self.model(task=task, **batch))
             (loss / len(mine)).backward()
             told[TASKS.index(task)] += float(loss.detach()) / tasks.count(task)
-            tokens = self.program.facts[task].demand.tokens * chosen.batch
-            told[-2:] += torch.tensor([tokens, self.program.facts[task].visual.count * chosen.batch])
+            told[-2:] += chosen.batch * torch.tensor([facts[task].demand.tokens, facts[task].visual.count])
         torch.nn.utils.clip_grad_norm_(self.parameters, chosen.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -166,9 +215,12 @@ class Training:
             dist.all_reduce(told)
         self.step += 1
         seconds = time.perf_counter() - began
+        done = sum(self.flops.get((plan, task), 0) for task in tasks)
+        used = done / (self.peak * self.world * seconds) if self.peak else None
         losses = {f"{task}_loss": float(told[i]) for i, task in enumerate(TASKS)}
         rates = {"tokens_per_second": float(told[-2]) / seconds, "visual_tokens_per_second": float(told[-1]) / seconds}
-        return {"step": self.step, **losses, "lr": self.optimizer.param_groups[0]["lr"], "seconds": seconds, **rates}
+        lr = self.optimizer.param_groups[0]["lr"]
+        return {"step": self.step, "plan": plan, **losses, "lr": lr, "seconds": seconds, **rates, "mfu": used}
 
     def save(self) -> None:
         """Write a checkpoint, and leave the one before it."""
@@ -179,17 +231,56 @@ class Training:
                 shutil.rmtree(old)
 
 
+class Log:
+    """Tells of steps: a file of JSON lines, TensorBoard where that is installed, and a bar where a person looks on.
+
+    Args:
+        training: to tell of.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.out, self.board = training.chosen.out, None
+        console = Console(stderr=True)
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("", total=training.chosen.steps, completed=training.step)
+        if training.peak is None:
+            console.print("the device's FLOP/s are not known here, and so is mfu: --peak-flops says them", style="dim")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.board = SummaryWriter(self.out / "tensorboard")
+
+    def tell(self, told: dict[str, Any]) -> None:
+        """Tell of a step."""
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(told) + "\n")
+        losses = "  ".join(f"{task} {told[f'{task}_loss']:.3f}" for task in TASKS)
+        text = f"{told['plan']}  {losses}  {told['tokens_per_second']:,.0f} tokens/s"
+        self.bar.update(self.task, completed=told["step"], description=text)
+        if self.board is not None:
+            for name, x in told.items():
+                if isinstance(x, float):
+                    self.board.add_scalar(name, x, told["step"])
+            self.board.flush()
+
+
 def train(training: Training) -> None:
     """Go on to the last step, or until SIGTERM."""
+    log = Log(training) if training.rank == 0 else None
+    with log.bar if log is not None else nullcontext():
+        go_on(training, log)
+
+
+def go_on(training: Training, log: Log | None) -> None:
+    """Make steps, tell of them and save them."""
     chosen, asked = training.chosen, []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     while training.step < chosen.steps:
         told = training.advance()
-        if training.rank == 0:
-            with (chosen.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(told) + "\n")
-            if sys.stderr.isatty():
-                print(f"\r{training.step}/{chosen.steps}", end="", file=sys.stderr, flush=True)
+        if log is not None:
+            log.tell(told)
         leave = torch.tensor(float(bool(asked)))
         if training.world > 1:
             dist.all_reduce(leave)  # one that was asked takes the others along

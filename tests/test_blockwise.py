@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,6 +207,64 @@ def test_blocks_that_others_wrap() -> None:
     apply_activation_checkpointing(module, check_fn=lambda x: isinstance(x, Part) and x in set(module.blocks))
     for task, inputs in inputs_of(acc).items():
         compare(result(acc, partial(acc[task], **inputs)), result(acc, partial(module, task=task, **inputs)), 1e-6)
+
+
+def test_several_plans() -> None:
+    """One module, its parameters once; each plan as its own flat graphs, one after the other and back."""
+    accs = {name: planned(name) for name in ("none", "shared", "himix")} | {"again": planned("himix")}
+    module = tg.Blockwise(accs)
+    assert module.plan == "none"
+    inputs = inputs_of(accs["none"])["understanding"]
+    for plan in ("himix", "none", "shared", "himix"):
+        module.use(plan)
+        acc = accs[plan]
+        compare(
+            result(acc, partial(acc["understanding"], **inputs)),
+            result(acc, partial(module, task="understanding", **inputs)),
+            1e-6,
+        )
+    added = accs["himix"].own_parameters
+    assert added
+    assert {id(p) for p in added.values()} == {id(p) for p in accs["again"].own_parameters.values()}
+    assert {id(p) for p in module.parameters()} == {id(p) for p in accs["himix"].parameters()}
+    assert module.state_dict().keys() == accs["himix"].state_dict().keys()
+    assert dict(module.keyed().named_parameters()) == dict(accs["himix"].named_parameters())
+
+    state = {name: x.clone() for name, x in module.state_dict().items()}
+    with torch.no_grad():
+        for p in added.values():
+            p.zero_()
+    assert not any(module.load_state_dict(state))
+    assert all(torch.equal(p, state[name]) for name, p in added.items())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        module.load_state_dict({**state, "another": torch.zeros(1)})
+    holder = module.blocks[0]._modules["tokgraph_own"]  # what shards a parameter puts another there
+    of, leaf = next((m, leaf) for m in holder.modules() for leaf in m._parameters)
+    of._parameters[leaf] = nn.Parameter(of._parameters[leaf].detach().clone())
+    assert {id(p) for p in accs["himix"].own_parameters.values()} == {
+        id(p) for p in accs["again"].own_parameters.values()
+    }
+    assert {id(p) for p in accs["himix"].own_parameters.values()} != {id(p) for p in added.values()}
+
+
+def test_plans_that_are_not_there() -> None:
+    acc = planned("shared")
+    with pytest.raises(tg.PlanError, match="no plan 'none'; it holds 'shared'"):
+        tg.Blockwise({"shared": acc}).use("none")
+    with pytest.raises(tg.PlanError, match="these are of none"):
+        tg.Blockwise({})
+    other: Any = SimpleNamespace(model=nn.Linear(1, 1))
+    captured = captured_tiny(3)
+    fastv = captured.apply(tg.make_plan(captured.program, "fastv", facts=captured.facts), "understanding")
+    module, batches = tg.Blockwise({"fastv": fastv, "shared": acc}), inputs_of(acc)
+    module(task="understanding", **batches["understanding"])
+    with pytest.raises(tg.BatchError, match=r"plan 'fastv' is in force(.|\n)*module.use\('shared'\)"):
+        module(batches=batches)
+    assert {*module.use("shared")(batches=batches)} == {"understanding", "generation"}
+    with pytest.raises(tg.BatchError, match="'drawing', which the model does not have"):
+        module(task="drawing")
+    with pytest.raises(tg.PlanError, match="these are of 2"):
+        tg.Blockwise({"shared": acc, "other": other})
 
 
 # ------------------------------------------------------------------ slow: in float64, bit for bit

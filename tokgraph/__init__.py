@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # each also in _LATER
     from .ir.rates import Rates
     from .ir.verification import Verification
     from .measurement import ImageAttention, Measurements, image_attention, measure, measure_rates
-    from .planning import Policy, register_selector
+    from .planning import Policy, Schedule, register_selector
     from .report import summarise
     from .runtime import Accelerated, TaskModule
     from .stages import analyze, apply, capture, costs, make_plan, optimize
@@ -72,6 +72,7 @@ __all__ = [
     "Policy",
     "Program",
     "Rates",
+    "Schedule",
     "SpecError",
     "StaleError",
     "Task",
@@ -112,7 +113,7 @@ _LATER = {
     "ir.rates": ("Rates",),
     "ir.verification": ("Verification",),
     "measurement": ("ImageAttention", "Measurements", "image_attention", "measure", "measure_rates"),
-    "planning": ("Policy", "register_selector"),
+    "planning": ("Policy", "Schedule", "register_selector"),
     "report": ("summarise",),
     "runtime": ("Accelerated", "TaskModule"),
     "stages": ("analyze", "apply", "capture", "costs", "make_plan", "optimize"),

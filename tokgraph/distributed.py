@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -114,12 +115,14 @@ def load(folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer
     """
     described = _described(Path(folder))
     state = _state(module, optimizer)
+    if optimizer is not None:
+        _leave_out(state["optimizer"]["state"], Path(folder))
     with _alone():
         load_state(state, checkpoint_id=Path(folder))
-    keyed, whole = module.keyed(), StateDictOptions(strict=True)
-    set_model_state_dict(keyed, state["model"], options=whole)
-    if optimizer is not None:
-        set_optimizer_state_dict(keyed, optimizer, state["optimizer"], options=whole)
+    keyed = module.keyed()
+    set_model_state_dict(keyed, state["model"], options=StateDictOptions(strict=True))
+    if optimizer is not None:  # not strict: loading was, but for parameters that had no state
+        set_optimizer_state_dict(keyed, optimizer, state["optimizer"], options=StateDictOptions(strict=False))
     module.steps = described["steps"]
     found: dict[str, Any] = described["more"]
     return found
@@ -143,6 +146,14 @@ def _state(module: Blockwise, optimizer: torch.optim.Optimizer | None) -> dict[s
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(keyed, optimizer)
     return state
+
+
+def _leave_out(of_parameters: dict[str, Any], folder: Path) -> None:
+    """Take out the state of parameters that had none when the checkpoint was saved: no step had changed them yet."""
+    known = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, found in list(of_parameters.items()):
+        if not any(f"optimizer.state.{name}.{key}" in known for key in found):
+            del of_parameters[name]
 
 
 def _described(folder: Path) -> Mapping[str, Any]:

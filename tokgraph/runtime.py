@@ -335,8 +335,16 @@ class Accelerated(Mapping[str, TaskModule]):
                 module.step = int(state[name])
         return keys
 
-    def trainable(self, task: str) -> TrainableTask:
-        """A task as a model for trainers, such as that of ``transformers``: it returns a mapping with the loss."""
+    def trainable(self, task: str | None = None) -> TrainableTask:
+        """A task as a model for trainers, such as that of ``transformers``: it returns a mapping with the loss.
+
+        Args:
+            task: its name; ``None``: all tasks in a step, each input being the batch of the task of its name, and the loss
+                the sum of theirs.
+
+        Raises:
+            BatchError: there is no such task.
+        """
         from .trainable import TrainableTask
 
         return TrainableTask(self, task)

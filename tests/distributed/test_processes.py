@@ -16,13 +16,13 @@ import tokgraph as tg
 from tests.distributed.worker import POLICIES, flat, furthest, program, state, train, work
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
-MORE = ("tied", "frozen", "resumed-random", "resumed-own", "mixed")
+MORE = ("tied", "frozen", "compiled", "phases", "resumed-random", "resumed-own", "mixed")
 
 
-def run(folder: Path, world: int, *cells: str) -> dict[str, Any]:
+def run(folder: Path, world: int, *cells: str, worker: str = "worker") -> dict[str, Any]:
     """What the first of some processes found; all of them must have ended well."""
     folder.mkdir()
-    command = [sys.executable, "-m", "tests.distributed.worker", str(folder)]
+    command = [sys.executable, "-m", f"tests.distributed.{worker}", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = []
     for rank in range(world):
@@ -62,6 +62,19 @@ def test_the_table(feature: str, policy: str, two: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["tied", "frozen"])
 def test_what_models_are_like(name: str, two: dict[str, Any]) -> None:
     assert two[name]["split"] < 1e-12
+
+
+@pytest.mark.parametrize("feature", ["one", "ddp", "fsdp2"])
+def test_plans_one_after_the_other(feature: str, two: dict[str, Any]) -> None:
+    """``none``, ``random-ltd``, ``himix`` with own projections, and ``none`` again, two steps each, one task a process."""
+    found = two[f"phases/{feature}"]
+    assert max(found.values()) < 1e-12, found
+
+
+def test_compiled_blocks_are_sharded(two: dict[str, Any]) -> None:
+    """Computed again as well; what is equal in both tasks is compiled once, and not again for sharded parameters."""
+    assert two["compiled"]["split"] < 1e-12
+    assert two["compiled"]["functions"] == 10
 
 
 def test_types_of_parameters(two: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +19,13 @@ from examples import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 QUICK = ["train.py", "--quick", "--policy", "random-ltd"]
+PHASES = ["--phases", "none:3,random-ltd,himix:3"]
+"""The last ones add parameters, which have no state in the optimizer before; checkpoints are after steps 4, 8 and 12."""
 
 
-def training(monkeypatch: pytest.MonkeyPatch, out: Path) -> train.Training:
+def training(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> train.Training:
     """One process that goes on where the last checkpoint is."""
-    monkeypatch.setattr(sys, "argv", [*QUICK, "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", [*QUICK, *more, "--out", str(out)])
     out.mkdir(exist_ok=True)
     return train.Training(train.arguments(), 0, 1, torch.device("cpu"))
 
@@ -37,31 +41,58 @@ def steps(out: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-def test_a_run_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``kill -9`` of a process: the others end, all begin again at the last checkpoint, and end as one undisturbed process."""
-    one, two = tmp_path / "one", tmp_path / "two"
+def told(out: Path) -> dict[int, dict[str, Any]]:
+    """Step -> what was told of it last."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return {found["step"]: found for found in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> train.Training:
+    """One process that went through all phases."""
+    with pytest.MonkeyPatch.context() as patch:
+        alone = training(patch, tmp_path_factory.mktemp("one") / "run", *PHASES)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        train.train(alone)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return alone
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_a_run_that_is_killed(parallel: str, undisturbed: train.Training, tmp_path: Path) -> None:
+    """``kill -9`` of a process in the second phase: the others end, all begin again at the last checkpoint, in that phase, and
+    end as one undisturbed process.
+    """
+    out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # a port that is free
+    command += [train.__file__, *QUICK[1:], *PHASES, "--parallel", parallel, "--out", str(out)]
     root = str(Path(train.__file__).parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    with (tmp_path / "out").open("w") as out:
-        run = subprocess.Popen(
-            [*command, train.__file__, *QUICK[1:], "--out", str(two)], env=environment, stdout=out, stderr=out
-        )
-        while steps(two) < 5:
+    with (tmp_path / "out").open("w") as said:
+        run = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        while steps(out) < 5:
             assert run.poll() is None, (tmp_path / "out").read_text()[-2000:]
             time.sleep(0.02)
         os.kill(children(run.pid)[-1], signal.SIGKILL)
-        alone = training(monkeypatch, one)
-        train.train(alone)
         assert run.wait(timeout=600) == 0, (tmp_path / "out").read_text()[-2000:]
-    assert steps(one) == 12 < steps(two) + 1
     assert "exitcode: -9" in (tmp_path / "out").read_text()
-    other = training(monkeypatch, two)
-    assert other.step == 12
-    expected = dict(alone.program.named_parameters())
-    for name, p in other.program.named_parameters():
-        torch.testing.assert_close(p, expected[name], rtol=1e-4, atol=1e-5)
+    assert steps(out) >= 12
+    expected, found = told(undisturbed.chosen.out), told(out)
+    assert [x["plan"] for x in found.values()] == ["none"] * 3 + ["random-ltd"] * 6 + ["himix"] * 3
+    for step, x in expected.items():
+        for name in ("understanding_loss", "generation_loss", "lr", "plan"):
+            assert found[step][name] == pytest.approx(x[name], rel=1e-5), (step, name)
+    module = undisturbed.module
+    parameters = {name: p.detach().clone() for name, p in module.keyed().named_parameters()}
+    assert any(name.startswith("tokgraph_own.") for name in parameters)
+    last = tg.distributed.latest(out / "checkpoints")
+    assert last is not None
+    assert tg.distributed.load(last, module, undisturbed.optimizer) == {"step": 12}
+    for name, p in module.keyed().named_parameters():
+        torch.testing.assert_close(p, parameters[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkpoint_that_was_cut_and_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -40,6 +41,11 @@ OTHERS: dict[str, dict[str, Any]] = {"pyramiddrop": {"stages": 3}}
 
 def program(policy: str, layers: int = 3, tied: bool = False) -> tg.Accelerated:
     """A small digits model in float64, its sizes fixed."""
+    return programs(policy, layers=layers, tied=tied)[policy]
+
+
+def programs(*policies: str, layers: int = 3, tied: bool = False) -> dict[str, tg.Accelerated]:
+    """The same by several policies, captured once."""
     spec = digits.build(layers=layers, hidden=16, heads=2, batch=2)
     model = spec.model.double()
     if tied:
@@ -49,7 +55,10 @@ def program(policy: str, layers: int = 3, tied: bool = False) -> tg.Accelerated:
         for name, task in spec.tasks.items()
     }
     facts = tg.analyze(tg.capture(tg.ModelSpec(model, tasks)))
-    return tg.apply(facts, tg.make_plan(facts, policy, **{**POLICIES, **OTHERS}.get(policy, {})))
+    return {
+        policy: tg.apply(facts, tg.make_plan(facts, policy, **{**POLICIES, **OTHERS}.get(policy, {})))
+        for policy in policies
+    }
 
 
 def batch_of(task: str, number: int) -> dict[str, Tensor]:
@@ -197,7 +206,66 @@ class Cells:
         self.cell(f"{policy}/ddp", ddp)
         self.cell(f"{policy}/fsdp2", fsdp)
 
-    def sharded(self, name: str, acc: tg.Accelerated, **options: Any) -> None:
+    def phases(self) -> None:
+        """Plans one after the other in one module, the last but one with parameters of its own: one process, DDP, FSDP2."""
+        accs = programs("none", "random-ltd", "himix")
+        largest, tasks = accs["himix"], list(accs["himix"])
+        module = tg.Blockwise(accs)
+        start = copy.deepcopy(module.state_dict())
+        order = {"none": range(2), "random-ltd": range(2, 4), "himix": range(4, 6)}
+
+        def run(forward: Callable[[str], Callable[[Any], Any]], work_of: Any) -> tuple[Any, Any, torch.optim.Optimizer]:
+            parameters = list(largest.parameters())
+            optimizer, losses = torch.optim.AdamW(parameters, 1e-2), []
+            for plan, steps in [*order.items(), ("none", range(6, 8))]:
+                module.use(plan)
+                losses += train(accs[plan], forward(plan), optimizer, steps, work_of, parameters)
+            return losses, state(largest), optimizer
+
+        expected = run(lambda plan: flat(accs[plan]), self.everyones(True, tasks))
+
+        def against(found: Any, all_here: bool) -> dict[str, float]:
+            losses = torch.tensor(found[0], dtype=torch.float64)
+            if not all_here:
+                dist.all_reduce(losses)
+                losses /= self.world
+            apart = (losses - torch.tensor(expected[0], dtype=torch.float64)).abs().max()
+            return {"losses": float(apart), "parameters": furthest(found[1], expected[1])}
+
+        def one() -> dict[str, float]:
+            module.load_state_dict(start)
+            return against(run(lambda _: lambda b: module(batches=b), self.everyones(True, tasks)), True)
+
+        def ddp() -> dict[str, float]:
+            module.load_state_dict(start)
+            wrapped = DDP(module, find_unused_parameters=True)
+            return against(run(lambda _: lambda b: wrapped(batches=b), self.mine(True, tasks)), False)
+
+        def fsdp() -> dict[str, float]:
+            module.load_state_dict(start)
+            tg.distributed.fully_shard(module, init_device_mesh("cpu", (self.world,)))
+            trained = run(lambda _: lambda b: module(batches=b), self.mine(True, tasks))
+            found = against(trained, False)
+            added, moments = list(largest.own_parameters.values()), trained[2].state
+            assert not any(
+                p.requires_grad for p in added
+            )  # they rest, and the optimizer's state of them is saved all the same
+            before = [whole(moments[p]["exp_avg"]) for p in added]
+            tg.distributed.save(self.folder / "phases", module, trained[2])
+            for p in added:
+                moments[p]["exp_avg"].zero_()
+            module(batches=work(0, self.rank, False, tasks))
+            tg.distributed.load(self.folder / "phases", module, trained[2])
+            assert all(
+                x.any() and torch.equal(whole(moments[p]["exp_avg"]), x) for p, x in zip(added, before, strict=True)
+            )
+            return found
+
+        self.cell("phases/one", one)
+        self.cell("phases/ddp", ddp)
+        self.cell("phases/fsdp2", fsdp)
+
+    def sharded(self, name: str, acc: tg.Accelerated, backend: str | None = None, **options: Any) -> None:
         """Steps of one task a process, sharded and clipped, against one process."""
         tasks, start, steps = list(acc), copy.deepcopy(acc.state_dict()), range(STEPS)
 
@@ -208,11 +276,13 @@ class Cells:
             expected = state(acc)
             acc.load_state_dict(start)
             module = acc.module(**options)
+            if backend is not None:
+                module.compile(backend=backend)
             tg.distributed.fully_shard(module, init_device_mesh("cpu", (self.world,)))
             parameters = [p for p in module.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(parameters, 1e-2)
             train(acc, lambda b: module(batches=b), optimizer, steps, self.mine(True, tasks), parameters)
-            return {"split": furthest(state(acc), expected)}
+            return {"split": furthest(state(acc), expected), "functions": counters["stats"]["unique_graphs"]}
 
         self.cell(name, compared)
 
@@ -274,6 +344,8 @@ class Cells:
         return {
             "tied": lambda: self.sharded("tied", program("shared", tied=True), checkpoint=True),
             "frozen": lambda: self.sharded("frozen", frozen()),
+            "compiled": lambda: self.sharded("compiled", program("shared"), "aot_eager", checkpoint=True),
+            "phases": self.phases,
             "resumed-random": lambda: self.checkpoint("random-ltd"),
             "resumed-own": lambda: self.checkpoint("himix"),
             "reloaded": lambda: self.reloaded("random-ltd"),

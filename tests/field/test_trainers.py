@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokgraph as tg
 from tests.field.models import PATCHES, VLM, batch, run, seeded, spec, understanding
+from tests.harness import captured_tiny
 
 RANDOM = tg.Plan((tg.DropSite("u", 0, 2, 0.5, "random"),))
 
@@ -69,6 +70,27 @@ def test_steps_resume(random: tg.Accelerated) -> None:
 def test_plans_that_do_not_draw_add_no_step() -> None:
     acc = tg.optimize(spec(seeded(VLM)), "exact", verify=False)
     assert acc.state_dict().keys() == acc.model.state_dict().keys()
+
+
+def test_all_tasks_in_a_step() -> None:
+    """Each input is the batch of a task; the loss is the sum."""
+    captured = captured_tiny(3)
+    acc = captured.apply(tg.make_plan(captured.program, "shared", facts=captured.facts))
+    module = acc.trainable()
+    batches = {name: task.task_graph.example() for name, task in acc.items()}
+    losses = {name: acc[name](**x)[0] for name, x in batches.items()}
+    assert torch.equal(module(**batches)["loss"], sum(losses.values()))
+    assert torch.equal(module(generation=batches["generation"])["loss"], losses["generation"])
+    assert module.state_dict().keys() == captured.model.state_dict().keys()
+    for wrong, named in (
+        ({}, "the batch of a task"),
+        ({"drawing": {}}, "'drawing'"),
+        ({"generation": {}}, "takes the"),
+    ):
+        with pytest.raises(tg.BatchError, match=named):
+            module(**wrong)
+    with pytest.raises(tg.BatchError, match="'drawing'"):
+        acc.trainable("drawing")
 
 
 ROWS = [{k: x[0] for k, x in batch(1, seed=s).items()} for s in range(8)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 from tokgraph.ir.names import OWN, STEP
 from tokgraph.ir.node import output_args
 from tokgraph.ir.program import TIED, TaskGraph
-from tokgraph.ir.tensors import target_of, tensor_name
+from tokgraph.ir.tensors import HOLDER, target_of, tensor_name
 from tokgraph.passes.lower.functional import functional
 from tokgraph.passes.lower.pieces import Piece, block_count, pieces
 
@@ -83,17 +83,54 @@ def cut(graph: TaskGraph, *, checking: bool = True) -> Cut:
     )
 
 
+class Added(MutableMapping[str, Any]):
+    """What plans added to a task, in the graphs of all of them: a tensor that is put here takes its place in each.
+
+    Args:
+        graphs: the task's graphs, one a plan.
+    """
+
+    def __init__(self, graphs: Sequence[TaskGraph]) -> None:
+        modules = [graph.graph_module for graph in graphs]
+        self._tables = [module.get_submodule(HOLDER)._parameters for module in modules if hasattr(module, HOLDER)]
+
+    def __getitem__(self, key: str) -> Any:
+        return self._of(key)[0][key]
+
+    def __setitem__(self, key: str, x: Any) -> None:
+        for table in self._of(key):
+            table[key] = x
+
+    def __delitem__(self, key: str) -> None:
+        for table in self._of(key):
+            del table[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({key: None for table in self._tables for key in table})
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _of(self, key: str) -> list[dict[str, Any]]:
+        found = [table for table in self._tables if key in table]
+        if not found:
+            raise KeyError(key)
+        return found
+
+
 class Places:
     """Where the tensors that graphs read are registered.
 
     Args:
         model: the user's model.
-        graph: the graph that holds what the plan added.
+        graph: the graph that holds the plan's step.
+        added: what plans added to the task.
     """
 
-    def __init__(self, model: nn.Module, graph: TaskGraph) -> None:
+    def __init__(self, model: nn.Module, graph: TaskGraph, added: Added) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._added = graph
+        self._graph = graph
+        self._added = added
         self._first = dict(graph.graph_module.meta.get(TIED, {}))
         self._further: dict[str, list[str]] = {}
         for further, first in self._first.items():
@@ -102,14 +139,14 @@ class Places:
     def of(self, name: str) -> list[Registered]:
         """Every place of a tensor of the model, the first name first, or of a parameter of the plan; empty: it is neither."""
         if name.partition(".")[0] == OWN:
-            return [_in_graph(self._added, name)]
+            return [Registered(name, self._added, target_of(name).partition(".")[2])]
         first = self._first.get(name, name)
         found = [self._in_model(other) for other in (first, *self._further.get(first, ()))]
         return [x for x in found if x is not None]
 
     def read(self, name: str, graph: TaskGraph) -> Registered:
         """Where a graph's value of a name is read: in the model, or, of constants and steps, in the graph module."""
-        return next(iter(self.of(name)), None) or _in_graph(self._added if name == STEP else graph, name)
+        return next(iter(self.of(name)), None) or _in_graph(self._graph if name == STEP else graph, name)
 
     def _in_model(self, name: str) -> Registered | None:
         path, _, leaf = name.rpartition(".")

@@ -20,7 +20,7 @@ from tokgraph.passes.lower.pieces import Piece, last_reads
 
 from .backends import backend_of
 from .compiled import gist, raise_what_is_wrong
-from .cutting import Cut, Places, cut
+from .cutting import Added, Cut, Places, cut
 from .draws import Draws
 from .parts import Registered, Step, passing
 from .variants import Variant, Variants
@@ -32,11 +32,12 @@ class PartedTask:
     Args:
         model: the user's model.
         variants: the task's graphs.
+        added: what plans added to the task.
     """
 
-    def __init__(self, model: nn.Module, variants: Variants) -> None:
+    def __init__(self, model: nn.Module, variants: Variants, added: Added) -> None:
         self.variants = variants
-        self.places = Places(model, variants.first.graph)
+        self.places = Places(model, variants.first.graph, added)
         self.holders: Mapping[str, int] = {}
         self._draws = Draws()
         self.use(None, {})

@@ -169,6 +169,11 @@ class Variants:
             help="call module.prepare() in this mode and region before the module is sharded",
         )
 
+    def share_added(self, other: Variants) -> None:
+        """Hold what another plan added to the task under the names that this plan added as well: own projections, the step."""
+        for variant in self._all:
+            share_own(other.first.graph, variant.graph)
+
     def _use(self, variant: Variant) -> Variant:
         """Run a graph from now on: what the plan added to the model goes where the graph computes, as by ``model.to``."""
         self._last, first = variant, self.first.graph

@@ -3,6 +3,7 @@
 from .options import Blocks, Depth, L
 from .policy import Policy, policies, policy
 from .published import Dart, FastV, HiMix, HMGen, PyramidDrop, RandomLTD, ShareAll, SharePartial, TaskSpecific
+from .schedule import Phase, Schedule
 from .selectors import register_selector
 from .shared import Shared
 from .undropped import Exact, NoDrop
@@ -17,9 +18,11 @@ __all__ = [
     "HiMix",
     "L",
     "NoDrop",
+    "Phase",
     "Policy",
     "PyramidDrop",
     "RandomLTD",
+    "Schedule",
     "ShareAll",
     "SharePartial",
     "Shared",
