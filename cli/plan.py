@@ -11,15 +11,18 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tokgraph.cluster import estimate
 from tokgraph.comparison import compare as run_compare
 from tokgraph.comparison import diff as run_diff
+from tokgraph.ir.cluster import Cluster
 from tokgraph.ir.plan import Plan, Ragged
 from tokgraph.measurement.measurements import image_mass, measure
 from tokgraph.passes.capture.export import capture
 from tokgraph.planning import Shared, policies
 from tokgraph.planning import policy as named
-from tokgraph.stages import analyze, make_plan
+from tokgraph.stages import analyze, apply, make_plan
 
+from .cluster import cluster_option, print_estimate
 from .common import (
     amount,
     calibration,
@@ -39,6 +42,8 @@ from .common import (
 @policy_options
 @click.option("--calibrate", metavar="FILE", help="Measure attention mass on these batches, or on the 'example' batch.")
 @click.option("--explain", is_flag=True, help="Say why the planner chose this plan, and why others lost.")
+@cluster_option
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON, as plans always are.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan here.")
 def plan(
     model: str,
@@ -46,11 +51,19 @@ def plan(
     policy: str | None,
     calibrate: str | None,
     explain: bool,
+    cluster: Cluster | None,
+    as_json: bool,
     out: Path | None,
     **options: Any,
 ) -> None:
-    """Plan MODEL with a policy and print the plan, without rewriting anything."""
+    """Plan MODEL with a policy and print the plan, without rewriting anything.
+
+    With --cluster, print what training takes on many GPUs, with the plan and without; --mix then weighs micro-batches.
+    """
     given = chosen_options(options)
+    mix = given.get("mix")
+    if cluster is not None and "target_flops" not in given:
+        given.pop("mix", None)  # else it is for the planner as well
     with progress() as stage:
         stage("load")
         spec = load_model(model, settings)
@@ -65,9 +78,17 @@ def plan(
         ragged = given.pop("ragged", "min")
         chosen = named(policy or "shared", **given)
         made = make_plan(facts, chosen, ragged=ragged)
+        if cluster is not None:
+            stage("estimate")
+            found = estimate(apply(facts, made), cluster, mix=mix)
     if out is not None:
         made.save(out)
-    else:
+    if cluster is not None:
+        if as_json:
+            click.echo(json.dumps(found, indent=2))
+        else:
+            print_estimate(found, plain_console())
+    elif out is None:
         click.echo(made.to_json(), nl=False)
     if explain:
         lines = (

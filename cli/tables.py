@@ -174,10 +174,10 @@ def _cost_table(title: str, cost: dict[str, Any], whole: dict[str, int], share: 
 
 def _grouped(regions: dict[str, Any]) -> list[tuple[str, dict[str, int]]]:
     """Runs of blocks that cost the same become one row, ``blocks 0-29, each``."""
-    return [(label, regions[first]) for label, first in _runs(list(regions), lambda name: _flops(regions[name]))]
+    return [(label, regions[first]) for label, first in runs(list(regions), lambda name: _flops(regions[name]))]
 
 
-def _runs(names: list[str], looks: Callable[[str], Any]) -> list[tuple[str, str]]:
+def runs(names: list[str], looks: Callable[[str], Any]) -> list[tuple[str, str]]:
     """``(label, first name)``: neighbouring blocks that look alike become one, all else stays as it is."""
     rows: list[tuple[str, str]] = []
     run: list[str] = []
@@ -219,7 +219,7 @@ def _print_pathways(pathways: list[dict[str, Any]], tasks: list[str], console: C
         table.add_column(column, overflow="fold", justify="left" if column == "parameters" else "right")
     for column in (*tasks, *(f"{task} gradient" for task in tasks if measured)):
         table.add_column(column, justify="right", overflow="fold")
-    for label, first in _runs(list(groups), lambda group: (groups[group]["elements"], *cells(group))):
+    for label, first in runs(list(groups), lambda group: (groups[group]["elements"], *cells(group))):
         table.add_row(label, amount(groups[first]["elements"]), *cells(first))
     console.print(table)
     if measured:

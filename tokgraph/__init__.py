@@ -31,6 +31,8 @@ from .version import VERSION
 
 if TYPE_CHECKING:  # each also in _LATER
     from .blockwise import Blockwise
+    from .cluster import estimate
+    from .ir.cluster import Cluster
     from .ir.compilation import Compilation
     from .ir.cost import TaskCost
     from .ir.facts import Facts, TaskFacts
@@ -54,6 +56,7 @@ __all__ = [
     "BatchError",
     "Blockwise",
     "CaptureError",
+    "Cluster",
     "Compilation",
     "CompileError",
     "DependencyError",
@@ -88,6 +91,7 @@ __all__ = [
     "apply",
     "capture",
     "costs",
+    "estimate",
     "image_attention",
     "load",
     "load_accelerated",
@@ -105,6 +109,8 @@ __all__ = [
 
 _LATER = {
     "blockwise": ("Blockwise",),
+    "cluster": ("estimate",),
+    "ir.cluster": ("Cluster",),
     "ir.compilation": ("Compilation",),
     "ir.cost": ("TaskCost",),
     "ir.facts": ("Facts", "TaskFacts"),

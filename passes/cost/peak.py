@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -21,6 +21,7 @@ from tokgraph.ir.values import plain
 from .works import Counted, Held, count_nodes, example_number
 
 Number = Callable[[Any], int]
+Phase = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Peak:
 
     bytes: int
     at: str
-    phase: str
+    phase: Phase
     kept: int
     gradients: int
 
@@ -51,6 +52,22 @@ def peak_memory(graph: TaskGraph, counted: Counted | None = None) -> Peak:
     Raises:
         AnalysisError: a size depends on values that have no storage.
     """
+    memory, kept, gradients = _replayed(graph, counted)
+    (phase, at), most = max(memory.most.items(), key=lambda item: item[1], default=(("forward", None), 0))
+    return Peak(most, at.name if at is not None else "", phase, kept, gradients)
+
+
+def memory_by_call(graph: TaskGraph, counted: Counted | None = None) -> dict[tuple[Phase, fx.Node], int]:
+    """The most bytes in use while each call runs, in either phase, counted as the peak is (:func:`peak_memory`).
+
+    Raises:
+        AnalysisError: a size depends on values that have no storage.
+    """
+    return _replayed(graph, counted)[0].most
+
+
+def _replayed(graph: TaskGraph, counted: Counted | None) -> tuple[_Memory, int, int]:
+    """A step replayed; bytes kept at the end of the forward pass, and those of gradients at the end."""
     of_example = example_number(graph)
 
     def number(amount: Any) -> int:
@@ -61,23 +78,20 @@ def peak_memory(graph: TaskGraph, counted: Counted | None = None) -> Peak:
     forward = _Forward(graph, held, number, memory)
     forward.run()
     kept = memory.now
-    gradients = _Backward(forward, held, number, memory).run(loss_node(graph))
-    return Peak(memory.most, memory.at, memory.phase, kept, gradients)
+    return memory, kept, _Backward(forward, held, number, memory).run(loss_node(graph))
 
 
 class _Memory:
-    """Bytes in use, and the most that there were."""
+    """Bytes in use, and the most that there were while each call ran."""
 
     def __init__(self) -> None:
-        self.now = self.most = 0
-        self.at, self.phase = "", "forward"
+        self.now = 0
+        self.most: dict[tuple[Phase, fx.Node], int] = {}
 
-    def take(self, amount: int, node: fx.Node, phase: str, for_now: int = 0) -> None:
+    def take(self, amount: int, node: fx.Node, phase: Phase, for_now: int = 0) -> None:
         """Allocate; ``for_now`` is given back at once."""
-        self.now += amount + for_now
-        if self.now > self.most:
-            self.most, self.at, self.phase = self.now, node.name, phase
-        self.now -= for_now
+        self.now += amount
+        self.most[phase, node] = max(self.most.get((phase, node), 0), self.now + for_now)
 
     def free(self, amount: int) -> None:
         """Give back."""
