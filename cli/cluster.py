@@ -55,6 +55,8 @@ def print_estimate(found: dict[str, Any], console: Console) -> None:
     for when, label in (("before", "without the plan"), ("after", "with the plan")):
         fitting = ", ".join(_name(row["layout"], row["checkpoint"]) for row in found["fits"][when])
         console.print(f"fits {label}: {fitting or 'none'}", highlight=False)
+    if found["uncounted"]:
+        console.print(f"FLOPs unknown: {', '.join(found['uncounted'])}", highlight=False)
     for line in found["not_counted"]:
         console.print(f"note: {line}", highlight=False)
 

@@ -40,7 +40,14 @@ def find_projections(attentions: Sequence[Attention], nodes: Sequence[fx.Node]) 
 def projection_weights(attention: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
     """What the nearest linear maps behind an attention, or the softmax of one, have as weights; none where it is not known."""
     found = _nearest_linears(attention, set(inside))
-    return {weight for node in found if (weight := argument(node, "weight")).op == "get_attr"}
+    return {weight for node in found if (weight := parameter_behind(argument(node, "weight"))) is not None}
+
+
+def parameter_behind(operand: fx.Node) -> fx.Node | None:
+    """What reads the parameter that an operand is, as it is or in another type, as in a region of autocast; else ``None``."""
+    while operand.target is aten._to_copy.default:
+        operand = operand.args[0]  # type: ignore[assignment]
+    return operand if operand.op == "get_attr" else None
 
 
 def _operands(node: fx.Node, output: fx.Node) -> Iterable[tuple[str, fx.Node]]:
@@ -73,11 +80,13 @@ def _nearest_linears(operand: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
 
 def _is_plain(node: fx.Node) -> bool:
     parameters = [x for x in (argument(node, "weight"), argument(node, "bias")) if x is not None]
-    return rank(node) == 3 and all(x.op == "get_attr" for x in parameters)
+    return rank(node) == 3 and all(parameter_behind(x) is not None for x in parameters)
 
 
 def _projection(node: fx.Node, keys: bool) -> Projection:
-    bias = argument(node, "bias")
-    return Projection(
-        node.name, tensor_name(argument(node, "weight")), None if bias is None else tensor_name(bias), keys
+    weight, bias = (
+        None if x is None else tensor_name(parameter_behind(x))
+        for x in (argument(node, "weight"), argument(node, "bias"))
     )
+    assert weight is not None
+    return Projection(node.name, weight, bias, keys)

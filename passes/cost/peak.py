@@ -53,8 +53,8 @@ def peak_memory(graph: TaskGraph, counted: Counted | None = None) -> Peak:
         AnalysisError: a size depends on values that have no storage.
     """
     memory, kept, gradients = _replayed(graph, counted)
-    (phase, at), most = max(memory.most.items(), key=lambda item: item[1], default=(("forward", None), 0))
-    return Peak(most, at.name if at is not None else "", phase, kept, gradients)
+    (phase, node), most = max(memory.most.items(), key=lambda item: item[1])
+    return Peak(most, node.name, phase, kept, gradients)
 
 
 def memory_by_call(graph: TaskGraph, counted: Counted | None = None) -> dict[tuple[Phase, fx.Node], int]:

@@ -15,7 +15,7 @@ from tokgraph.ir.rates import Rates
 from tokgraph.ir.tensors import read, tensor_name
 
 from ..cost.peak import memory_by_call
-from ..cost.roofline import roofline
+from ..cost.roofline import NodeTime, roofline
 from ..cost.works import Counted, Held, count_nodes, example_number
 from .pieces import block_count, floors_of
 
@@ -93,11 +93,22 @@ def part_costs(graph: TaskGraph, rates: Rates, counted: Counted | None = None) -
     titles = ["before the blocks", *(f"block {i}" for i in range(last - 1)), "after the blocks"]
     return tuple(
         PartCost(
-            titles[i], tuple(names[i]), gradients[i], *map(round, flops[i]), *seconds[i], kept[i], again[i],
-            forward[i], backward[i], sent[i], sent_back[i],
+            title=titles[i],
+            parameters=tuple(names[i]),
+            gradients=gradients[i],
+            forward_flops=round(flops[i][0]),
+            backward_flops=round(flops[i][1]),
+            forward=seconds[i][0],
+            backward=seconds[i][1],
+            kept=kept[i],
+            kept_again=again[i],
+            forward_peak=forward[i],
+            backward_peak=backward[i],
+            sent=sent[i],
+            sent_back=sent_back[i],
         )
         for i in range(last + 1)
-    )  # fmt: skip
+    )
 
 
 class _Parts:
@@ -125,20 +136,21 @@ class _Parts:
 
     def flops(self, counted: Counted) -> list[tuple[float, float]]:
         """Forward and backward FLOPs."""
-        found = [[0.0, 0.0] for _ in range(self._last + 1)]
-        for node, work in counted.works.items():
-            found[self._floors[node]][0] += self._number(work.forward_flops)
-            found[self._floors[node]][1] += self._number(work.backward_flops)
-        return [(a, b) for a, b in found]
+        return self._pairs(
+            (self._floors[node], self._number(work.forward_flops), self._number(work.backward_flops))
+            for node, work in counted.works.items()
+        )
 
-    def seconds(self, times: Iterable[Any]) -> list[tuple[float, float]]:
+    def seconds(self, times: Iterable[NodeTime]) -> list[tuple[float, float]]:
         """Forward and backward seconds."""
         by_name = {node.name: part for node, part in self._floors.items()}
-        found = [[0.0, 0.0] for _ in range(self._last + 1)]
-        for time in times:
-            found[by_name[time.node]][0] += time.forward
-            found[by_name[time.node]][1] += time.backward
-        return [(a, b) for a, b in found]
+        return self._pairs((by_name[time.node], time.forward, time.backward) for time in times)
+
+    def _pairs(self, amounts: Iterable[tuple[int, float, float]]) -> list[tuple[float, float]]:
+        found = [(0.0, 0.0)] * (self._last + 1)
+        for part, forward, backward in amounts:
+            found[part] = found[part][0] + forward, found[part][1] + backward
+        return found
 
     def kept(self, checkpoint: bool) -> list[int]:
         """Bytes kept for the backward pass, of what no part before keeps."""

@@ -90,7 +90,7 @@ def _split(
     text.meta[VISUAL_ROWS], image.meta[VISUAL_ROWS] = 0, visual
     names = [name for name in (projection.weight, projection.bias) if name is not None]
     model = [argument(node, name) for name in ("weight", "bias")][: len(names)]
-    copies = [emit.parameter(own_name(task, name), of) for name, of in zip(names, model, strict=True)]
+    copies = [_copied(own_name(task, name), of, emit) for name, of in zip(names, model, strict=True)]
     parts = [
         emit.call(aten.linear.default, emit.select(x, rows), *parameters, origin=node)
         for rows, parameters in ((text, model), (image, copies))
@@ -102,3 +102,11 @@ def _split(
     for reader in readers:
         reader.replace_input_with(node, whole)
     return text, image
+
+
+def _copied(name: str, of: fx.Node, emit: Emitter) -> fx.Node:
+    """A copy of the parameter that an operand is, in the type that the operand has."""
+    if of.op == "get_attr":
+        return emit.parameter(name, of)
+    source: fx.Node = of.args[0]  # type: ignore[assignment]
+    return emit.call(of.target, _copied(name, source, emit), *of.args[1:], origin=of, **of.kwargs)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import tokgraph as tg
-from tests.distributed.worker import POLICIES, flat, furthest, program, state, train, work
+from tests.distributed.worker import KINDS, POLICIES, flat, furthest, program, state, train, trained, work
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
-MORE = ("tied", "frozen", "compiled", "phases", "resumed-random", "resumed-own", "mixed")
+MORE = (*KINDS, "compiled", "phases", "resumed-random", "resumed-own", "mixed", "region")
 
 
 def run(folder: Path, world: int, *cells: str, worker: str = "worker") -> dict[str, Any]:
@@ -59,9 +59,18 @@ def test_the_table(feature: str, policy: str, two: dict[str, Any]) -> None:
     assert max(found.values()) < 1e-12, found
 
 
-@pytest.mark.parametrize("name", ["tied", "frozen"])
-def test_what_models_are_like(name: str, two: dict[str, Any]) -> None:
-    assert two[name]["split"] < 1e-12
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("feature", ["one", "ddp", "fsdp2"])
+def test_what_models_are_like(feature: str, kind: str, two: dict[str, Any]) -> None:
+    """As in the table, with blocks computed again: tied, frozen, adapted, own projections of all of these together."""
+    found = two[f"{kind}/{feature}"]
+    assert max(found.values()) < 1e-12, found
+
+
+def test_own_projections_in_autocast(two: dict[str, Any]) -> None:
+    """Sharded, computed again: as one process in the region, but for the order in which bf16 gradients are added up."""
+    assert two["region"]["split"] < 1e-2
+    assert two["region"]["moved"] > 0.1
 
 
 @pytest.mark.parametrize("feature", ["one", "ddp", "fsdp2"])
@@ -82,7 +91,7 @@ def test_types_of_parameters(two: dict[str, Any]) -> None:
     assert two["mixed"] == {"gradients": pytest.approx(0, abs=1e-2), "float32": 1}
 
 
-@pytest.mark.parametrize("policy", ["random-ltd", "himix"])
+@pytest.mark.parametrize("policy", ["random-ltd", "himix", *KINDS])
 def test_checkpoints_of_two(policy: str, two: dict[str, Any]) -> None:
     found = two[f"{policy}/resumed"]
     assert found["more"] == {"step": 2}
@@ -90,11 +99,12 @@ def test_checkpoints_of_two(policy: str, two: dict[str, Any]) -> None:
     assert max(found["alone"], found["sharded"]) < 1e-12
 
 
-@pytest.mark.parametrize("policy", ["random-ltd", "himix"])
+@pytest.mark.parametrize("policy", ["random-ltd", "himix", "own-of-all"])
 def test_one_goes_on(policy: str, two: dict[str, Any], folder: Path) -> None:
-    acc = program(policy)
+    name, change = KINDS.get(policy, (policy, lambda model: None))
+    acc = program(name, change=change)
     module = acc.module()
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    optimizer = torch.optim.AdamW(trained(module), 1e-2)
     more = tg.distributed.load(folder / "2" / "checkpoints" / policy, module, optimizer)
     tasks = list(acc)
     train(acc, flat(acc), optimizer, range(more["step"], 4), lambda step: [work(step, r, True, tasks) for r in (0, 1)])

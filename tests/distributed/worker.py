@@ -39,17 +39,18 @@ POLICIES: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {"pyramiddrop": {"stages": 3}}
 
 
-def program(policy: str, layers: int = 3, tied: bool = False) -> tg.Accelerated:
-    """A small digits model in float64, its sizes fixed."""
-    return programs(policy, layers=layers, tied=tied)[policy]
+def program(policy: str, layers: int = 3, change: Callable[[Any], None] = lambda model: None) -> tg.Accelerated:
+    """A small digits model in float64, its sizes fixed, changed before it is captured."""
+    return programs(policy, layers=layers, change=change)[policy]
 
 
-def programs(*policies: str, layers: int = 3, tied: bool = False) -> dict[str, tg.Accelerated]:
+def programs(
+    *policies: str, layers: int = 3, change: Callable[[Any], None] = lambda model: None
+) -> dict[str, tg.Accelerated]:
     """The same by several policies, captured once."""
     spec = digits.build(layers=layers, hidden=16, heads=2, batch=2)
     model = spec.model.double()
-    if tied:
-        model.head.weight = model.embed.weight
+    change(model)
     tasks = {
         name: tg.Task(task.forward, batch_of(name, 0), visual=task.visual, reads=task.reads, outputs=task.outputs)
         for name, task in spec.tasks.items()
@@ -59,6 +60,62 @@ def programs(*policies: str, layers: int = 3, tied: bool = False) -> dict[str, t
         policy: tg.apply(facts, tg.make_plan(facts, policy, **{**POLICIES, **OTHERS}.get(policy, {})))
         for policy in policies
     }
+
+
+class Adapted(nn.Module):
+    """A product of two small matrices beside a frozen layer."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner.requires_grad_(False)
+        self.down = nn.Linear(inner.in_features, 2, bias=False, dtype=inner.weight.dtype)
+        self.up = nn.Linear(2, inner.out_features, bias=False, dtype=inner.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.up(self.down(x))
+
+
+def tie(model: Any) -> None:
+    """Words and codes are read and written by the same weights."""
+    model.head.weight = model.embed.weight
+
+
+def freeze_tower(model: Any) -> None:
+    model.patch_encoder.requires_grad_(False)
+
+
+def adapt(model: Any) -> None:
+    """Adapters on what attention reads; of the rest of the blocks, nothing learns."""
+    torch.manual_seed(0)
+    for block in model.blocks:
+        block.requires_grad_(False)
+        block.attention.qkv = Adapted(block.attention.qkv)
+
+
+def change_all(model: Any) -> None:
+    tie(model)
+    freeze_tower(model)
+    adapt(model)
+
+
+def freeze_first(model: Any) -> None:
+    """Embeddings and the first block learn nothing: the text task has no gradient there, the image encoder has."""
+    model.embed.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+
+
+KINDS: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "tied": ("shared", tie),
+    "frozen-tower": ("shared", freeze_tower),
+    "frozen-first": ("exact", freeze_first),
+    "adapters": ("random-ltd", adapt),
+    "own-of-all": ("himix", change_all),
+}
+"""What models are like: a policy for each, and the change."""
+
+
+def trained(module: Any) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def batch_of(task: str, number: int) -> dict[str, Tensor]:
@@ -145,16 +202,18 @@ class Cells:
     def everyones(self, split: bool, tasks: list[str]) -> Callable[[int], list[dict[str, Any]]]:
         return lambda step: [work(step, rank, split, tasks) for rank in range(self.world)]
 
-    def features(self, policy: str, **model: Any) -> None:
-        """A policy in one process, under DDP, then FSDP2: steps of all tasks everywhere, then of one task a process."""
-        acc = program(policy, **model)
+    def features(self, name: str, acc: tg.Accelerated, checkpoint: bool) -> tg.Blockwise:
+        """A program in one process, under DDP, then FSDP2: steps of all tasks everywhere, then of one task a process.
+
+        Returns the module, sharded.
+        """
         tasks = list(acc)
         start = copy.deepcopy(acc.state_dict())
         first, second = range(STEPS), range(STEPS, 2 * STEPS)
 
         def reference(forward: Callable[[dict[str, Any]], Any]) -> Any:
             acc.load_state_dict(start)
-            parameters = list(acc.parameters())
+            parameters = trained(acc)
             optimizer = torch.optim.AdamW(parameters, 1e-2)
             losses = train(acc, forward, optimizer, first, self.everyones(False, tasks), parameters)
             middle = state(acc)
@@ -172,7 +231,7 @@ class Cells:
             }
 
         expected = reference(flat(acc))
-        module = acc.module(checkpoint=policy == "shared")
+        module = acc.module(checkpoint=checkpoint)
 
         def one() -> dict[str, float]:
             found = reference(lambda batches: module(batches=batches))
@@ -181,8 +240,8 @@ class Cells:
 
         def ddp() -> dict[str, float]:
             acc.load_state_dict(start)
-            optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
-            parameters = list(module.parameters())
+            parameters = trained(module)
+            optimizer = torch.optim.AdamW(parameters, 1e-2)
             wrapped = DDP(module)
             losses = train(acc, lambda b: wrapped(batches=b), optimizer, first, self.mine(False, tasks), parameters)
             middle = state(acc)
@@ -195,16 +254,17 @@ class Cells:
             shape, names = ((2, 2), ("copies", "shards")) if self.world == 4 else ((self.world,), ("shards",))
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
             tg.distributed.fully_shard(module, mesh)
-            parameters = list(module.parameters())
+            parameters = trained(module)
             optimizer = torch.optim.AdamW(parameters, 1e-2)
             losses = train(acc, lambda b: module(batches=b), optimizer, first, self.mine(False, tasks), parameters)
             middle = state(acc)
             losses += train(acc, lambda b: module(batches=b), optimizer, second, self.mine(True, tasks), parameters)
             return against(expected, (losses, middle, state(acc)))
 
-        self.cell(f"{policy}/one", one)
-        self.cell(f"{policy}/ddp", ddp)
-        self.cell(f"{policy}/fsdp2", fsdp)
+        self.cell(f"{name}/one", one)
+        self.cell(f"{name}/ddp", ddp)
+        self.cell(f"{name}/fsdp2", fsdp)
+        return module
 
     def phases(self) -> None:
         """Plans one after the other in one module, the last but one with parameters of its own: one process, DDP, FSDP2."""
@@ -286,14 +346,12 @@ class Cells:
 
         self.cell(name, compared)
 
-    def checkpoint(self, policy: str) -> None:
-        """Saved by all processes, loaded by one and by these, and trained on."""
-        acc, other = program(policy), program(policy)
-        tasks, folder = list(acc), self.folder / "checkpoints" / policy
+    def checkpoint(self, name: str, acc: tg.Accelerated, module: tg.Blockwise, other: tg.Accelerated) -> None:
+        """Saved by all processes, loaded by one and by these into another program, and trained on."""
+        tasks, folder = list(acc), self.folder / "checkpoints" / name
 
         def resumed() -> dict[str, Any]:
-            module = tg.distributed.fully_shard(acc.module(), init_device_mesh("cpu", (self.world,)))
-            optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+            optimizer = torch.optim.AdamW(trained(module), 1e-2)
             mine = self.mine(True, tasks)
             train(acc, lambda b: module(batches=b), optimizer, range(2), mine)
             with torch.no_grad():
@@ -306,7 +364,7 @@ class Cells:
                 for p in other.parameters():
                     p.zero_()
             again = other.module()
-            optimizer = torch.optim.AdamW(again.parameters(), 1e-2)
+            optimizer = torch.optim.AdamW(trained(again), 1e-2)
             more = tg.distributed.load(folder, again, optimizer)
             found["more"] = more
             train(other, flat(other), optimizer, range(more["step"], 4), self.everyones(True, tasks))
@@ -314,16 +372,16 @@ class Cells:
             found["keys"] = sorted(again.state_dict()) == sorted(acc.state_dict())
 
             if self.rank == 0:
-                torch.save(expected, self.folder / f"{policy}.pt")
+                torch.save(expected, self.folder / f"{name}.pt")
             found["sharded"] = self.resume(other, again, folder, expected)
             return found
 
-        self.cell(f"{policy}/resumed", resumed)
+        self.cell(f"{name}/resumed", resumed)
 
     def resume(self, acc: tg.Accelerated, module: tg.Blockwise, folder: Path, expected: dict[str, Tensor]) -> float:
         """Load what two processes saved, and train on as they did."""
         tg.distributed.fully_shard(module, init_device_mesh("cpu", (self.world,)))
-        optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+        optimizer = torch.optim.AdamW(trained(module), 1e-2)
         more = tg.distributed.load(folder, module, optimizer)
         mine: Any = lambda step: [work(step, self.rank % 2, True, list(acc))]  # noqa: E731
         train(acc, lambda b: module(batches=b), optimizer, range(more["step"], 4), mine)
@@ -342,15 +400,50 @@ class Cells:
     def more(self) -> dict[str, Callable[[], None]]:
         """What is beside the table."""
         return {
-            "tied": lambda: self.sharded("tied", program("shared", tied=True), checkpoint=True),
-            "frozen": lambda: self.sharded("frozen", frozen()),
+            **{name: partial(self.kind, name, *made) for name, made in KINDS.items()},
             "compiled": lambda: self.sharded("compiled", program("shared"), "aot_eager", checkpoint=True),
             "phases": self.phases,
-            "resumed-random": lambda: self.checkpoint("random-ltd"),
-            "resumed-own": lambda: self.checkpoint("himix"),
+            "resumed-random": lambda: self.resumed("random-ltd"),
+            "resumed-own": lambda: self.resumed("himix"),
             "reloaded": lambda: self.reloaded("random-ltd"),
             "mixed": self.mixed,
+            "region": self.region,
         }
+
+    def kind(self, name: str, policy: str, change: Callable[[Any], None]) -> None:
+        """A model that is not plain: all of the table's row, blocks computed again, and checkpoints."""
+        acc = program(policy, change=change)
+        module = self.features(name, acc, checkpoint=True)
+        self.checkpoint(name, acc, module, program(policy, change=change))
+
+    def resumed(self, policy: str) -> None:
+        """Checkpoints of a policy."""
+        acc = program(policy)
+        module = tg.distributed.fully_shard(acc.module(), init_device_mesh("cpu", (self.world,)))
+        self.checkpoint(policy, acc, module, program(policy))
+
+    def region(self) -> None:
+        """Own projections in a region of autocast, sharded: as one process, in the region."""
+        acc = program("himix", change=lambda model: model.float())
+        start = copy.deepcopy(acc.state_dict())
+
+        def trained_on(forward: Callable[[dict[str, Any]], Any], module: Any, work_of: Any) -> dict[str, Tensor]:
+            optimizer = torch.optim.SGD(trained(module), 1e-2)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                train(acc, forward, optimizer, range(STEPS), work_of)
+            return state(acc)
+
+        def compared() -> dict[str, float]:
+            expected = trained_on(flat(acc), acc, self.everyones(True, list(acc)))
+            acc.load_state_dict(start)
+            module = acc.module(checkpoint=True)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                module.prepare()
+            tg.distributed.fully_shard(module, init_device_mesh("cpu", (self.world,)))
+            found = trained_on(lambda b: module(batches=b), module, self.mine(True, list(acc)))
+            return {"split": furthest(found, expected), "moved": furthest(expected, start)}
+
+        self.cell("region", compared)
 
     def mixed(self) -> None:
         """bf16 parameters in the forward: the user's own forward under FSDP2 is the judge."""
@@ -387,14 +480,6 @@ class _Eager(nn.Module):
         return sum(self.tasks[0][task].forward(self.model, **x) for task, x in batches.items())
 
 
-def frozen() -> tg.Accelerated:
-    """Embeddings and the first block learn nothing: the text task has no gradient there, the image encoder has."""
-    acc = program("shared")
-    acc.model.embed.requires_grad_(False)
-    acc.model.blocks[0].requires_grad_(False)
-    return acc
-
-
 def main(folder: Path, rank: int, world: int, names: Sequence[str]) -> None:
     faulthandler.dump_traceback_later(900, exit=True)  # rather than to wait for ever
     torch.set_num_threads(1)
@@ -402,7 +487,10 @@ def main(folder: Path, rank: int, world: int, names: Sequence[str]) -> None:
     cells = Cells(rank, world, folder)
     more = cells.more()
     for name in names:
-        more.get(name, partial(cells.features, name))()
+        if name in more:
+            more[name]()
+        else:
+            cells.features(name, program(name), checkpoint=name == "shared")
     (folder / f"{rank}.json").write_text(json.dumps(cells.found))
     dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from tokgraph.ir.cluster import Cluster
 from tokgraph.ir.facts import Facts
+from tokgraph.ir.precomputed import called_at
 from tokgraph.ir.program import Program
 from tokgraph.ir.rates import Rates
 from tokgraph.passes.lower.part_costs import PartCost, part_costs
@@ -146,15 +147,24 @@ def _task(program: Program, name: str, facts: Facts, weight: float, parts: tuple
 def _held(program: Program, tasks: Mapping[str, TaskWork]) -> Iterable[Held]:
     """Every tensor of the model and of the plan, with the parts that read it."""
     model = program.model
-    found: dict[int, tuple[torch.Tensor, set[int]]] = {
-        id(x): (x, set()) for x in (*model.parameters(), *model.buffers())
-    }
+    found: dict[int, tuple[torch.Tensor, set[int]]] = {}
+    for x in (*model.parameters(), *model.buffers()):
+        found[id(x)] = x, set()
     for name, graph in program.items():
         named = graph.named_parameters()
         for i, part in enumerate(tasks[name].parts):
-            for parameter in part.parameters:
-                x = named[parameter]
-                found.setdefault(id(x), (x, set()))[1].add(i)
+            for read in (named[parameter] for parameter in part.parameters):
+                found.setdefault(id(read), (read, set()))[1].add(i)
+    for x in _before_the_graph(program):
+        if not found[id(x)][1]:
+            found[id(x)][1].add(0)
     for x, parts in found.values():
         trained = bool(parts) and x.requires_grad
         yield Held(x.numel() * x.element_size(), x.numel(), trained, frozenset(parts))
+
+
+def _before_the_graph(program: Program) -> Iterable[torch.Tensor]:
+    """Parameters of what is precomputed, or of the module whose method it is."""
+    for name in program:
+        for path in program.spec.tasks[name].precomputed:
+            yield from called_at(program.model, path)[0].parameters()

@@ -120,7 +120,7 @@ class Oracle(GraphInterpreter):
             return result
         (x, *_), _ = self.fetch_args_kwargs_from_env(n)
         names = [name for name in (projection.weight, projection.bias) if name is not None]
-        parameters = [self._own_parameter(mine[0].task, name) for name in names]
+        parameters = [self._own_parameter(mine[0].task, name).to(x.dtype) for name in names]
         return torch.where(self._visual.unsqueeze(-1), torch.nn.functional.linear(x, *parameters), result)
 
     def _own_parameter(self, task: str, name: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from tokgraph.errors import PlanError
 from tokgraph.ir.cluster import Cluster
 from tokgraph.planning.search import checked_mix
 from tokgraph.runtime import Accelerated
@@ -38,18 +39,25 @@ def estimate(accelerated: Accelerated, cluster: Cluster, *, mix: Mapping[str, fl
         mix: task -> weight of its micro-batches; default: all alike.
 
     Returns:
-        Schema 1: ``{"schema", "cluster", "mix", "model", "tasks", "layouts", "fits", "not_counted"}``. ``tasks`` has for every
-        task the parts ``before`` and ``after`` the plan (:class:`tokgraph.passes.lower.part_costs.PartCost`), ``layouts`` for
-        every layout and way of checkpointing ``before``, ``after`` and their ``ratio``, ``fits`` the layouts whose memory is
-        enough.
+        Schema 1: ``{"schema", "policy", "cluster", "mix", "model", "tasks", "layouts", "fits", "uncounted",
+        "not_counted"}``. ``tasks`` has for every task the parts ``before`` and ``after`` the plan
+        (:class:`tokgraph.passes.lower.part_costs.PartCost`), ``layouts`` for every layout and way of checkpointing ``before``,
+        ``after`` and their ``ratio``, ``fits`` the layouts whose memory is enough, ``uncounted`` operators whose FLOPs nobody
+        knows.
 
     Raises:
-        PlanError: the mix does not weigh the tasks.
+        PlanError: the mix does not weigh the tasks, or there are more stages than parts.
         AnalysisError: a size depends on values that have no storage.
     """
     facts = accelerated.facts
     weights = checked_mix(facts, mix)
     programs = {"before": facts.program, "after": accelerated.program}
+    longest = max(len(task.blocks) for task in facts.values()) + 2
+    if cluster.stages is not None and cluster.stages > longest:
+        raise PlanError(
+            f"a model of {longest - 2} blocks is no pipeline of {cluster.stages} stages",
+            help=f"the blocks, what is before and what is after them are {longest} parts: give no more stages",
+        )
     works = {when: workload(program, facts, weights, cluster) for when, program in programs.items()}
     laid = {
         (when, again): {x.name: x for x in Layouts(work, cluster, again).all()}
@@ -73,6 +81,7 @@ def estimate(accelerated: Accelerated, cluster: Cluster, *, mix: Mapping[str, fl
             when: [{key: row[key] for key in ("layout", "checkpoint")} for row in rows if row[when]["fits"]]
             for when in works
         },
+        "uncounted": sorted({op for task in facts.values() for _, op in task.cost.uncounted}),
         "not_counted": list(NOT_COUNTED),
     }
 
