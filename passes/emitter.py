@@ -18,6 +18,8 @@ from tokgraph.ir.node import (
     is_write,
     rank,
     same_size,
+    same_sizes,
+    sizes_of,
     tensor,
     value,
 )
@@ -228,5 +230,5 @@ def refresh_after(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
             before = tensor(node)
             values.refresh(node)
             after = tensor(node)
-            if before is None or after is None or before.shape != after.shape:
+            if before is None or after is None or not same_sizes(sizes_of(before), sizes_of(after)):
                 dirty.add(node)
