@@ -32,7 +32,7 @@ from .outputs import narrowed_readers, seed_outputs
 from .own_projections import seed_projections
 from .row_space import RowSpace, indices, laid_out, unpadded
 from .scores import Seen
-from .sides import seed_sides, side_nodes
+from .sides import seed_sides, side_nodes, side_readers
 from .unread import Check, RowReaders, outside_readers, pass_through_checks
 
 aten = torch.ops.aten
@@ -144,7 +144,7 @@ class SeedSites(GraphPass):
         if not gone or facts.demand.reads == "all":
             return []
         losses, leaves = narrowed_readers(emit.graph, facts, self.exact)
-        sides = {nodes[side.reader] for block in facts.blocks[min(gone) :] for side in block.sides}
+        sides = side_readers(facts.blocks[min(gone) :], nodes)
         readers = RowReaders(emit, facts, build.demanded, losses | sides)
         readers.follow(*outside_readers(facts, nodes, min(gone)))
         readers.leave(node for leaf, node in enumerate(output_args(emit.graph)) if leaf not in leaves)
