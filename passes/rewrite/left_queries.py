@@ -52,7 +52,7 @@ def _removed(found: Selections, node: fx.Node, attention: Attention, kept: Seque
 def _see(emit: Emitter, entry: fx.Node, node: fx.Node, attention: Attention, kept: Sequence[fx.Node]) -> None:
     """Take the mask away from the queries of all rows but the given ones."""
     fused = attention.kind == "sdpa"
-    mask = argument(node, "attn_mask") if fused else node.args[0]
+    mask: fx.Node | None = argument(node, "attn_mask" if fused else "self")
     if mask is None or is_one(mask, rank(mask) - 2) or node.target is tokgraph.softmax_beside.default:
         return  # they see what others see, or a column of their own
     assert attention.batch is not None

@@ -11,8 +11,7 @@ from typing import Any
 
 import sympy
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import SymT
-from torch.utils._sympy.symbol import symbol_is_type
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .node import fake_mode
 
