@@ -13,6 +13,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from tokgraph.errors import InternalError, PlanError
 from tokgraph.ir.facts import TaskFacts
+from tokgraph.ir.open_sizes import OpenSizes
 
 Numerics = Literal["exact", "approximate"]
 Pass = Callable[[fx.GraphModule], PassResult | None]
@@ -126,9 +127,10 @@ def run_pass(
         The module, and whether its graph is another one than before: what the pass says of it is not taken on trust.
 
     Raises:
-        InternalError: the pass returned something else than a result, or said that it changed nothing when it did.
+        InternalError: the pass returned something else than a result, or said that it changed nothing when it did, or took
+            a size that may change for the one of the example batch.
     """
-    before = fingerprint(graph_module.graph)
+    before, sizes = fingerprint(graph_module.graph), OpenSizes.of(graph_module.graph)
     if isinstance(function, GraphPass):
         function.requires(graph_module, facts)
         function.call(graph_module, facts)
@@ -136,6 +138,8 @@ def run_pass(
         result, denied = graph_module, False
     else:
         result, denied = _run_plain(function, graph_module)
+    if fixed := sizes.fixed_since():
+        raise InternalError(f"it takes sizes that are open for those of the example batch: {', '.join(fixed)}")
     modified = fingerprint(result.graph) != before
     if modified and denied:
         raise InternalError("it says that it changed nothing, and the graph is another one")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from torch import fx
 from tokgraph.ir.node import (
     Dim,
     ancestors,
+    argument,
     call,
     dims,
     fake_mode,
     is_write,
     rank,
     same_size,
+    same_sizes,
+    sizes_of,
     tensor,
     value,
 )
@@ -174,7 +177,9 @@ def _hashable(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tuple(v) if isinstance(v, list) else v for v in values)
 
 
-def read_instead(emit: Emitter, reader: fx.Node, operand: fx.Node, old: fx.Node, new: fx.Node) -> None:
+def read_instead(
+    emit: Emitter, reader: fx.Node, operand: fx.Node, old: fx.Node, new: fx.Node, places: Sequence[int] = ()
+) -> None:
     """Let a reader that gets ``old`` through copies and a view of merged rows read ``new``; what others read as well stays.
 
     Args:
@@ -183,15 +188,19 @@ def read_instead(emit: Emitter, reader: fx.Node, operand: fx.Node, old: fx.Node,
         operand: what it reads: ``old`` itself, or the last of the operators between.
         old: the value.
         new: the value with fewer rows.
+        places: at each ``cat`` between, from the reader on, which of its operands leads to ``old``.
     """
-    between: list[fx.Node] = []
-    last = operand
+    between: list[tuple[fx.Node, int]] = []
+    last, left = operand, list(places)
     while operand is not old:
-        between.append(operand)
-        operand = first_input(operand)
-    shared = any(len(node.users) > 1 for node in between)
-    for node in reversed(between):
+        joins = operand.target is aten.cat.default
+        between.append((operand, left.pop(0) if joins else 0))
+        operand = argument(operand, "tensors")[between[-1][1]] if joins else first_input(operand)
+    shared = bool(places) or any(len(node.users) > 1 for node, _ in between)
+    for node, place in reversed(between):
         args = [new, *node.args[1:]]
+        if node.target is aten.cat.default:
+            args[0] = [new if i == place else x for i, x in enumerate(argument(node, "tensors"))]
         if traits(node.target).reshape:
             args[1] = [-1, *list(node.args[1])[1:]]  # type: ignore[arg-type]
         if shared:
@@ -228,5 +237,5 @@ def refresh_after(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
             before = tensor(node)
             values.refresh(node)
             after = tensor(node)
-            if before is None or after is None or before.shape != after.shape:
+            if before is None or after is None or not same_sizes(sizes_of(before), sizes_of(after)):
                 dirty.add(node)

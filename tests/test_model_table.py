@@ -16,6 +16,7 @@ from tests.families.cells import TOLERANCE, Row, measure
 from tests.families.collect import all_families
 from tests.families.family import Example
 from tests.families.page import is_green, page
+from tests.field import decoder, structures
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FIGURES: dict[str, Any] = json.loads((DOCS / "models.json").read_text(encoding="utf-8"))
@@ -97,6 +98,21 @@ def test_the_check_against_eager_sees_mistakes() -> None:
     name = max(gradients, key=lambda found: float(gradients[found].abs().max()))
     assert eager_drops.distance((loss, gradients | {name: gradients[name] * 1.001}), asked)[0] > 1e4 * TOLERANCE
     assert eager_drops.distance((loss, {k: v for k, v in gradients.items() if k != name}), asked)[0] == 1
+
+
+@pytest.mark.parametrize("structure", ["features again", "features again, by index", "first to all"])
+def test_what_is_added_behind_a_layer_is_taken_past_with_it(structure: str) -> None:
+    """Held to a loop by hand; with rows put back behind the module of each layer, they had what is added there."""
+    model, inputs = structures.model(structure), decoder.batch()
+    task = decoder.spec(model, inputs, structures.loss).tasks[decoder.TASK]
+    rows, layers = decoder.dropped(inputs["ids"]), [f"layers.{number}" for number in range(4)]
+    for start, end, mode in ((0, 2, "hide"), (1, 2, "hide"), (0, 1, "freeze"), (1, 3, "freeze")):
+        loss = model.loss(**inputs, span=range(start, end), dropped=rows, hide=mode == "hide")
+        loss.backward()
+        by_hand = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        found = eager_drops.run(model, task, inputs, layers, [eager_drops.Drop(start, end, rows, mode)])
+        assert eager_drops.distance(found, (loss.detach(), by_hand))[0] < TOLERANCE
 
 
 def test_rows_that_go_are_evenly_spaced() -> None:

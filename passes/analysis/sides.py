@@ -6,14 +6,23 @@ an average over fewer rows is that of a shorter sequence; anything else that mix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from tokgraph.ir.blocks import Block, Side
-from tokgraph.ir.node import ancestors, axis_arguments, by_name, output_args, rank, tensor_inputs
+from tokgraph.ir.node import (
+    ancestors,
+    argument,
+    axis_argument,
+    axis_arguments,
+    by_name,
+    output_args,
+    rank,
+    tensor_inputs,
+)
 
 from ..rules import axis_map
 from ..rules.registry import Axis
@@ -37,6 +46,7 @@ class _Rows:
         batch: its batch axis.
         at: the axis of the rows in the value at hand.
         merged: the rows of all samples are on that axis.
+        parts: of several blocks' rows, one after the other: those of each block, and which operand of the join they are.
     """
 
     blocks: frozenset[int]
@@ -45,6 +55,16 @@ class _Rows:
     batch: int
     at: int
     merged: bool = False
+    parts: tuple[tuple[int, _Rows], ...] = ()
+
+    def of_blocks(self) -> Iterator[tuple[int, _Rows, tuple[int, ...]]]:
+        """Number of a block, its rows, and which operands of joins lead to them, from the last join on."""
+        if not self.parts:
+            (number,) = self.blocks
+            yield number, self, ()
+        for place, rows in self.parts:
+            for number, alone, places in rows.of_blocks():
+                yield number, alone, (place, *places)
 
 
 def with_sides(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> tuple[Block, ...]:
@@ -95,18 +115,34 @@ class _Follow:
                 read[x] = rows
         if not read:
             return
+        joined = self._joined(node, read)
+        if joined is not None:
+            self._rows[node] = joined
+            return
         moved = [self._moved(node, x, rows) for x, rows in read.items()]
         blocks = frozenset().union(*(rows.blocks for rows in read.values()))
         why = next((found for found in moved if isinstance(found, str)), "")
         found = [rows for rows in moved if isinstance(rows, _Rows)]
         if not why and len(found) > 1 and (len({(r.at, r.merged) for r in found}) > 1 or any(r.merged for r in found)):
             why = "combines them after samples and tokens were merged"
-        if not why and len(blocks) > 1:
+        if not why and len({rows.blocks for rows in read.values()}) > 1:
             why = "combines those of several blocks"
         if why:
             self._refuse(node, next(iter(read)), blocks, why)
         elif found:
             self._rows[node] = found[0]
+
+    def _joined(self, node: fx.Node, read: Mapping[fx.Node, _Rows]) -> _Rows | None:
+        """The rows of several blocks, one after the other, those of all samples of each: an average is one over all."""
+        if node.target is not aten.cat.default:
+            return None
+        along, operands = axis_argument(node, node), argument(node, "tensors")
+        rows = [read.get(x) for x in operands]
+        if len(set(operands)) < len(rows) or any(r is None or not r.merged or r.at != along for r in rows):
+            return None
+        parts = tuple((place, r) for place, r in enumerate(rows) if r is not None)
+        blocks = frozenset().union(*(r.blocks for _, r in parts))
+        return _Rows(blocks, node, along, along, along, merged=True, parts=parts)
 
     def _of_module(self, x: fx.Node, reader: fx.Node) -> Block | None:
         """The block that begins or ends with a value, if its reader is in the block's own module."""
@@ -130,7 +166,7 @@ class _Follow:
             if rows.at in dims:
                 if rows.merged and len(tensor_inputs(node)) > 1:
                     return "reads other values beside them"
-                self._add(rows, Side(node.name, rows.value.name, rows.axis, rows.batch, rows.at, rows.merged))
+                self._average(node, rows)
                 return None
         if described.groups:
             group = next((group for group in described.groups if rows.at in group.inputs), None)
@@ -154,8 +190,11 @@ class _Follow:
         batch = self._classes.sample_axis(node, (self._tokens[0], 0))
         return "loses track of samples" if batch is None else replace(rows, value=node, axis=at, batch=batch, at=at)
 
-    def _add(self, rows: _Rows, side: Side) -> None:
-        for number in sorted(rows.blocks):
+    def _average(self, node: fx.Node, rows: _Rows) -> None:
+        of_blocks = list(rows.of_blocks())
+        parts = tuple(number for number, _, _ in of_blocks) if rows.parts else ()
+        for number, alone, places in of_blocks:
+            side = Side(node.name, alone.value.name, alone.axis, alone.batch, rows.at, rows.merged, parts, places)
             self.sides.setdefault(number, []).append(side)
 
     def _refuse(

@@ -25,7 +25,7 @@ from .prompt import find_prompt
 from .sides import with_sides
 from .states import Unfound, find_layers
 from .stream import residual_segments
-from .units import attending, find_units, joined_text
+from .units import attending, find_units, joined_text, without_followers
 from .visual import find_visual, visual_mask
 
 
@@ -200,15 +200,21 @@ def _cut(graph: TaskGraph, classes: AxisClasses) -> _Structure | Unfound | None:
     units = find_units(graph, classes)
     if units is None or len(units.units) < 2:
         return None
-    layers = find_layers(graph.graph, units, classes)
+    layers, behind = find_layers(graph.graph, units, classes), frozenset[str]()
     if isinstance(layers, Unfound):
-        return layers
+        fewer = without_followers(units)
+        found = layers if fewer is None else find_layers(graph.graph, fewer, classes)
+        if fewer is None or isinstance(found, Unfound):
+            return layers
+        layers = found
+        behind = frozenset(node.name for unit in units.units[len(fewer.units) :] for node in unit.nodes)
     for node in dict.fromkeys(x for state in layers.states for x in state):
         check_layout(graph, node, classes, layers.tokens)
     # the samples are on the stream's first axis, and may be on another one of the value that showed the tokens
     blocks = blocks_of(replace(layers, tokens=(layers.states[0][0], 1)), classes)
     entry = by_name(graph.graph)[blocks[0].start]
     unplaced = find_unplaced(graph.graph, blocks, classes, (entry, 1))
+    unplaced = tuple(attention for attention in unplaced if attention.node not in behind)
     doubt = None if unplaced else find_doubt(graph.graph, blocks, classes, (entry, 1))  # no site is placed as it is
     if doubt is not None:
         return Unfound(doubt.why, doubt.node)

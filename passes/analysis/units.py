@@ -8,7 +8,7 @@ cross-attention).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
@@ -99,6 +99,19 @@ def attending(graph: TaskGraph) -> list[Looking]:
     """What the attentions of a graph look from and at."""
     live = ancestors([graph.graph.output_node()])
     return [found for node in graph.graph.nodes if node in live and (found := _looking(node)) is not None]
+
+
+def without_followers(units: Units) -> Units | None:
+    """The units of the layers in one list, without those behind them that are in no list or another one: a layer that
+    predicts one more token, from what the last layer of the decoder makes. ``None`` where there are none, or that is not all
+    that the others are.
+    """
+    lists = [{list_of(module_path(node)) for node in unit.nodes} for unit in units.units]
+    mine = list(takewhile(lambda found: found == lists[0], lists))
+    others = lists[len(mine) :]
+    if "" in lists[0] or len(lists[0]) > 1 or len(mine) < 2 or not others or any(lists[0] & found for found in others):
+        return None
+    return replace(units, units=units.units[: len(mine)])
 
 
 def _looking(node: fx.Node) -> Looking | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from tokgraph.ir.node import rank
 from tokgraph.ir.plan import DropSite
 
 from ..emitter import Emitter
@@ -76,3 +77,12 @@ def unpadded(emit: Emitter, spaces: Sequence[RowSpace], hidden: Sequence[RowSpac
     for axis in (1, 3):
         rows = emit.call(aten.unsqueeze.default, rows, axis, origin=padding)
     return emit.call(aten.logical_or.default, rows, keys, origin=padding)
+
+
+def laid_out(emit: Emitter, seen: fx.Node, ndim: int, batch: int) -> fx.Node:
+    """``[batch, 1, tokens, keys]`` with the batch at an axis of scores of ``ndim`` dimensions: they broadcast."""
+    if ndim < rank(seen):
+        return emit.call(aten.squeeze.dim, seen, 1, origin=seen)
+    for _ in range(ndim - rank(seen)):
+        seen = emit.call(aten.unsqueeze.default, seen, 1, origin=seen)
+    return seen if batch == 0 else emit.call(aten.transpose.int, seen, 0, batch, origin=seen)

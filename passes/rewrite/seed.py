@@ -26,12 +26,13 @@ from ..order import sort_nodes
 from ..rules import traits
 from ..rules.registry import is_one
 from .index import IndexBuilder, check_disjoint_or_nested
+from .left_queries import let_left_queries_see
 from .legality import check_blocks
 from .outputs import narrowed_readers, seed_outputs
 from .own_projections import seed_projections
-from .row_space import RowSpace, indices, unpadded
+from .row_space import RowSpace, indices, laid_out, unpadded
 from .scores import Seen
-from .sides import seed_sides, side_nodes
+from .sides import seed_sides, side_nodes, side_readers
 from .unread import Check, RowReaders, outside_readers, pass_through_checks
 
 aten = torch.ops.aten
@@ -120,6 +121,7 @@ class SeedSites(GraphPass):
             nodes[name].meta[RESIDUAL] = True
         spaces: tuple[RowSpace, ...] = ()
         streams = [nodes[name] for name in facts.blocks[0].before]
+        hides: dict[int, list[fx.Node]] = {}
         for block in facts.blocks:
             spaces = self._spaces(facts, block.index, spaces, build, emit, streams[0])
             if any(s.projections == "own" and s.start <= block.index < (s.end or 0) for s in self.sites):
@@ -127,11 +129,14 @@ class SeedSites(GraphPass):
                 order = seed_projections(block, spaces, hidden, self.task, emit, build, nodes)
                 _hide_all_keys(block, [] if order is None else [order], None, emit, nodes)
             streams = self._seed_block(block, spaces, emit, nodes, streams)
+            if hidden := [space for space in spaces if _hides(space.site, block.index)]:
+                hides[block.index] = indices(hidden)
         spaces = tuple(space for space in spaces if not space.site.restore)
         seed_outputs(graph_module, emit, build, facts, streams, spaces, self.exact)
         pass_through_checks(emit, graph, checks)
         sort_nodes(graph)  # a choice of rows may stand after nodes that now read it
         remove_dead_code(graph)
+        let_left_queries_see(emit, facts, hides)
 
     def _unread(self, facts: TaskFacts, build: IndexBuilder, emit: Emitter, nodes: dict[str, fx.Node]) -> list[Check]:
         """What must hold in each batch so that no rows are read that a site without restore drops."""
@@ -139,7 +144,7 @@ class SeedSites(GraphPass):
         if not gone or facts.demand.reads == "all":
             return []
         losses, leaves = narrowed_readers(emit.graph, facts, self.exact)
-        sides = {nodes[side.reader] for block in facts.blocks[min(gone) :] for side in block.sides}
+        sides = side_readers(facts.blocks[min(gone) :], nodes)
         readers = RowReaders(emit, facts, build.demanded, losses | sides)
         readers.follow(*outside_readers(facts, nodes, min(gone)))
         readers.leave(node for leaf, node in enumerate(output_args(emit.graph)) if leaf not in leaves)
@@ -260,7 +265,7 @@ def _hide_keys(
     node, batch = nodes[attention.node], attention.batch
     assert batch is not None  # checked before
     if seen is not None:
-        seen = _laid_out(emit, seen, rank(node), batch)
+        seen = laid_out(emit, seen, rank(node), batch)
     if attention.kind == "sdpa":
         for role in ("key", "value"):
             x = emit.with_batch(argument(node, role), rank(node), batch, hidden[0])
@@ -278,15 +283,6 @@ def _hide_keys(
         weighed = emit.chain(nodes[scores.node], hidden, scores.axis, scores.batch)
         node.update_arg(0, weighed if seen is None else _masked(emit, weighed, seen))
         product.update_arg(1, emit.chain(nodes[values.node], hidden, values.axis, values.batch))
-
-
-def _laid_out(emit: Emitter, seen: fx.Node, ndim: int, batch: int) -> fx.Node:
-    """``[batch, 1, tokens, keys]`` with the batch at an axis of scores of ``ndim`` dimensions: they broadcast."""
-    if ndim < rank(seen):
-        return emit.call(aten.squeeze.dim, seen, 1, origin=seen)
-    for _ in range(ndim - rank(seen)):
-        seen = emit.call(aten.unsqueeze.default, seen, 1, origin=seen)
-    return seen if batch == 0 else emit.call(aten.transpose.int, seen, 0, batch, origin=seen)
 
 
 def _masked(emit: Emitter, mask: fx.Node | None, seen: fx.Node) -> fx.Node:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.blocks import Block
-from tokgraph.ir.node import module_path, where
+from tokgraph.ir.node import argument, module_path, where
 
 from ..emitter import Emitter, read_instead, refresh_after
+from ..rules.registry import first_input
 from .row_space import RowSpace, indices
 
 
@@ -38,7 +40,7 @@ def seed_sides(block: Block, spaces: Sequence[RowSpace], task: str, emit: Emitte
                 help="use ragged='min', or choose a span without this block",
             )
         kept = emit.chain(value, indices(spaces), side.axis, side.batch)
-        read_instead(emit, reader, reader.args[0], value, kept)  # type: ignore[arg-type]
+        read_instead(emit, reader, reader.args[0], value, kept, side.places)  # type: ignore[arg-type]
         changed.append(kept)
     if changed:
         refresh_after(emit.graph, changed)
@@ -54,3 +56,24 @@ def side_nodes(block: Block, nodes: dict[str, fx.Node]) -> set[str]:
         for user in nodes[name].users
         if (module_path(user) + ".").startswith(block.module + ".")
     }
+
+
+def side_readers(blocks: Sequence[Block], nodes: dict[str, fx.Node]) -> set[fx.Node]:
+    """What averages rows of blocks beside the decoder, and the joins of several blocks' rows before it.
+
+    Args:
+        blocks: the blocks.
+        nodes: the nodes by name of a graph that is not seeded yet.
+    """
+    found: set[fx.Node] = set()
+    for side in (side for block in blocks for side in block.sides):
+        reader, left = nodes[side.reader], list(side.places)
+        found.add(reader)
+        node = first_input(reader)
+        while left:
+            if node.target is torch.ops.aten.cat.default:
+                found.add(node)
+                node = argument(node, "tensors")[left.pop(0)]
+            else:
+                node = first_input(node)
+    return found

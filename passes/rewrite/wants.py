@@ -189,6 +189,9 @@ def _visit_operator(node: fx.Node, found: Selections) -> None:
     found.own[node], found.inputs[node] = own, inputs
     for x, want in inputs.items():
         found.uses[x].append((node, want))
+    if isinstance(value(node), (list, tuple)):
+        for result, _ in found.uses[node]:  # rows are taken of each result, never of all of them at once
+            found.own[result], found.inputs[result] = own, {node: own}
 
 
 def commute(node: fx.Node, along: Along, one_sample: bool = False) -> list[tuple[fx.Node, Along]] | Declined:

@@ -1,8 +1,9 @@
 """Drops in the user's own model, by hooks and masks: what a plan has to give. Shares no code with tokgraph.
 
-Inside the layers of a span the rows that are dropped leave each layer as they came in (forward hooks); where they are
-hidden, no row but their own sees them as keys (the attention's mask, or the scores that a softmax is given). All in
-float64: what the model's code casts to float32 stays float64.
+The rows that are dropped enter every layer of a span, and the layer behind it, as they entered its first (hooks in front of
+layers): what is added behind a layer, outside of its module, belongs to that layer and is taken past as well (DeepStack).
+Where they are hidden, no row but their own sees them as keys (the attention's mask, or the scores that a softmax is given).
+All in float64: what the model's code casts to float32 stays float64.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import floor
 from typing import Any, Literal
 
@@ -35,7 +37,7 @@ class Drop:
 
     Args:
         start: first layer.
-        end: the layer after the span.
+        end: the layer after the span; there is one.
         rows: `[batch, tokens]` bool, true where a row is dropped.
         mode: `"hide"` or `"freeze"`.
     """
@@ -170,8 +172,11 @@ def run(
     wide = _Wide()
     for drop in drops:
         own = torch.eye(drop.rows.shape[1], dtype=torch.bool)
+        entered: list[Tensor] = []
         for layer in _span(model, layers, drop):
-            _hook(layer, wide, drop, ~drop.rows.unsqueeze(1) | own if drop.mode == "hide" else None)
+            _hook(layer, wide, drop, entered, ~drop.rows.unsqueeze(1) | own if drop.mode == "hide" else None)
+        behind = model.get_submodule(layers[drop.end])
+        behind.register_forward_pre_hook(partial(_put_back, drop, entered), with_kwargs=True)
     with wide:
         torch.manual_seed(0)
         found = task.forward(model, **inputs)
@@ -183,18 +188,27 @@ def run(
     }
 
 
-def _hook(layer: nn.Module, wide: _Wide, drop: Drop, visible: Tensor | None) -> None:
-    entered: list[Tensor] = []
+def _put_back(
+    drop: Drop, entered: Sequence[Tensor], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a layer behind the first of a span: the rows that are dropped are as they entered that one."""
+    came = _state(args, kwargs)
+    new = torch.where(drop.rows.unsqueeze(-1), entered[0], came)
+    return tuple(new if x is came else x for x in args), {k: new if x is came else x for k, x in kwargs.items()}
 
-    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(_state(args, kwargs))
+
+def _hook(layer: nn.Module, wide: _Wide, drop: Drop, entered: list[Tensor], visible: Tensor | None) -> None:
+    """Take the dropped rows past a layer of the span; ``entered`` gets the state before the first of them."""
+
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         wide.visible = visible
+        if entered:
+            return _put_back(drop, entered, layer, args, kwargs)
+        entered.append(_state(args, kwargs))
+        return None
 
-    def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         wide.visible = None
-        new = out if isinstance(out, Tensor) else out[0]
-        put_back = torch.where(drop.rows.unsqueeze(-1), entered.pop(), new)
-        return put_back if isinstance(out, Tensor) else type(out)((put_back, *out[1:]))
 
     layer.register_forward_pre_hook(before, with_kwargs=True)
     layer.register_forward_hook(after, with_kwargs=True)

@@ -121,6 +121,8 @@ class Side:
         batch: its batch axis.
         at: the axis of the reader's operand that the rows are on, those of all samples one after the other where ``merged``.
         merged: the rows of all samples are on one axis.
+        parts: numbers of the blocks whose rows are joined on that axis, in order; empty: those of this block alone.
+        places: at each join between, from the reader on, which of its operands leads to the value.
         why: why the reader cannot be given fewer rows, as a clause about it; empty: it can, being a mean.
     """
 
@@ -130,6 +132,8 @@ class Side:
     batch: int = 0
     at: int = 1
     merged: bool = False
+    parts: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
     why: str = ""
 
 

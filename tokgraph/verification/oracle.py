@@ -97,19 +97,19 @@ class Oracle(GraphInterpreter):
         return result
 
     def _aside(self, n: fx.Node, block: int, side: Side) -> Any:
-        """A mean over rows of a block: of those that are not dropped in it."""
+        """A mean over rows of a block, or of several, one after the other: of those that are not dropped in it."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        gone = self._frozen(block)
-        if not gone.any():
+        gones = [self._frozen(number) for number in side.parts or (block,)]
+        if not any(gone.any() for gone in gones):
             return self.call_function(n.target, args, kwargs)
         x, over, keepdim = args[0], argument(n, "dim"), argument(n, "keepdim", False)
         over = list(range(x.dim())) if over is None else over
         shape = [1] * x.dim()
         if side.merged:
-            shape[side.at] = gone.numel()
+            shape[side.at] = x.shape[side.at]
         else:
-            shape[side.at], shape[side.batch] = gone.shape[1], gone.shape[0]
-        kept = ~gone.reshape(shape).expand(x.shape)
+            shape[side.at], shape[side.batch] = gones[0].shape[1], gones[0].shape[0]
+        kept = ~torch.cat([gone.reshape(-1) for gone in gones]).reshape(shape).expand(x.shape)
         return torch.where(kept, x, 0).sum(over, keepdim) / kept.sum(over, keepdim)
 
     def _project(self, n: fx.Node, block: int, projection: Projection, result: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,127 @@
+"""The balance of routers over the rows of all layers, one after the other, as libraries write it: of the rows that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tokgraph as tg
+from tests.field import decoder as m
+from tests.field import structures as s
+from tests.field.decoder import HIDDEN, TASK, Block
+from tests.field.test_structures import SITES, worst
+
+EXPERTS, CHOSEN = 3, 2
+Balance = Callable[[Sequence[Tensor], Tensor], Tensor]
+
+
+class Routed(Block):
+    """A layer that routes merged rows, and leaves what its router said of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, EXPERTS)
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        x = x + self.out(self.attend(*self.qkv(self.norm1(x)).chunk(3, -1), hidden))
+        rows = self.norm2(x).view(-1, HIDDEN)
+        self.kv = self.gate(rows)  # a name that the loop takes away again
+        share = self.kv.softmax(-1)
+        return x + sum(share[:, i, None] * expert(rows) for i, expert in enumerate(self.experts)).view(x.shape)
+
+
+def chosen(share: Tensor) -> Tensor:
+    return F.one_hot(share.topk(CHOSEN, dim=-1).indices, EXPERTS)
+
+
+def of_all(logits: Sequence[Tensor], mask: Tensor) -> Tensor:
+    share = torch.cat(tuple(logits), dim=0).softmax(-1)
+    return EXPERTS * (chosen(share).to(share).mean(0) * share.mean(0).unsqueeze(0)).sum()
+
+
+def in_two_steps(logits: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Probabilities of some layers are joined to those of others, and their squares are averaged, too."""
+    first, *others = (x.softmax(-1) for x in logits)
+    share = torch.cat([torch.cat(others), first])
+    return of_all(logits, mask) + share.square().mean() + torch.cat([first, others[1]]).logsumexp(-1).mean(0)
+
+
+def but_for_padding(logits: Sequence[Tensor], mask: Tensor) -> Tensor:
+    share = torch.cat(tuple(logits)).softmax(-1)
+    rows = mask.reshape(-1).repeat(len(logits)).unsqueeze(-1)
+    return ((share * rows).sum(0) / rows.sum(0)).square().sum()
+
+
+def as_running_sums(logits: Sequence[Tensor], mask: Tensor) -> Tensor:
+    total, count = torch.zeros(EXPERTS, dtype=torch.float64), 0.0
+    for share in (x.softmax(-1) for x in logits):
+        total, count = total + share.sum(0), count + share.shape[0]
+    return (total / count).square().sum()
+
+
+class Balanced(s.Looped):
+    """The loop of other decoders, with a term over all layers at its end.
+
+    Args:
+        blocks: the layers.
+        balance: logits of all routers, and where no padding is, to a term of the loss.
+    """
+
+    def __init__(self, blocks: list[nn.Module], balance: Balance = of_all) -> None:
+        super().__init__(blocks)
+        self.balance = balance
+
+    def beside(self, number: int, x: Tensor, kept: Tensor | None) -> Tensor | float:
+        logits = self.layers[number].kv
+        self.seen = [*(self.seen if number else ()), logits if kept is None else logits[kept.flatten()]]
+        if number < len(self.layers) - 1:
+            return 0.0
+        seen, self.seen = self.seen, []
+        return 0.3 * self.balance(seen, (self.inputs[0] != 2).double())
+
+
+def facts_of(balance: Balance, dynamic: bool = False) -> tuple[Balanced, tg.Facts]:
+    model = m.model(Routed, 4, lambda blocks: Balanced(blocks, balance))
+    return model, tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss, dynamic=dynamic)))
+
+
+@pytest.mark.parametrize(
+    ("balance", "dynamic", "sites"),
+    [
+        (of_all, False, {"hide"}),
+        pytest.param(of_all, True, set(SITES), marks=pytest.mark.slow),
+        pytest.param(in_two_steps, False, set(SITES), marks=pytest.mark.slow),
+    ],
+)
+def test_rows_of_all_layers_are_those_that_are_kept(balance: Balance, dynamic: bool, sites: set[str]) -> None:
+    model, facts = facts_of(balance, dynamic)
+    for name in sorted(sites):
+        assert worst(facts, model, SITES[name], exact=name == "hide") < 1e-10, name
+
+
+@pytest.mark.slow
+def test_where_sites_meet() -> None:
+    _, facts = facts_of(in_two_steps)
+    nested = (tg.DropSite(TASK, 0, 3, 0.5), tg.DropSite(TASK, 1, 2, 0.25, mode="freeze"))
+    tg.verify(tg.apply(facts, tg.Plan(nested, exact=True))).raise_if_failed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("balance", "why"),
+    [
+        (but_for_padding, "mul.Tensor reads .* combines them with other values after samples and tokens were merged"),
+        (as_running_sums, "sum.dim_IntList reads .* mixes them otherwise than by a mean"),
+    ],
+)
+def test_other_sums_over_rows_are_named(balance: Balance, why: str) -> None:
+    """Nothing tells that the number by which a sum is divided is that of its rows; without a site it does not matter."""
+    _, facts = facts_of(balance)
+    tg.verify(tg.apply(facts, tg.Plan(exact=True))).raise_if_failed()
+    with pytest.raises(tg.IllegalRewriteError, match=why):
+        tg.apply(facts, tg.Plan((SITES["hide"],)))
