@@ -51,6 +51,7 @@ def test_what_belongs_to_another_program_is_refused(three: Captured, other: tg.P
         tg.measure(other, three.facts)
 
 
+@pytest.mark.slow
 def test_a_loaded_program_is_verified_against_the_one_that_is_given(other: tg.Program, tmp_path) -> None:
     own = Captured.of(tiny.build(layers=3))  # saving traces again, in a capture that no other test has used
     own.apply(tg.Plan(exact=True)).save(tmp_path / "saved", with_baseline=False)

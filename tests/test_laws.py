@@ -246,6 +246,7 @@ def test_a_plan_comes_back_from_its_file(digits_example, tmp_path):
     assert loaded.to_json() == plan.to_json()
 
 
+@pytest.mark.slow
 def test_the_laws_hold_where_sizes_are_symbols(dynamic_digits: Captured) -> None:
     """Other tests of laws run on graphs whose sizes are numbers; one capture for this is enough."""
     shared = dynamic_digits.apply(tg.make_plan(dynamic_digits.facts, "shared", keep=0.5))

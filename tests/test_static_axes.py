@@ -207,7 +207,7 @@ CASES = {
 @pytest.mark.parametrize(
     "fused", [pytest.param(True, id="sdpa"), pytest.param(False, id="eager", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("task", ["understanding", "generation"])
+@pytest.mark.parametrize("task", ["understanding", pytest.param("generation", marks=pytest.mark.slow)])
 def test_it_agrees_with_the_oracle(task: str, fused: bool, name: str) -> None:
     sites = tuple(replace(site, task=task) for site in CASES[name].sites)
     accelerated = captured(EQUAL, fused).apply(tg.Plan(sites, exact=True), task)

@@ -14,6 +14,7 @@ TINY = str(Path(tiny.__file__))
 GIVEN = "gpus=16,memory=80GB,flops=989TFLOPS,bandwidth=3.35TB/s,tokens=1T"
 
 
+@pytest.mark.slow
 def test_tables_and_the_plan(run, tmp_path):
     result = run("plan", TINY, "--set", "layers=4", "--cluster", GIVEN, "-o", "plan.json")
     assert result.exit_code == 0, result.output

@@ -26,6 +26,7 @@ def printed(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^--- after ([\w-]+), \w+(?:, no change)?\ntask (\w+)$", text, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_print_after_prints_to_standard_error(run, tmp_path):
     """Of every task; standard output stays JSON, and the results are written."""
     result = run(*OPTIMIZE, "--print-after", "seed-sites", "--print-after", "view-to-reshape", "--json")
@@ -65,6 +66,7 @@ def test_a_pass_that_did_not_run_is_named(run):
     assert printed(result.stderr) == [("keep-batch-axis", task) for task in TASKS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["seed-sites", *(pytest.param(n, marks=pytest.mark.slow) for n in ("split-to-slices", "push-down"))]
 )

@@ -239,6 +239,7 @@ class Table(nn.Embedding):
         return self.weight[ids]
 
 
+@pytest.mark.slow
 def test_gradients_of_repeated_indices_are_added_in_turn(tmp_path: Path) -> None:
     """ONNX Runtime's ScatterND that adds loses additions on several threads; small batches would not show it."""
     spec = tiny.build(layers=1)
@@ -276,7 +277,12 @@ def test_half_precision(tmp_path: Path, dtype: str, tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "options", "reference"),
     [
-        ("sgd", {"lr": 0.1, "momentum": 0.9}, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)),
+        pytest.param(
+            "sgd",
+            {"lr": 0.1, "momentum": 0.9},
+            lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+            marks=pytest.mark.slow,
+        ),
         ("adamw", {"lr": 0.01}, lambda p: torch.optim.AdamW(p, 0.01, weight_decay=1e-2)),
     ],
 )

@@ -124,6 +124,7 @@ def rounded(model: nn.Module, ids: Tensor, patches: Tensor, labels: Tensor, item
     return per_item(model, ids, patches, labels, items if items > 3 else 3, weight)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_only_computed_with_stay_inputs(tmp_path: Path) -> None:
     model = seeded(VLM)
     acc = tg.optimize(spec(model, per_item, inputs={**batch(), "items": 4, "weight": 0.5}), "exact")

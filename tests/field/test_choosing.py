@@ -54,6 +54,7 @@ def unseen(how: str) -> dict[str, Tensor]:
     return inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_scoring_row_sees_what_it_ranks(eager: bool) -> None:
     accelerated = tg.optimize(m.spec(masked(eager), seeing(m.batch()), masked_loss), "fastv", k=1)

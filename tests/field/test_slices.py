@@ -36,6 +36,7 @@ def padded(model: m.Model, ids: Tensor, patches: Tensor, labels: Tensor) -> tupl
     return m.cross_entropy(logits, labels), logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_logits_that_are_returned_beside_a_loss_over_all_but_the_last(dynamic: bool) -> None:
     """Both begin with one selection, so that nothing is computed that a loss over padded labels would not ask for."""

@@ -45,6 +45,7 @@ def test_more_blocks_do_not_run_more_calls(computed):
     assert shallow == deep
 
 
+@pytest.mark.slow
 def test_a_walk_gives_what_calls_give_one_by_one():
     module = captured("generation", 2, dynamic=True).rewritten(site(0, 1)).graph_module
     walk = Values(module.graph)

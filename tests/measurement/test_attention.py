@@ -285,7 +285,7 @@ def test_no_more_weights_than_allowed(max_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("attend", [eager, eager_in_groups], ids=["eager", "in groups"])
-@pytest.mark.parametrize("rows", [1, 7, 31])
+@pytest.mark.parametrize("rows", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 31))])
 def test_no_more_weights_than_allowed_where_the_model_makes_them(attend: Callable[..., Tensor], rows: int) -> None:
     """Attention that is not fused runs some rows at a time, of all samples and heads: two values at once, and two copies."""
     found = captured(attend, key_heads=HEADS if attend is eager else 2)
@@ -305,6 +305,7 @@ def test_no_more_weights_than_allowed_where_the_model_makes_them(attend: Callabl
     torch.testing.assert_close(allocation.mass, expected(found, "t", weights, allocation, given), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_limit_that_holds_no_row_of_the_model() -> None:
     with pytest.raises(SpecError, match="does not hold one row of the attention at 'softmax' in all samples and heads"):
         of(captured(eager), max_bytes=1000)

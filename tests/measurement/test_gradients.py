@@ -180,6 +180,7 @@ def test_the_mean_over_batches_of_any_size(measured: Measure, task: str) -> None
     assert not disagreements(captured, task, mean)
 
 
+@pytest.mark.slow
 def test_the_parts_of_another_batch(measured: Measure) -> None:
     """The visual rows are those of the batch, not those of the example."""
     captured = measured("tiny").captured

@@ -227,7 +227,10 @@ INDEX = {
 }
 
 
-@pytest.mark.parametrize("name", INDEX)
+QUICK = ("shared", "fastv", "himix-hmgen-share-partial", "task-specific")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in INDEX])
 def test_sharing_index_by_hand(four: Captured, name: str) -> None:
     accelerated = four.apply(tg.make_plan(four.program, name, facts=four.facts))
     report = make_report(accelerated)

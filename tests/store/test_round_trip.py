@@ -17,7 +17,7 @@ from tokgraph.passes.lower import places_of
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("variant", ["accelerated", "captured"])
+@pytest.mark.parametrize("variant", ["accelerated", pytest.param("captured", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", [pytest.param("saved", marks=pytest.mark.slow), "rich_saved"])
 def test_outputs_and_gradients(request: pytest.FixtureRequest, which: str, variant: str, task: str) -> None:
     it: Saved = request.getfixturevalue(which)

@@ -48,6 +48,7 @@ def test_ids_do_not_tell_how_many_images_there_are() -> None:
     )
 
 
+@pytest.mark.slow
 def test_where_the_batch_is_fixed_the_encoder_grows_in_proportion() -> None:
     task = tiny.build().tasks[U]
     cost = cost_of(replace(task, dynamic={"ids": {1: "tokens"}, "labels": {1: "tokens"}}))

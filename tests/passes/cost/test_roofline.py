@@ -51,6 +51,7 @@ def test_rates_are_measured() -> None:
             tg.measure_rates(device, types)
 
 
+@pytest.mark.slow
 def test_where_only_flops_count_the_roofline_promises_what_they_do(digits_example: Captured) -> None:
     report = make_report(tg.apply(digits_example.facts, tg.make_plan(digits_example.facts, "shared")), SLOW_MATRICES)
     for task in report["tasks"].values():

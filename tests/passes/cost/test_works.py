@@ -266,6 +266,7 @@ def test_a_hidden_span_costs_the_rows_that_are_left(task: str) -> None:
     assert cost.by_region()["encoder"] == whole.by_region()["encoder"]
 
 
+@pytest.mark.slow
 def test_a_plan_is_for_the_visual_tokens_of_its_example() -> None:
     found = captured("understanding", dynamic=True)
     cost = task_cost(found.rewritten(site(0, 1, 0.5)), found.facts)

@@ -44,7 +44,7 @@ def test_a_token_mixer_inside_the_span(mixer: str, op: str, why: str, module: st
         assert line.isdigit()
 
 
-@pytest.mark.parametrize("mixer", ["conv", "cumsum", "unruled"])
+@pytest.mark.parametrize("mixer", ["conv", *(pytest.param(m, marks=pytest.mark.slow) for m in ("cumsum", "unruled"))])
 def test_a_token_mixer_outside_the_span(mixer: str) -> None:
     """Blocks before and after may be thinned; the mixer sees whole rows again."""
     found = captured("understanding", layers=3, token_mixer=mixer)

@@ -22,7 +22,7 @@ def indices(graph: object) -> list[bool]:
     return [dims(index)[0] == 1 for index in found]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("keep", [0.0, 0.5])
 def test_generation_keeps_the_same_rows_of_all_samples(keep: float, dynamic: bool) -> None:
     found = captured("generation", layers=3, dynamic=dynamic)
