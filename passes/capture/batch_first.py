@@ -82,9 +82,9 @@ def _may_be_moved(node: fx.Node, rows: fx.Node) -> bool:
 
 
 def _order(node: fx.Node, classes: AxisClasses, samples: list[Axis], tokens: list[Axis]) -> list[int] | None:
-    """The axes of a value, batch and tokens first; ``None`` where they are, or cannot be told."""
+    """The axes of a value, batch and tokens first; ``None`` where batch is, as behind heads, or where they cannot be told."""
     found = [list(_of(node, classes, axes)) for axes in (samples, tokens)]
-    if [len(axes) for axes in found] != [1, 1] or (found[0], found[1]) == ([0], [1]):
+    if [len(axes) for axes in found] != [1, 1] or found[0] == [0]:
         return None
     first = [found[0][0], found[1][0]]
     return [*first, *(axis for axis in range(rank(node)) if axis not in first)]
