@@ -170,5 +170,5 @@ def test_a_decoder_that_only_looks_has_no_visual_tokens() -> None:
     torch.manual_seed(0)
     model = LooksOnly([Block() for _ in range(LAYERS)]).double()
     task = tg.Task(lambda model, **batch: model.loss(**batch), inputs(0), reads="text", visual_inputs=("patches",))
-    with pytest.raises(tg.AnalysisError, match="look at the image by cross-attention"):
+    with pytest.raises(tg.AnalysisError, match="look at the image from beside, by cross-attention"):
         tg.analyze(tg.capture(tg.ModelSpec(model, {TASK: task})))
