@@ -27,8 +27,7 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), F.pad(labels, (0, 1), value=-100)[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("policy", ["none", "exact", "shared"])
-@pytest.mark.parametrize("sample", [0, 1])
+@pytest.mark.parametrize(("policy", "sample"), [("none", 0), ("exact", 1), ("shared", 0)])
 def test_a_truncated_image_is_refused(policy: str, sample: int) -> None:
     llava = zoo.llava()
     spec = tg.ModelSpec(llava.model, {"understanding": task_of(llava.tasks["understanding"])})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 
 import tokgraph as tg
@@ -180,20 +178,6 @@ def test_the_oracle_agrees_on_digits(digits_example: Captured, name: str) -> Non
 @pytest.mark.parametrize("name", sorted(policies()))
 def test_the_oracle_agrees_on_janus(captured_janus, name: str) -> None:
     verify(captured_janus(), policy(name).plan(captured_janus().facts))
-
-
-@pytest.mark.slow
-def test_the_oracle_agrees_on_chameleon() -> None:
-    pytest.importorskip("transformers")
-    from tests import zoo
-    from tests.test_zoo import task_of
-
-    with mock.patch.object(zoo, "LAYERS", 4):
-        model = zoo.chameleon()
-    captured = Captured.of(tg.ModelSpec(model.model, {name: task_of(task) for name, task in model.tasks.items()}))
-    assert len(captured.facts[U].blocks) == 4
-    for name in ("dart", "himix-hmgen-share-partial", "pyramiddrop", "random-ltd", "task-specific"):
-        verify(captured, policy(name).plan(captured.facts))
 
 
 # Elements of a block of tests/tiny.py, 16 wide: what makes keys and values, and the rest.
