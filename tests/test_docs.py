@@ -65,6 +65,7 @@ COSTLY = {
     "facts.md",
     "onnx.md",
     "policies.md",
+    "rules.md",
     "training.md",
 }
 PROGRAMS = [

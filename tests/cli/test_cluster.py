@@ -29,6 +29,7 @@ def test_tables_and_the_plan(run, tmp_path):
     assert tg.Plan.load(tmp_path / "plan.json").policy == "shared"
 
 
+@pytest.mark.slow
 def test_json_and_a_mix(run):
     arguments = ("--set", "layers=4", "--cluster", GIVEN, "--mix", "understanding=3,generation=1", "--json")
     found = json.loads(run("plan", TINY, *arguments).stdout)

@@ -39,6 +39,7 @@ def test_a_region_around_capture_does_not_count() -> None:
     assert_same(model, lambda: understanding(model, **b), lambda: acc["u"](**b))
 
 
+@pytest.mark.slow
 def test_scaled_gradients() -> None:
     """``GradScaler`` multiplies the loss and divides the gradients."""
     model, b = seeded(VLM), batch(seed=3)

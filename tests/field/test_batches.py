@@ -26,6 +26,7 @@ def branching() -> tg.Accelerated:
     return tg.optimize(spec(seeded(VLM), branches, dynamic=OPEN), "exact", verify=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 4), (2, 4, 4), (4, 2, 2)])
 def test_batches_on_the_captured_side_of_a_branch_are_right(sizes: tuple[int, ...], branching: tg.Accelerated) -> None:
     b = batch(*sizes, seed=4)
@@ -99,6 +100,7 @@ def test_what_does_not_fit_is_named(change, what: str, fixed: tg.Accelerated) ->
     assert raised.value.code == "TG007"
 
 
+@pytest.mark.slow
 def test_a_symbol_that_is_a_number_is_a_fixed_size() -> None:
     """The forward makes the number of images that of samples: export calls the size a symbol, whose value is 2."""
 

@@ -167,6 +167,7 @@ def test_rows_that_are_gone_for_good_are_not_checked(forward: Callable[..., Any]
         found["understanding"](**example(patches=example()["patches"] * torch.nan))
 
 
+@pytest.mark.slow
 def test_a_saved_program_checks_and_a_runtime_does_not(tmp_path: Path) -> None:
     made = tg.optimize(spec_of(counts), "exact", verify=False)
     made.save(tmp_path)

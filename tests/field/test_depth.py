@@ -176,6 +176,7 @@ def two_tasks(first: int) -> tg.Facts:
     return tg.analyze(tg.capture(tg.ModelSpec(model, {**spec.tasks, "other": other})))
 
 
+@pytest.mark.slow
 def test_shared_wants_the_same_layers_in_all_tasks() -> None:
     with pytest.raises(tg.PlanError, match=r"block 1 of task 'understanding' and in block 0 of task 'other'"):
         tg.make_plan(two_tasks(first=1), "shared")

@@ -65,6 +65,7 @@ def unplanned(model: type[VLM], **options: Any) -> tg.Accelerated:
     return tg.apply(program, tg.make_plan(program, "none"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [Repeated, pytest.param(Counted, marks=pytest.mark.slow), pytest.param(Picked, marks=pytest.mark.slow)]
 )

@@ -18,6 +18,7 @@ def last(model: nn.Module, ids: Tensor, patches: Tensor, labels: Tensor) -> Tens
     return cross_entropy(model(ids, patches)[:, -labels.shape[1] :], labels)
 
 
+@pytest.mark.slow
 def test_logits_of_as_many_rows_as_there_are_labels() -> None:
     model = seeded(lambda: VLM(layers=1))
     task = tg.optimize(spec(model, last, dynamic=OPEN), "exact")["u"]

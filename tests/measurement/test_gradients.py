@@ -232,6 +232,7 @@ def test_frozen_parameters_have_no_gradient() -> None:
     assert not Measured.of(Captured.of(spec)).splits["understanding"].whole()
 
 
+@pytest.mark.slow
 def test_what_is_refused(measured: Measure) -> None:
     captured = measured("tiny").captured
     graph, facts = captured.program["generation"], captured.facts["generation"]

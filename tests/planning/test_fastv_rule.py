@@ -139,6 +139,7 @@ def test_fastv_keeps_what_the_prompt_attends_to_most(eager, fastv, k: int) -> No
     assert len(seen) > 6, "the choices hardly differ: this test would not notice a wrong rule"
 
 
+@pytest.mark.slow
 def test_the_row_and_the_block_matter(eager, fastv) -> None:
     """The comparison above is a sharp one: the rule at another row or block chooses otherwise."""
     inputs = batch(0)

@@ -200,6 +200,7 @@ def test_a_failure_writes_nothing(saved: Saved, tmp_path: Path, monkeypatch: pyt
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_saving_over_another_program(saved: Saved, rich_saved: Saved, tmp_path: Path) -> None:
     """The last one is there; exports of the first, which belong to other weights, are gone; files of the user's stay."""
     folder = changed(rich_saved.folder, tmp_path)
