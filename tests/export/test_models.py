@@ -1,4 +1,4 @@
-"""Training steps of the two examples under three policies: gradients as autograd's, and weights stored once at size."""
+"""Training steps of the two examples under two policies: gradients as autograd's, and weights stored once at size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ def captured(example: str) -> Captured:
 @pytest.mark.parametrize(
     ("example", "task", "policy"),
     [
-        ("digits", "understanding", "exact"),
         ("digits", "generation", "himix-hmgen-share-partial"),
         ("janus", "understanding", "himix-hmgen-share-partial"),
         ("janus", "generation", "shared"),

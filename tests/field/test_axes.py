@@ -90,7 +90,7 @@ def test_layers_that_are_cut_apart_follow_samples_from_their_stream(attend: Call
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attend", [heads_first, heads_first_eager, without_heads, grouped])
+@pytest.mark.parametrize("attend", [heads_first_eager, grouped])
 def test_ragged_samples_in_every_layout(attend: Callable[..., Tensor]) -> None:
     """Padding is hidden, and frozen rows are found, on the axes that the attention has."""
     model, inputs = m.model(partial(Block, attend), layers=4), m.batch((2, 3, 5))

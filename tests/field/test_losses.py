@@ -203,7 +203,7 @@ def test_a_label_on_an_image_row_that_may_be_gone_stops_the_batch(forward: Forwa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("forward", "exact"), list(zip(LABELLED, cycle((False, True)), strict=False)))
+@pytest.mark.parametrize(("forward", "exact"), list(zip(LABELLED[::2], cycle((False, True)), strict=False)))
 def test_labels_are_checked_where_sizes_are_symbols(forward: Forward, exact: bool) -> None:
     spec = task(forward, dynamic=True)
     accelerated = tg.optimize(spec, tg.Plan((GONE,), exact=exact))

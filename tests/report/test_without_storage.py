@@ -10,7 +10,7 @@ import tokgraph as tg
 from tokgraph.report.report import make_report
 
 JANUS = Path(__file__).resolve().parents[2] / "examples" / "janus.py"
-POLICIES = ("fastv", "random-ltd", "hmgen")
+POLICIES = ("fastv", "hmgen")
 
 
 @pytest.mark.slow
