@@ -15,6 +15,8 @@ from tokgraph.ir.node import argument
 from ..contract import GraphPass
 from ..emitter import RESIDUAL
 
+_KNOWN = ("aten", "prims", "tokgraph")
+"""Namespaces whose operators have the tag, where they draw; a user's operator may draw without."""
 _SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.getitem)
 
 
@@ -59,6 +61,8 @@ def _repeatable(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return target in _SIZES
     if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    if target.namespace not in _KNOWN:
         return False
     # An operator without a result is a check; an empty tensor is memory that someone may fill; attention may drop out.
     return bool(target._schema.returns) and "empty" not in target._schema.name and not argument(node, "dropout_p")

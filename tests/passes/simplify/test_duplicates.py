@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from expecttest import assert_expected_inline
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from tests.passes.programs import Program
@@ -74,3 +74,20 @@ def test_a_check_happens_as_often_as_it_is_written() -> None:
     for _ in range(2):
         p(torch.ops.tokgraph.check.default, ok, "no", "", "", [], [])
     assert not ShareDuplicates()(p.module(ok)).modified
+
+
+def test_operators_of_users_may_draw_and_not_say_so() -> None:
+    with torch.library._scoped_library("tokgraph_test_duplicates", "FRAGMENT"):
+
+        @torch.library.custom_op("tokgraph_test_duplicates::noise", mutates_args=())
+        def noise(x: Tensor) -> Tensor:
+            return torch.randn_like(x)
+
+        noise.register_fake(torch.empty_like)
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        drawn = [graph.call_function(torch.ops.tokgraph_test_duplicates.noise.default, (x,)) for _ in range(2)]
+        graph.output((graph.call_function(torch.ops.aten.sub.Tensor, tuple(drawn)),))
+        module = fx.GraphModule({}, graph)
+        ShareDuplicates().call(module, None)
+        assert [node in module.graph.nodes for node in drawn] == [True, True]
