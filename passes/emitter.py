@@ -190,12 +190,7 @@ def read_instead(
         new: the value with fewer rows.
         places: at each ``cat`` between, from the reader on, which of its operands leads to ``old``.
     """
-    between: list[tuple[fx.Node, int]] = []
-    last, left = operand, list(places)
-    while operand is not old:
-        joins = operand.target is aten.cat.default
-        between.append((operand, left.pop(0) if joins else 0))
-        operand = argument(operand, "tensors")[between[-1][1]] if joins else first_input(operand)
+    last, between = operand, way_to(old, operand, places)
     shared = bool(places) or any(len(node.users) > 1 for node, _ in between)
     for node, place in reversed(between):
         args = [new, *node.args[1:]]
@@ -210,6 +205,17 @@ def read_instead(
             new = node
     if new is not last:
         reader.replace_input_with(last, new)
+
+
+def way_to(value: fx.Node, operand: fx.Node, places: Sequence[int]) -> list[tuple[fx.Node, int]]:
+    """The operators from what is read down to a value, and which operand of each leads there: of joins, what ``places`` say."""
+    found: list[tuple[fx.Node, int]] = []
+    left = list(places)
+    while operand is not value:
+        joins = operand.target is aten.cat.default
+        found.append((operand, left.pop(0) if joins else 0))
+        operand = argument(operand, "tensors")[found[-1][1]] if joins else first_input(operand)
+    return found
 
 
 def hoist(graph: fx.Graph, node: fx.Node) -> None:

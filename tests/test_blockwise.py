@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 import tokgraph as tg
 from tests import tiny
-from tests.distributed.worker import batch_of, program
+from tests.distributed.programs import batch_of, program
 from tests.field import decoder, models, structures, test_checks
 from tests.harness import captured_tiny
 from tests.test_compile import Averaged, averaging, broken
@@ -320,25 +320,12 @@ def test_parameters_of_several_parts() -> None:
     assert len(list(module.parameters())) == len(list(model.parameters()))
 
 
-class Adapted(nn.Module):
-    """A product of two small matrices beside a frozen one."""
-
-    def __init__(self, inner: nn.Linear) -> None:
-        super().__init__()
-        self.inner = inner.requires_grad_(False)
-        self.down = nn.Linear(inner.in_features, 2, bias=False)
-        self.up = nn.Linear(2, inner.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) + self.up(self.down(x))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, models.OPEN])
 def test_adapters_and_open_sizes(dynamic: Any) -> None:
     model = models.seeded(lambda: models.VLM(3)).requires_grad_(False)
     for block in model.blocks:
-        block.q, block.v = Adapted(block.q), Adapted(block.v)
+        block.q, block.v = models.Adapted(block.q), models.Adapted(block.v)
     acc = tg.optimize(models.spec(model, dynamic=dynamic), tg.Plan((tg.DropSite("u", 1, 2, 0.5),)), verify=False)
     for b in (models.batch(seed=1), models.batch(3, 4, 6) if dynamic else models.batch(seed=2)):
         module = assert_same(acc, {"u": b}, 1e-6, checkpoint=True)

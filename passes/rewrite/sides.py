@@ -9,9 +9,9 @@ from torch import fx
 
 from tokgraph.errors import PlanError
 from tokgraph.ir.blocks import Block
-from tokgraph.ir.node import argument, module_path, where
+from tokgraph.ir.node import module_path, where
 
-from ..emitter import Emitter, read_instead, refresh_after
+from ..emitter import Emitter, read_instead, refresh_after, way_to
 from ..rules.registry import first_input
 from .row_space import RowSpace, indices
 
@@ -67,13 +67,9 @@ def side_readers(blocks: Sequence[Block], nodes: dict[str, fx.Node]) -> set[fx.N
     """
     found: set[fx.Node] = set()
     for side in (side for block in blocks for side in block.sides):
-        reader, left = nodes[side.reader], list(side.places)
+        reader = nodes[side.reader]
         found.add(reader)
-        node = first_input(reader)
-        while left:
-            if node.target is torch.ops.aten.cat.default:
-                found.add(node)
-                node = argument(node, "tensors")[left.pop(0)]
-            else:
-                node = first_input(node)
+        if side.places:
+            way = way_to(nodes[side.value], first_input(reader), side.places)
+            found |= {node for node, _ in way if node.target is torch.ops.aten.cat.default}
     return found

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import tokgraph as tg
-from tests.distributed.worker import KINDS, POLICIES, flat, furthest, program, state, train, trained, work
+from tests.distributed.programs import KINDS, POLICIES, program, trained, work
+from tests.distributed.worker import flat, furthest, state, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 MORE = (*KINDS, "compiled", "phases", "resumed-random", "resumed-own", "mixed", "region")

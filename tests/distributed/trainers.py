@@ -22,7 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, SequentialSampler, default_collate
 
 import tokgraph as tg
-from tests.distributed.worker import batch_of, flat, furthest, program, state
+from tests.distributed.programs import batch_of, program
+from tests.distributed.worker import flat, furthest, state
 
 STEPS, PASSES, SAMPLES = 3, 2, 2  # optimizer steps, passes that each accumulates, samples of a batch
 Rows = list[dict[str, dict[str, Tensor]]]

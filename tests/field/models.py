@@ -36,6 +36,19 @@ class Block(nn.Module):
         return x + self.dropout(self.feed(self.norm2(x)))
 
 
+class Adapted(nn.Module):
+    """A product of two small matrices beside a frozen layer."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner.requires_grad_(False)
+        self.down = nn.Linear(inner.in_features, 2, bias=False, dtype=inner.weight.dtype)
+        self.up = nn.Linear(2, inner.out_features, bias=False, dtype=inner.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.up(self.down(x))
+
+
 class VLM(nn.Module):
     """``forward(ids, patches) -> logits``; parts are attributes or methods for subclasses to replace."""
 

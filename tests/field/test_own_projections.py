@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tokgraph as tg
-from tests.field.models import IMAGE, VLM, Block, assert_same, batch, cross_entropy, seeded, spec
+from tests.field.models import IMAGE, VLM, Adapted, Block, assert_same, batch, cross_entropy, seeded, spec
 
 pytestmark = pytest.mark.slow
 FROZEN = tg.DropSite("u", 0, 3, 0.0, mode="freeze", projections="own")
@@ -119,19 +119,6 @@ def wide_projections() -> nn.Module:
         for layer in (block.q, block.k, block.v):
             layer.double()
     return model
-
-
-class Adapted(nn.Module):
-    """A product of two small matrices beside a frozen one."""
-
-    def __init__(self, inner: nn.Linear) -> None:
-        super().__init__()
-        self.inner = inner.requires_grad_(False)
-        self.down = nn.Linear(inner.in_features, 2, bias=False)
-        self.up = nn.Linear(2, inner.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) + self.up(self.down(x))
 
 
 def adapted() -> nn.Module:

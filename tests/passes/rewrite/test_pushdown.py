@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -14,7 +12,7 @@ import tokgraph as tg
 from tests.passes import models
 from tests.passes.programs import Drawn, Program, programs, rows
 from tests.passes.tools import TASKS, Captured, Run, assert_well_formed, calls, captured, changes, listing, site
-from tokgraph.ir.node import module_path, tensor, value
+from tokgraph.ir.node import module_path, tensor
 from tokgraph.passes.rewrite import PushDown
 from tokgraph.passes.rewrite.pushdown import NARROWED
 
@@ -427,40 +425,3 @@ def test_random_programs(drawn: Drawn) -> None:
         code = result.graph_module.code
         assert not PushDown()(result.graph_module).modified
         assert result.graph_module.code == code
-
-
-def test_rows_of_one_result_where_another_one_is_read_whole() -> None:
-    """Values and places of an order: nothing can be taken of both at once."""
-    p = Program()
-    x, few, fewer = (
-        p.input("x", torch.rand(2, 4, 3)),
-        p.input("few", rows([0, 2, 3], [0, 1, 3])),
-        p.input("fewer", rows([0, 2], [1, 2])),
-    )
-    top = p(aten.topk.default, x, 2)
-    values, places = (p(operator.getitem, top, i) for i in (0, 1))
-    module = p.module(p.select(values, few), p.select(p.select(places, few), fewer), places)
-    expected = module(*p.inputs)
-    PushDown()(module)
-    for a, b in zip(module(*p.inputs), expected, strict=True):
-        assert torch.equal(a, b)
-    assert tensor(values).shape == (2, 4, 2)  # type: ignore[union-attr]
-
-
-def test_results_of_which_the_same_rows_are_read_are_made_of_these_alone() -> None:
-    p = Program()
-    x, few, fewer = (
-        p.input("x", torch.rand(2, 4, 3)),
-        p.input("few", rows([0, 2, 3], [0, 1, 3])),
-        p.input("fewer", rows([0, 2], [1, 2])),
-    )
-    top = p(aten.topk.default, x, 2)
-    values, places = (p.select(p(operator.getitem, top, i), few) for i in (0, 1))
-    module = p.module(values, p.select(places, fewer))
-    expected = module(*p.inputs)
-    PushDown()(module)
-    for a, b in zip(module(*p.inputs), expected, strict=True):
-        assert torch.equal(a, b)
-    assert [x.shape for x in value(next(n for n in module.graph.nodes if n.target is aten.topk.default))] == [
-        (2, 3, 2)
-    ] * 2
