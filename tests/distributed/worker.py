@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import faulthandler
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -395,3 +396,7 @@ def main(folder: Path, rank: int, world: int, names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    sys.stdout.flush()
+    os._exit(
+        0
+    )  # all is written: threads of groups that meshes still hold now and then abort the interpreter as it ends
