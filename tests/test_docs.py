@@ -62,6 +62,7 @@ COSTLY = {
     "calls.md",
     "compile.md",
     "concepts.md",
+    "errors.md",
     "facts.md",
     "onnx.md",
     "policies.md",

@@ -84,12 +84,13 @@ print(result.output)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
         ["export", "model.py"],
-        pytest.param(["run", "FOLDER", "--runtime", "onnxruntime"], marks=pytest.mark.slow),
-        pytest.param(["profile", "FOLDER"], marks=pytest.mark.slow),
+        ["run", "FOLDER", "--runtime", "onnxruntime"],
+        ["profile", "FOLDER"],
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -310,6 +310,7 @@ def test_uniform_is_uniform_in_each_sample() -> None:
         assert [r for r, s in enumerate(row) if s] == [j * n // keep for j in range(keep)]
 
 
+@pytest.mark.slow
 def test_other_batches_between_fewest_and_most(open_ragged: Captured) -> None:
     """A batch of other counts goes through the same program; one outside is refused."""
     accelerated = open_ragged.apply(planned(open_ragged, [site(1, 3, 0.4)]))

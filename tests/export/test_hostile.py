@@ -16,7 +16,7 @@ from tests.export.conftest import Exported
 from tokgraph.export.files import find_exported, read_exported
 from tokgraph.export.session import Session
 
-pytestmark = pytest.mark.xdist_group("tests/export/test_onnx.py")  # whose program it changes
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tests/export/test_onnx.py")]  # whose program it changes
 STEP = "understanding.train-step.onnx"
 
 

@@ -274,15 +274,11 @@ def test_half_precision(tmp_path: Path, dtype: str, tolerance: float) -> None:
     assert load_file(tmp_path / "weights.safetensors")["head.weight"].dtype == getattr(torch, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "options", "reference"),
     [
-        pytest.param(
-            "sgd",
-            {"lr": 0.1, "momentum": 0.9},
-            lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
-            marks=pytest.mark.slow,
-        ),
+        ("sgd", {"lr": 0.1, "momentum": 0.9}, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)),
         ("adamw", {"lr": 0.01}, lambda p: torch.optim.AdamW(p, 0.01, weight_decay=1e-2)),
     ],
 )

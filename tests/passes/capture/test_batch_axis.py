@@ -194,10 +194,9 @@ class MergedHeads(models.PreNorm):
         return x + self.mlp(self.norm2(x))
 
 
-@pytest.mark.parametrize(
-    "dynamic", [pytest.param(True, id="dynamic"), pytest.param(False, id="static", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("block", [pytest.param(MergedNorm, marks=pytest.mark.slow), MergedHeads])
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [pytest.param(True, id="dynamic"), pytest.param(False, id="static")])
+@pytest.mark.parametrize("block", [MergedNorm, MergedHeads])
 def test_rows_can_be_dropped_in_a_block_that_merges_them(block: type[nn.Module], dynamic: bool) -> None:
     spec = models.spec(block)
     task = replace(spec.tasks["t"], dynamic={"ids": {0: "batch", 1: "tokens"}} if dynamic else None)
