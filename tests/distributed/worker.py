@@ -397,6 +397,4 @@ def main(folder: Path, rank: int, world: int, names: Sequence[str]) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     sys.stdout.flush()
-    os._exit(
-        0
-    )  # all is written: threads of groups that meshes still hold now and then abort the interpreter as it ends
+    os._exit(0)  # all is written; threads of groups that meshes hold now and then abort the interpreter's end

@@ -71,6 +71,7 @@ def test_digits_at_another_batch_and_length(dynamic_digits: Captured) -> None:
     assert found.total() != cost_of(dynamic_digits, "understanding").at().total()
 
 
+@pytest.mark.slow
 def test_digits_generation_at_another_batch(dynamic_digits: Captured) -> None:
     found = cost_of(dynamic_digits, "generation").at(batch=3)
     assert_same(found, recaptured(dynamic_digits, "generation", digits_generation(3)))

@@ -163,6 +163,7 @@ def test_every_operator_is_sampled_and_decomposed():
     assert ops.decompositions().keys() == SAMPLES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "args"), CALLS)
 def test_registration(op, args):
     torch.library.opcheck(op, args)

@@ -36,6 +36,7 @@ def test_outputs_and_gradients(request: pytest.FixtureRequest, which: str, varia
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_batches_of_other_sizes(saved: Saved) -> None:
     ids = torch.randint(10, tiny.VOCABULARY, (5, 3))
     inputs = {"ids": ids, "codes": torch.randint(0, tiny.CODES, (5, tiny.IMAGE))}
