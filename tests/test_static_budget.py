@@ -8,10 +8,9 @@ from tests.passes.cost.test_moves import ROOT, module
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "layers"), [("tiny", 4), ("1b", 24)])
-def test_no_policy_moves_more_than_a_loop_by_hand(size: str, layers: int) -> None:
+def test_no_policy_moves_more_than_a_loop_by_hand() -> None:
     with module(ROOT / "benchmarks" / "static_budget.py") as script:
-        rows = script.budget(script.captured(size, layers))
+        rows = script.budget(script.captured("1b", 24))
     assert {row.policy for row in rows} == set(script.POLICIES)
     for row in rows:
         assert row.moved <= 1.1 * row.loop_moved, row

@@ -90,7 +90,7 @@ def trained() -> Captured:
     spec = digits.build(batch=8)
     found = Captured.of(spec)
     tasks = {name: partial(task.forward, spec.model) for name, task in spec.tasks.items()}
-    digits.train(tasks, spec.model.parameters(), steps=300)
+    digits.train(tasks, spec.model.parameters(), steps=150)
     return found
 
 

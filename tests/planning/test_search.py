@@ -74,15 +74,13 @@ def test_the_rewritten_graphs_meet_the_target(wide: Captured, target: float) -> 
 
 
 @pytest.mark.slow
-def test_the_rewritten_graphs_meet_the_target_at_depth() -> None:
-    """Six blocks of Janus-Pro-1B: two of the ten targets. What ``exact`` removes is enough for 0.95, which then costs less than asked for."""
-    model, targets = published_janus(6), TARGETS[5::4]
-    assert all(check_target(model, target) for target in targets)
-    *others, last = (tg.make_plan(model.program, "shared", facts=model.facts, target_flops=t) for t in targets)
-    for plan, target in zip(others, targets, strict=False):
-        assert counted(model, plan) == pytest.approx(target, rel=TOLERANCE)
-    assert last.sites == ()
-    assert counted(model, last) < TARGETS[-1]
+def test_exact_may_be_enough(wide: Captured) -> None:
+    """What ``exact`` removes is enough for 0.95, which then costs less than asked for; 0.73 takes sites beside it."""
+    some, none = (tg.make_plan(wide.program, "shared", facts=wide.facts, target_flops=t) for t in TARGETS[5::4])
+    assert some.sites
+    assert counted(wide, some) == pytest.approx(TARGETS[5], rel=TOLERANCE)
+    assert none.sites == ()
+    assert counted(wide, none) < TARGETS[-1]
 
 
 @pytest.mark.parametrize("exact", [True, False])
