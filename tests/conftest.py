@@ -51,7 +51,11 @@ def unround_norms(model: nn.Module) -> nn.Module:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of a module run in one process, and so do modules of one group: they share captures."""
+    """The tests of a module run in one process, and so do modules of one group: they share captures.
+
+    Groups are long, and begin: the last process would otherwise go on alone.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

@@ -24,6 +24,8 @@ from tests.store.programs import TASKS, THINNED, G, Saved, read, same
 from tokgraph.store.manifest import MANIFEST
 from tokgraph.store.weights import write_weights
 
+pytestmark = pytest.mark.xdist_group("store")  # one process saves the programs
+
 
 def changed(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "changed"))

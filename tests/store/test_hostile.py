@@ -25,7 +25,7 @@ from tokgraph.store.expressions import arithmetic, structure
 from tokgraph.store.manifest import MANIFEST, Fingerprint
 from tokgraph.store.weights import stored_tensors
 
-pytestmark = pytest.mark.xdist_group("tests/store/test_files.py")  # whose program it changes
+pytestmark = pytest.mark.xdist_group("store")  # one process saves the programs
 GRAPH = "understanding.pt2"
 
 

@@ -15,6 +15,8 @@ from tests import tiny
 from tests.store.programs import TASKS, G, Saved, U, loss_of, same
 from tokgraph.passes.lower import places_of
 
+pytestmark = pytest.mark.xdist_group("store")  # one process saves the programs
+
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("variant", ["accelerated", pytest.param("captured", marks=pytest.mark.slow)])

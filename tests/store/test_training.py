@@ -12,6 +12,8 @@ import tokgraph as tg
 from tests.harness import Captured, captured_tiny
 from tests.store.programs import TASKS, G, Rich, Saved, U, loss_of, same
 
+pytestmark = pytest.mark.xdist_group("store")  # one process saves the programs
+
 
 def train(program: tg.Accelerated, batches: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> list[float]:
     losses = []
