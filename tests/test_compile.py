@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 
 import tokgraph as tg
 from tests import tiny
+from tests.field import decoder as m
 from tests.field import test_checks
 from tests.harness import assert_same_gradients, captured_tiny, gradients
 from tokgraph.ir.compilation import CompilationCheck, TaskCompilation
@@ -239,7 +242,46 @@ def test_values_go_when_they_were_read() -> None:
     compiled = module.variants.first.compiled(tg.Compilation(by="block", backend="eager"))
     values = compiled._values(module.task_graph.flatten(module.task_graph.example()))
     compiled._run(values)
-    assert set(values) == {name for name in compiled._outputs if isinstance(name, str)}
+    assert set(values) == set(compiled._outputs.names)
+
+
+def telling(model: m.Model, ids: Tensor, patches: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Outputs of every kind: sizes, constants that look like names, nothing, inputs, parameters."""
+    batch, tokens = ids.shape
+    sizes = {
+        "rows": batch * 2,
+        "half": batch * 0.5,
+        "fits": batch == labels.shape[0],
+        "nested": [tokens, (tokens % 5,)],
+    }
+    return {
+        "loss": m.loss(model, ids, patches, labels),
+        **sizes,
+        "same": {"five": 5, "text": "ids", "none": None},
+        "given": (ids, labels[:, 1:], ids == 1),
+        "learned": (model.layers[0].feed[0].weight, model.head.weight * 2),
+    }
+
+
+@pytest.mark.parametrize(
+    "how", [GRAPH, "block", *(pytest.param(x, marks=pytest.mark.slow) for x in ("checkpoint", "module"))]
+)
+def test_outputs_of_every_kind(how: str) -> None:
+    model = m.model(layers=1)
+    spec = m.spec(model, m.batch(), telling, dynamic=True)
+    accelerated = tg.optimize(spec, "exact", verify=False)
+    if how in ("graph", "block"):
+        task = accelerated.compile(by=how, backend="eager")[m.TASK]
+    else:
+        module = accelerated.module(checkpoint=how == "checkpoint")
+        task = partial(module.compile(backend="eager") if how == "module" else module, task=m.TASK)
+    for batch in (m.batch(), m.batch((5, 1, 2), tokens=13, seed=3)):
+        mine, expected = task(**batch), telling(model, **batch)
+        assert set(mine) == set(expected)
+        for found, wanted in zip(tree_leaves(mine), tree_leaves(expected), strict=True):
+            assert type(found) is type(wanted)
+            assert torch.allclose(found, wanted) if isinstance(wanted, Tensor) else found == wanted
+        assert mine["learned"][0] is model.layers[0].feed[0].weight
 
 
 def broken(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
