@@ -284,6 +284,19 @@ def test_outputs_of_every_kind(how: str) -> None:
         assert mine["learned"][0] is model.layers[0].feed[0].weight
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["graph", "block"])
+def test_a_batch_without_an_image(by: str) -> None:
+    model, batch = m.model(layers=1), m.batch()
+    batch["patches"] = batch["patches"].flatten(0, 1)
+    sizes = {"ids": {1: "tokens"}, "labels": {1: "tokens"}, "patches": {0: "patches"}}
+    task = tg.optimize(m.spec(model, batch, dynamic=sizes), "none", verify=False)[m.TASK]
+    task.compile(by=by, backend="aot_eager")
+    text = batch["ids"].masked_fill(batch["ids"] == m.IMAGE_ID, 5)
+    for inputs in (batch, {"ids": text, "labels": text, "patches": batch["patches"][:0]}):
+        assert m.worst(task(**inputs), m.loss(model, **inputs), model) < 1e-10
+
+
 def broken(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
     """A backend that cannot do the GELU of any block."""
     if any("gelu" in str(node.target) for node in graph_module.graph.nodes):
@@ -325,6 +338,28 @@ def test_optimize_compiles_and_compares() -> None:
     assert found["passed"]
     assert found["tasks"]["generation"]["gradient_error"] < 1e-5
     assert "compilation" not in tg.optimize(spec, "exact", verify=False).report
+
+
+def stale(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
+    """A backend whose code computes with the values of its first call, as a CUDA graph whose inputs nobody copies."""
+    first: list[Any] = []
+
+    def run(*given: Any) -> Any:
+        first.extend(x.detach().clone() if isinstance(x, Tensor) else x for x in given[len(first) :])
+        floats = [isinstance(x, Tensor) and x.is_floating_point() for x in given]
+        return graph_module(*(x + (a - x).detach() if f else a for x, a, f in zip(given, first, floats, strict=True)))
+
+    return run
+
+
+@pytest.mark.parametrize("backend", ["eager", stale])
+def test_later_steps_are_compared(backend: Any) -> None:
+    captured = captured_tiny(2, dynamic=True)
+    accelerated = captured.apply(tg.make_plan(captured.program, "none", facts=captured.facts), "understanding")
+    before = {name: x.clone() for name, x in captured.model.state_dict().items()}
+    accelerated.compile(by="block", backend=backend)
+    assert bool(tg.verify_compiled(accelerated).failures()) == (backend is stale)
+    assert all(torch.equal(x, before[name]) for name, x in captured.model.state_dict().items())
 
 
 def test_a_difference_fails() -> None:

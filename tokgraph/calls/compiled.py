@@ -74,6 +74,12 @@ class Compiled:
             (leaves[into] if isinstance(into, int) else operator.attrgetter(into)(module)).copy_(new)
         return outputs[: lowered.outputs]
 
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether all that the graph checks of a batch holds; nothing raises, and nothing is written."""
+        with torch.no_grad():
+            found = self._lowered.graph_module(*self._values(leaves).values())
+        return all(map(bool, found[self._lowered.outputs :][: len(self._lowered.checks)]))
+
     def _compiled(self, cut: list[Piece]) -> list[tuple[Piece, Callable[..., Any]]]:
         known: dict[Any, Callable[..., Any]] = {}
         for piece in cut:
