@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 
 import tokgraph as tg
 from tests import tiny
+from tests.field import decoder as m
 from tests.field import test_checks
 from tests.harness import assert_same_gradients, captured_tiny, gradients
 from tokgraph.ir.compilation import CompilationCheck, TaskCompilation
@@ -239,7 +242,59 @@ def test_values_go_when_they_were_read() -> None:
     compiled = module.variants.first.compiled(tg.Compilation(by="block", backend="eager"))
     values = compiled._values(module.task_graph.flatten(module.task_graph.example()))
     compiled._run(values)
-    assert set(values) == {name for name in compiled._outputs if isinstance(name, str)}
+    assert set(values) == set(compiled._outputs.names)
+
+
+def telling(model: m.Model, ids: Tensor, patches: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Outputs of every kind: sizes, constants that look like names, nothing, inputs, parameters."""
+    batch, tokens = ids.shape
+    sizes = {
+        "rows": batch * 2,
+        "half": batch * 0.5,
+        "fits": batch == labels.shape[0],
+        "nested": [tokens, (tokens % 5,)],
+    }
+    return {
+        "loss": m.loss(model, ids, patches, labels),
+        **sizes,
+        "same": {"five": 5, "text": "ids", "none": None},
+        "given": (ids, labels[:, 1:], ids == 1),
+        "learned": (model.layers[0].feed[0].weight, model.head.weight * 2),
+    }
+
+
+@pytest.mark.parametrize(
+    "how", [GRAPH, "block", *(pytest.param(x, marks=pytest.mark.slow) for x in ("checkpoint", "module"))]
+)
+def test_outputs_of_every_kind(how: str) -> None:
+    model = m.model(layers=1)
+    spec = m.spec(model, m.batch(), telling, dynamic=True)
+    accelerated = tg.optimize(spec, "exact", verify=False)
+    if how in ("graph", "block"):
+        task = accelerated.compile(by=how, backend="eager")[m.TASK]
+    else:
+        module = accelerated.module(checkpoint=how == "checkpoint")
+        task = partial(module.compile(backend="eager") if how == "module" else module, task=m.TASK)
+    for batch in (m.batch(), m.batch((5, 1, 2), tokens=13, seed=3)):
+        mine, expected = task(**batch), telling(model, **batch)
+        assert set(mine) == set(expected)
+        for found, wanted in zip(tree_leaves(mine), tree_leaves(expected), strict=True):
+            assert type(found) is type(wanted)
+            assert torch.allclose(found, wanted) if isinstance(wanted, Tensor) else found == wanted
+        assert mine["learned"][0] is model.layers[0].feed[0].weight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["graph", "block"])
+def test_a_batch_without_an_image(by: str) -> None:
+    model, batch = m.model(layers=1), m.batch()
+    batch["patches"] = batch["patches"].flatten(0, 1)
+    sizes = {"ids": {1: "tokens"}, "labels": {1: "tokens"}, "patches": {0: "patches"}}
+    task = tg.optimize(m.spec(model, batch, dynamic=sizes), "none", verify=False)[m.TASK]
+    task.compile(by=by, backend="aot_eager")
+    text = batch["ids"].masked_fill(batch["ids"] == m.IMAGE_ID, 5)
+    for inputs in (batch, {"ids": text, "labels": text, "patches": batch["patches"][:0]}):
+        assert m.worst(task(**inputs), m.loss(model, **inputs), model) < 1e-10
 
 
 def broken(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -283,6 +338,28 @@ def test_optimize_compiles_and_compares() -> None:
     assert found["passed"]
     assert found["tasks"]["generation"]["gradient_error"] < 1e-5
     assert "compilation" not in tg.optimize(spec, "exact", verify=False).report
+
+
+def stale(graph_module: fx.GraphModule, inputs: list[Any]) -> Any:
+    """A backend whose code computes with the values of its first call, as a CUDA graph whose inputs nobody copies."""
+    first: list[Any] = []
+
+    def run(*given: Any) -> Any:
+        first.extend(x.detach().clone() if isinstance(x, Tensor) else x for x in given[len(first) :])
+        floats = [isinstance(x, Tensor) and x.is_floating_point() for x in given]
+        return graph_module(*(x + (a - x).detach() if f else a for x, a, f in zip(given, first, floats, strict=True)))
+
+    return run
+
+
+@pytest.mark.parametrize("backend", ["eager", stale])
+def test_later_steps_are_compared(backend: Any) -> None:
+    captured = captured_tiny(2, dynamic=True)
+    accelerated = captured.apply(tg.make_plan(captured.program, "none", facts=captured.facts), "understanding")
+    before = {name: x.clone() for name, x in captured.model.state_dict().items()}
+    accelerated.compile(by="block", backend=backend)
+    assert bool(tg.verify_compiled(accelerated).failures()) == (backend is stale)
+    assert all(torch.equal(x, before[name]) for name, x in captured.model.state_dict().items())
 
 
 def test_a_difference_fails() -> None:

@@ -17,6 +17,7 @@ from tokgraph.ir.cost import Work
 from tokgraph.ir.node import tensor, value
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.rates import Rates
+from tokgraph.ops import NAMESPACE, OF_MODELS
 
 from .works import Counted, count_nodes, example_number
 
@@ -58,7 +59,8 @@ def _least(node: fx.Node, work: Work, rates: Rates) -> NodeTime:
     rate = rates.flops(x.dtype if x is not None and x.is_floating_point() else torch.float32)
     compute, move = work.forward_flops / rate, (work.forward_read + work.forward_written) / rates.copy
     backward = max(work.backward_flops / rate, (work.backward_read + work.backward_written) / rates.copy)
-    moves_rows = str(node.target).startswith("tokgraph.") and isinstance(value(node), torch.Tensor)
+    ours = getattr(node.target, "namespace", "") == NAMESPACE and node.target not in OF_MODELS
+    moves_rows = ours and isinstance(value(node), torch.Tensor)
     bound: Bound = "rows" if moves_rows else "matmul" if compute > move else "memory"
     return NodeTime(node.name, bound, max(compute, move), backward)
 

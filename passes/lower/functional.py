@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx, nn
 
 from tokgraph import ops
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import ancestors, is_write, output_args, value
+from tokgraph.ir.node import ancestors, is_write, output_args, rank, value
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.tensors import read
 
 from ..contract import GraphPass
-from ..emitter import is_check
+from ..emitter import call, is_check
 from ..pipeline import Pipeline
 from .inline import arguments, inlined
 from .scatter import ScattersByIndex
+
+aten = torch.ops.aten
 
 CHECKS = "tokgraph.checks"
 """Key of ``GraphModule.meta``: ``(message, positions of the inputs that it is about)`` of each check among the outputs."""
@@ -59,7 +63,7 @@ def functional(graph: TaskGraph, *, checking: bool = False) -> Functional:
         graph: the task's graph.
         checking: leave checks where they are, for a run operator by operator, in which they raise.
     """
-    unchecked = [] if checking else [ScattersByIndex(), ChecksToOutputs()]
+    unchecked = [] if checking else [ScattersByIndex(), ChecksToOutputs(), CountsToSizes()]
     made = Pipeline([*unchecked, WritesToOutputs(), TensorsToInputs()]).run_task(graph).graph_module
     names = list(graph.leaf_names().values())
     checks = tuple((message, tuple(names[i] for i in inputs)) for message, inputs in made.meta.get(CHECKS, ()))
@@ -90,6 +94,28 @@ class ChecksToOutputs(GraphPass):
                 graph.erase_node(node)
         graph_module.meta[CHECKS] = asked
         _append_outputs(graph, holds)
+
+
+@dataclass(frozen=True)
+class CountsToSizes(GraphPass):
+    """Numbers of elements become products of sizes: torch.compile takes no ``numel`` of a tensor whose sizes it fixes.
+
+    So it does with those that are 0 or 1, of batches without an image or of one sample.
+    """
+
+    name: ClassVar[str] = "counts-to-sizes"
+
+    def call(self, graph_module: fx.GraphModule, facts: TaskFacts | None) -> None:
+        """Replace every one of them."""
+        graph = graph_module.graph
+        for node in graph.find_nodes(op="call_function", target=aten.sym_numel.default):
+            with graph.inserting_before(node):
+                product: int | fx.Node = 1
+                for i in range(rank(node.args[0])):
+                    size = call(graph, aten.sym_size.int, node.args[0], i, origin=node, made_by=self.name)
+                    product = call(graph, operator.mul, product, size, origin=node, made_by=self.name)
+            node.replace_all_uses_with(product)
+            graph.erase_node(node)
 
 
 @dataclass(frozen=True)

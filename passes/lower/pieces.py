@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from tokgraph.ir.compilation import By
-from tokgraph.ir.node import tensor, value
+from tokgraph.ir.node import output_args, tensor, value
 from tokgraph.ir.tensors import read
 
 from .functional import LEARNED
@@ -60,6 +60,32 @@ class _Number(int):
         return f"%{int(self)}"
 
 
+class Outputs:
+    """What a functional graph gives, from the values that its pieces leave.
+
+    Numbers that follow the batch's sizes are computed here, operator by operator: compiled code gives tensors, and would
+    take a number for a constant.
+
+    Args:
+        graph_module: the graph.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._flat = output_args(graph_module.graph)
+        given = list(dict.fromkeys(x for x in self._flat if isinstance(x, fx.Node)))
+        sizes = [node for node in given if _is_size(node)]
+        self._sizes = _piece("sizes", 0, sizes, sizes)
+        tensors = [node.name for node in given if not _is_size(node)]
+        self.names = tuple(dict.fromkeys([*tensors, *self._sizes.inputs]))
+        """Names of the values that are read after the pieces."""
+
+    def of(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The flat outputs, of values by name."""
+        sizes = self._sizes.graph_module(*(values[name] for name in self._sizes.inputs))
+        found = {**values, **dict(zip(self._sizes.outputs, sizes, strict=True))}
+        return tuple(found[x.name] if isinstance(x, fx.Node) else x for x in self._flat)
+
+
 def pieces(graph_module: fx.GraphModule, by: By) -> list[Piece]:
     """The pieces of a functional graph, in the order in which they run.
 
@@ -73,15 +99,15 @@ def pieces(graph_module: fx.GraphModule, by: By) -> list[Piece]:
     return list(_cut(graph, calls, floors))
 
 
-def last_reads(cut: Sequence[Piece], outputs: Sequence[Any]) -> list[list[str]]:
+def last_reads(cut: Sequence[Piece], kept: Iterable[str]) -> list[list[str]]:
     """For each piece, the values that nothing reads after it.
 
     Args:
         cut: the pieces, in the order in which they run.
-        outputs: names of the values that the whole graph gives, and other things that it gives.
+        kept: names of the values that are read after all of them.
     """
     found: list[list[str]] = []
-    needed = {name for name in outputs if isinstance(name, str)}
+    needed = set(kept)
     for piece in reversed(cut):
         mine = {*piece.inputs, *piece.outputs}
         found.append(sorted(mine - needed))
@@ -146,16 +172,17 @@ def _cut(graph: fx.Graph, calls: list[fx.Node], floors: dict[fx.Node, int]) -> I
         title = "the graph" if head == 0 else titles.get(floor, f"block {floor - 1}")
         mine = set(inside)
         outputs = [n for n in inside if n in results or any(_read_outside(user, mine) for user in n.users)]
-        yield _piece(title, floor, graph, inside, outputs)
+        yield _piece(title, floor, inside, outputs)
 
 
 def _read_outside(user: fx.Node, mine: set[fx.Node]) -> bool:
+    """Whether a value is needed behind a piece for what reads it; outputs of the graph are known to be."""
     if _is_size(user):
-        return any(_read_outside(further, mine) for further in user.users)
+        return any(further.op == "output" or _read_outside(further, mine) for further in user.users)
     return user.op != "output" and user not in mine
 
 
-def _piece(title: str, floor: int, graph: fx.Graph, inside: list[fx.Node], outputs: list[fx.Node]) -> Piece:
+def _piece(title: str, floor: int, inside: list[fx.Node], outputs: list[fx.Node]) -> Piece:
     wanted = _with_sizes(inside)
     mine = set(wanted)
     inputs = list(dict.fromkeys(x for node in wanted for x in node.all_input_nodes if x not in mine))

@@ -13,6 +13,7 @@ from tokgraph.ir.blocks import Block
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import ancestors, by_name, descendants, module_path, tensor, tensor_inputs
 from tokgraph.ir.program import TaskGraph
+from tokgraph.ops import NAMESPACE, OF_MODELS
 
 from ..cost.attribution import Locator
 from ..rules import axis_map, traits
@@ -89,7 +90,9 @@ def carried(place: Place, phase: str) -> dict[str, Any]:
 
 def _moves_rows(node: fx.Node) -> bool:
     """Whether a rewrite made the node, and not to compute values: operators of ours, and arithmetic on masks and indices."""
-    if getattr(node.target, "namespace", "") == "tokgraph":
+    if node.target in OF_MODELS:
+        return False
+    if getattr(node.target, "namespace", "") == NAMESPACE:
         return True
     val = tensor(node)
     return "made_by" in node.meta and (val is None or not val.is_floating_point())

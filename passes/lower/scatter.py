@@ -51,8 +51,11 @@ def _enough(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 
 def _scattered(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     rows, width = _rows(x, mask)
-    values = source.reshape(-1, width)
-    at = (rows.cumsum(0) - 1).clamp(0, values.shape[0] - 1)
+    nothing = source.new_zeros(
+        width
+    )  # for the positions before the first that is marked; there may be no values at all
+    values = torch.cat([nothing, source.flatten()]).view(-1, width)
+    at = rows.cumsum(0).clamp(max=values.shape[0] - 1)
     found = torch.where(rows.unsqueeze(-1), values.index_select(0, at), x.reshape(-1, width))
     return found.view(x.shape)
 

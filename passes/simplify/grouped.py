@@ -18,6 +18,9 @@ aten = torch.ops.aten
 _COPIES = (aten.clone.default, aten.contiguous.default)
 _VIEWS = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
+_HALVES, _LARGEST = (torch.float16, torch.bfloat16), 256
+"""Types and head sizes of flash attention on CUDA; the memory-efficient kernel takes others, but no ``enable_gqa``."""
+
 
 @dataclass(frozen=True)
 class GroupedHeads(GraphPass):
@@ -25,7 +28,7 @@ class GroupedHeads(GraphPass):
 
     transformers repeats them where it is given a mask, because kernels that take one want all heads; its eager forward,
     which builds no mask, does not. Where the mask turned out to be the lower triangle, this is what it would have done:
-    the repeated copies are neither made nor kept for the backward pass.
+    the repeated copies are neither made nor kept for the backward pass. Where no fast kernel takes ``enable_gqa``, they stay.
 
     Args:
         task: the task to run on; ``None``: every task.
@@ -40,13 +43,25 @@ class GroupedHeads(GraphPass):
             if argument(node, "attn_mask") is not None or argument(node, "enable_gqa", False):
                 continue
             key, value = (_before_repeat(argument(node, name)) for name in ("key", "value"))
-            if key is None or value is None or not same_size(dims(key)[1], dims(value)[1]):
+            if (
+                key is None
+                or value is None
+                or not same_size(dims(key)[1], dims(value)[1])
+                or not _has_kernel(key, value)
+            ):
                 continue
             set_argument(node, "key", key)
             set_argument(node, "value", value)
             set_argument(node, "enable_gqa", True)
             refresh_value(node)
         remove_dead_code(graph_module.graph)
+
+
+def _has_kernel(key: fx.Node, value: fx.Node) -> bool:
+    """Whether attention that repeats heads itself has a kernel which does not hold all scores: flash, for heads of one size."""
+    size, val = dims(key)[-1], key.meta["val"]
+    one_size = isinstance(size, int) and size == dims(value)[-1]
+    return one_size and (val.device.type != "cuda" or (val.dtype in _HALVES and size <= _LARGEST))
 
 
 def _before_repeat(node: Any) -> fx.Node | None:

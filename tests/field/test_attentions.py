@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import tokgraph as tg
 from tests.field import decoder as m
 from tests.field.decoder import HEADS, TASK, Block, Hidden
+from tokgraph.passes.lower import places_of
 
 
 def repeated(q: Tensor, k: Tensor, v: Tensor, hidden: Hidden, groups: int) -> Tensor:
@@ -108,6 +109,8 @@ def test_attentions_as_they_are_written(attend: Callable[..., Tensor], dynamic: 
     for inputs in (m.batch(), m.batch((5, 1), seed=3)):
         by_hand = m.loss(model, **inputs, span=range(1), hidden=m.dropped(inputs["ids"]))
         assert m.worst(accelerated[TASK](**inputs), by_hand, model) < 1e-10
+    places = places_of(accelerated[TASK].task_graph).values()
+    assert {place.kind for place in places if "softmax_beside" in place.node} <= {"attention"}  # no work of the drop
 
 
 def joined_with_scores(q: Tensor, k: Tensor, v: Tensor, hidden: Hidden) -> Tensor:

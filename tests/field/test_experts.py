@@ -8,11 +8,17 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends import debugging
 from torch.nn import functional as F
+from torch.utils.flop_counter import flop_registry
 
 import tokgraph as tg
 from tests.field import decoder as m
 from tests.field.decoder import HIDDEN, TASK, Block
+from tests.harness import gradients
+from tokgraph.ir.node import value
+from tokgraph.passes.cost.roofline import roofline
+from tokgraph.passes.lower import places_of
 
 EXPERTS, CHOSEN, INNER = 4, 2, 8
 Routed = Callable[["Experts", Tensor], Tensor]
@@ -148,3 +154,30 @@ def test_experts_that_take_a_limited_number_of_rows_are_refused(routed: Routed) 
     _, facts = facts_of(routed)
     with pytest.raises(tg.IllegalRewriteError, match="block 0"):
         tg.apply(facts, tg.Plan((tg.DropSite(TASK, 0, 1, 0.5),)))
+
+
+def test_products_of_experts_are_the_models_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In reports, and in compiled code: a row meets its own experts only."""
+    model, facts = facts_of(sorted_and_put_back)
+    task = tg.apply(facts, tg.make_plan(facts, "none"))[TASK]
+    graph = task.task_graph
+    products = [node.name for node in graph.graph.nodes if "grouped_mm" in str(node.target)]
+    assert {places_of(graph)[name].kind for name in products} == {"ffn"}
+    rates = tg.Rates("slow to multiply", {torch.float64: 1.0}, 1e9)
+    assert {time.bound for time in roofline(graph, rates) if time.node in products} == {"matmul"}
+
+    compiled: list[torch.fx.GraphModule] = []
+    run = debugging.boxed_nop
+    monkeypatch.setattr(debugging, "boxed_nop", lambda found, inputs: compiled.append(found) or run(found, inputs))
+    expected = gradients(model, task(**m.batch()))
+    found = gradients(model, task.compile(backend="aot_eager")(**m.batch()))
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-10) for name in expected)
+    once = 2 * m.batch()["ids"].numel() * CHOSEN * (3 * INNER * HIDDEN) * len(model.layers)
+    assert [grouped_flops(one) for one in compiled] == [once, 2 * once]
+
+
+def grouped_flops(graph_module: torch.fx.GraphModule) -> int:
+    products = [node for node in graph_module.graph.nodes if str(node.target).startswith("tokgraph.grouped_mm")]
+    return sum(
+        flop_registry[x.target.overloadpacket](*torch.fx.map_arg(x.args, value), out_val=value(x)) for x in products
+    )

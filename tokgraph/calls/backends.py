@@ -39,6 +39,11 @@ def backend_of(how: Compilation) -> Backend:
     return found
 
 
+def _fusible() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """Operators that kernels fuse; products of experts stay what they are: one call, which computes what a row needs."""
+    return ops.decompositions(grouped_products=False)
+
+
 def _inductor(mode: str, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
@@ -50,7 +55,7 @@ def _inductor(mode: str, graph_module: fx.GraphModule, inputs: Sequence[Any]) ->
             graph_module,
             inputs,
             config_patches=list_mode_options(mode),
-            decompositions={**select_decomp_table(), **ops.decompositions()},
+            decompositions={**select_decomp_table(), **_fusible()},
         )
 
 
@@ -60,4 +65,4 @@ def _aot_eager(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._dynamo.backends.debugging import boxed_nop
 
     with differentiation.patch(force_non_lazy_backward_lowering=True):
-        return aot_autograd(fw_compiler=boxed_nop, decompositions=ops.decompositions())(graph_module, inputs)
+        return aot_autograd(fw_compiler=boxed_nop, decompositions=_fusible())(graph_module, inputs)

@@ -14,10 +14,10 @@ from torch import fx
 
 from tokgraph.errors import CompileError, InternalError, Where
 from tokgraph.ir.compilation import Compilation
-from tokgraph.ir.node import is_write, module_path, output_args, where
+from tokgraph.ir.node import is_write, module_path, where
 from tokgraph.ir.program import TaskGraph
 from tokgraph.passes.lower.functional import functional
-from tokgraph.passes.lower.pieces import Piece, last_reads, pieces
+from tokgraph.passes.lower.pieces import Outputs, Piece, last_reads, pieces
 
 from .backends import backend_of
 from .diagnosis import FAILURES
@@ -39,10 +39,10 @@ class Compiled:
         self.how = how
         self._lowered = functional(graph)
         self._inputs = [node.name for node in self._lowered.graph_module.graph.find_nodes(op="placeholder")]
-        self._outputs = [x.name if isinstance(x, fx.Node) else x for x in output_args(self._lowered.graph_module.graph)]
+        self._outputs = Outputs(self._lowered.graph_module)
         self._tensors = [operator.attrgetter(target) for target in self._lowered.tensors]
         self._pieces = self._compiled(pieces(self._lowered.graph_module, how.by))
-        self._read_last = last_reads([piece for piece, _ in self._pieces], self._outputs)
+        self._read_last = last_reads([piece for piece, _ in self._pieces], self._outputs.names)
 
     @property
     def functions(self) -> int:
@@ -67,12 +67,18 @@ class Compiled:
             if isinstance(failure, torch._dynamo.exc.TorchDynamoException):
                 raise self._error(failure, leaves) from failure
             raise
-        outputs = tuple(values[x] if isinstance(x, str) else x for x in self._outputs)
+        outputs = self._outputs.of(values)
         written = outputs[lowered.outputs + len(lowered.checks) :]
         self._check(outputs[lowered.outputs :], leaves)
         for into, new in zip(lowered.writes, written, strict=True):
             (leaves[into] if isinstance(into, int) else operator.attrgetter(into)(module)).copy_(new)
         return outputs[: lowered.outputs]
+
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Whether all that the graph checks of a batch holds; nothing raises, and nothing is written."""
+        with torch.no_grad():
+            found = self._lowered.graph_module(*self._values(leaves).values())
+        return all(map(bool, found[self._lowered.outputs :][: len(self._lowered.checks)]))
 
     def _compiled(self, cut: list[Piece]) -> list[tuple[Piece, Callable[..., Any]]]:
         known: dict[Any, Callable[..., Any]] = {}

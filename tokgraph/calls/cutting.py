@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from tokgraph.ir.names import OWN, STEP
-from tokgraph.ir.node import output_args
 from tokgraph.ir.program import TIED, TaskGraph
 from tokgraph.ir.tensors import HOLDER, target_of, tensor_name
 from tokgraph.passes.lower.functional import functional
-from tokgraph.passes.lower.pieces import Piece, block_count, pieces
+from tokgraph.passes.lower.pieces import Outputs, Piece, block_count, pieces
 
 from .parts import Registered, Table
 
@@ -31,7 +30,7 @@ class Cut:
         blocks: how many blocks the graph has.
         inputs: names of the values that the task's inputs are.
         tensors: name of a value -> name of the tensor of the model that it is.
-        outputs: names of the values that the graph gives, or numbers that it gives.
+        outputs: what the graph gives.
         count: how many outputs are the task's.
         checks: ``(message, names of the inputs that it is about)`` of the outputs after those, which are true where it holds.
         writes: names of the tensors, and positions of the inputs, that the last outputs are to be written into.
@@ -42,7 +41,7 @@ class Cut:
     blocks: int
     inputs: tuple[str, ...]
     tensors: Mapping[str, str]
-    outputs: tuple[Any, ...]
+    outputs: Outputs
     count: int
     checks: tuple[tuple[str, tuple[str, ...]], ...]
     writes: tuple[str | int, ...]
@@ -76,7 +75,7 @@ def cut(graph: TaskGraph, *, checking: bool = True) -> Cut:
         block_count(flat),
         tuple(names[:inputs]),
         dict(zip(names[inputs:], map(tensor_name, lowered.tensors), strict=True)),
-        tuple(x.name if isinstance(x, fx.Node) else x for x in output_args(flat)),
+        Outputs(lowered.graph_module),
         lowered.outputs,
         lowered.checks,
         tuple(tensor_name(x) if isinstance(x, str) else x for x in lowered.writes),

@@ -38,7 +38,7 @@ class Draws:
         if counter is None:
             yield
             return
-        mark = int(torch.randint(2**62, ()))
+        mark = int(torch.randint(2**62, (), device="cpu"))
         if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
             self._steps[mark] = counter.clone()
             if len(self._steps) > _REMEMBERED:

@@ -94,6 +94,7 @@ class _Steps:
         cut: the graph in pieces.
         of_part: part -> the step there.
         read: name of a value -> the tensor that it is, of those that are not read inside of a part.
+        given: name of a value -> the tensor that it is, of those that are read inside of a part and are outputs.
         last: part -> names of the values that nothing reads after it.
         writes: where the graph's last outputs are to be written: a tensor, or the position of an input.
     """
@@ -101,6 +102,7 @@ class _Steps:
     cut: Cut
     of_part: Mapping[int, Step]
     read: Mapping[str, Registered]
+    given: Mapping[str, Registered]
     last: Mapping[int, Sequence[str]]
     writes: tuple[Registered | int, ...]
 
@@ -133,7 +135,8 @@ class _Steps:
             found,
             steps,
             {value: x for value, x in registered.items() if value not in inside},
-            dict(zip(steps, last_reads(found.pieces, found.outputs), strict=True)),
+            {value: x for value, x in registered.items() if value in inside and value in found.outputs.names},
+            dict(zip(steps, last_reads(found.pieces, found.outputs.names), strict=True)),
             tuple(x if isinstance(x, int) else places.read(x, found.graph) for x in found.writes),
         )
 
@@ -201,7 +204,8 @@ class PartedCall:
     def result(self, sharded: bool) -> Any:
         """What the task's forward returns; what it writes into buffers and inputs is written, if its checks hold."""
         found = self._steps.cut
-        outputs = [self.values[x] if isinstance(x, str) else x for x in found.outputs]
+        given = {name: x.now() for name, x in self._steps.given.items()}
+        outputs = found.outputs.of({**given, **self.values})
         for (message, inputs), ok in zip(found.checks, outputs[found.count :], strict=False):
             said = f"task {self.graph.name!r}: {message} (inputs: {', '.join(inputs)})"
             if ok.device.type != "cpu":

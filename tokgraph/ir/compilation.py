@@ -55,7 +55,7 @@ class Compilation:
 
 @dataclass(frozen=True)
 class TaskCompilation:
-    """One task's compiled graph against the same graph run operator by operator, on the example batch.
+    """One task's compiled graph against the same graph run operator by operator, over several steps.
 
     Args:
         seconds: the first step, compilation included.

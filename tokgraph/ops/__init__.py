@@ -24,6 +24,7 @@ from .unread import check_unread
 
 __all__ = [
     "NAMESPACE",
+    "OF_MODELS",
     "Condition",
     "check",
     "check_unread",
@@ -55,8 +56,23 @@ __all__ = [
 ]
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out."""
+OF_MODELS = frozenset(
+    {
+        torch.ops.tokgraph.grouped_mm.default,
+        torch.ops.tokgraph.grouped_mm_weight.default,
+        torch.ops.tokgraph.softmax_beside.default,
+    }
+)
+"""Operators that stand for what models compute; all others choose, move and check rows."""
+
+
+def decompositions(grouped_products: bool = True) -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """Operator -> plain ATen function, as ``ExportedProgram.run_decompositions`` takes it; the batch checks are left out.
+
+    Args:
+        grouped_products: these as well, which are then products of all rows with all matrices, for runtimes that know no
+            groups.
+    """
     return (
         moving.LOWERED
         | ranges.LOWERED
@@ -65,7 +81,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         | scores.LOWERED
         | unread.LOWERED
         | checks.LOWERED
-        | grouped.LOWERED
+        | (grouped.LOWERED if grouped_products else {})
         | sinks.LOWERED
     )
 

@@ -1,5 +1,8 @@
 """Products of rows with the matrix of their group, as experts that each take some of the tokens: row by row as seen from
 outside, sorted by group inside.
+
+In bfloat16 a GPU has one kernel for all groups, which reads where they end from its own memory. For other types PyTorch has
+none: it multiplies group by group, of sizes that the host has to know.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from torch.utils.flop_counter import register_flop_formula
 from .base import NAMESPACE
 
 _FUSED = (torch.float32, torch.bfloat16, torch.float16)
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # the host has to know sizes, of all types but bfloat16; a tag is for all
 
 
-@torch.library.custom_op(f"{NAMESPACE}::grouped_mm", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_mm", mutates_args=(), tags=_TAGS)
 def grouped_mm(x: Tensor, weight: Tensor, groups: Tensor) -> Tensor:
     """Each row times the matrix of its group.
 
@@ -30,14 +34,14 @@ def grouped_mm(x: Tensor, weight: Tensor, groups: Tensor) -> Tensor:
         ``[..., m]``.
     """
     rows, order, ends = _sorted(x, groups, len(weight))
-    if _fused(x, weight):
-        found = F.grouped_mm(rows, weight, offs=ends)
+    if _fused(rows, weight):
+        found = F.grouped_mm(rows, _aligned(weight), offs=ends)
     else:
         found = torch.cat([rows[part] @ matrix for part, matrix in zip(_parts(ends), weight, strict=True)])
     return torch.empty_like(found).index_copy(0, order, found).reshape(*x.shape[:-1], weight.shape[-1])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::grouped_mm_weight", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::grouped_mm_weight", mutates_args=(), tags=_TAGS)
 def grouped_mm_weight(x: Tensor, grad: Tensor, groups: Tensor, count: int) -> Tensor:
     """The gradient of the matrices of :func:`grouped_mm`, ``[groups, k, m]``.
 
@@ -49,6 +53,10 @@ def grouped_mm_weight(x: Tensor, grad: Tensor, groups: Tensor, count: int) -> Te
     """
     rows, order, ends = _sorted(x, groups, count)
     grads = grad.reshape(-1, grad.shape[-1])[order]
+    if _fused(rows, grads):
+        found = F.grouped_mm(rows.t(), grads, offs=ends)
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0  # a kernel may leave what was in the memory of such a matrix
+        return found.masked_fill_(empty[:, None, None], 0.0)
     return torch.stack([rows[part].T @ grads[part] for part in _parts(ends)])
 
 
@@ -66,10 +74,17 @@ def _parts(ends: Tensor) -> Iterator[slice]:
         start = end
 
 
-def _fused(x: Tensor, weight: Tensor) -> bool:
-    """Whether there is a kernel for all groups at once."""
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    return x.is_cuda and x.dtype in _FUSED and x.dtype == weight.dtype and aligned
+def _fused(rows: Tensor, other: Tensor) -> bool:
+    """Whether PyTorch has a function for all groups at once: it asks for rows that begin at multiples of 16 bytes."""
+    aligned = all(x.shape[-1] * x.element_size() % 16 == 0 for x in (rows, other))
+    return rows.device.type in ("cpu", "cuda") and rows.dtype in _FUSED and rows.dtype == other.dtype and aligned
+
+
+def _aligned(weight: Tensor) -> Tensor:
+    """Matrices whose rows, or columns, stand in memory as the function wants them."""
+    steps, bytes_ = weight.stride(), weight.element_size()
+    dense = 1 in steps[1:] and all(step == 1 or step * bytes_ % 16 == 0 for step in steps)
+    return weight if dense and weight.data_ptr() % 16 == 0 else weight.clone(memory_format=torch.contiguous_format)
 
 
 def _plain(x: Tensor, weight: Tensor, groups: Tensor) -> Tensor:

@@ -134,6 +134,8 @@ def compare_values(mine: Results, reference: Results, count: int) -> Difference:
         a, b = mine.outputs[leaf], reference.outputs[leaf]
         if isinstance(a, torch.Tensor):
             worst = max(worst, Difference(relative_distance(a, b), f"output {leaf}"), key=badness)
+        elif a != b:
+            worst = max(worst, Difference(float("inf"), f"output {leaf}"), key=badness)
     for name, b in reference.buffers.items():
         a = mine.buffers.get(name)
         error = float("inf") if a is None else relative_distance(a, b)

@@ -50,6 +50,13 @@ def test_values_and_gradients_are_those_of_the_operator(function: Callable[..., 
             assert torch.equal(mine, expected)
 
 
+def test_there_may_be_no_values() -> None:
+    """A batch without an image."""
+    given = (X, torch.zeros_like(MARKED), SOURCE[:0])
+    graph = Pipeline([ScattersByIndex()]).run_task(traced(by_rows, *given))
+    assert torch.equal(graph.graph_module(*given)[0], X)
+
+
 def test_too_few_values_are_found() -> None:
     made = functional(traced(by_rows, X, MARKED, SOURCE))
     assert [message for message, _ in made.checks] == [
@@ -77,14 +84,16 @@ def test_the_graph_of_rows() -> None:
 %expand_2 : [num_users=1] = call_function[target=torch.ops.aten.expand.default](args = (%expand, [2, 5, 3]), kwargs = {})
 %select_1 : [num_users=1] = call_function[target=torch.ops.aten.select.int](args = (%expand_2, 2, 0), kwargs = {})
 %view_1 : [num_users=2] = call_function[target=torch.ops.aten.view.default](args = (%select_1, [10]), kwargs = {})
-%view_2 : [num_users=1] = call_function[target=torch.ops.aten.view.default](args = (%args_2, [-1, 3]), kwargs = {})
+%new_zeros : [num_users=1] = call_function[target=torch.ops.aten.new_zeros.default](args = (%args_2, [3]), kwargs = {pin_memory: False})
+%view_2 : [num_users=1] = call_function[target=torch.ops.aten.view.default](args = (%args_2, [18]), kwargs = {})
+%cat : [num_users=1] = call_function[target=torch.ops.aten.cat.default](args = ([%new_zeros, %view_2],), kwargs = {})
+%view_3 : [num_users=1] = call_function[target=torch.ops.aten.view.default](args = (%cat, [-1, 3]), kwargs = {})
 %cumsum : [num_users=1] = call_function[target=torch.ops.aten.cumsum.default](args = (%view_1, 0), kwargs = {})
-%sub : [num_users=1] = call_function[target=torch.ops.aten.sub.Tensor](args = (%cumsum, 1), kwargs = {})
-%clamp : [num_users=1] = call_function[target=torch.ops.aten.clamp.default](args = (%sub, 0, 5), kwargs = {})
+%clamp : [num_users=1] = call_function[target=torch.ops.aten.clamp.default](args = (%cumsum, None, 6), kwargs = {})
 %unsqueeze_1 : [num_users=1] = call_function[target=torch.ops.aten.unsqueeze.default](args = (%view_1, -1), kwargs = {})
-%index_select : [num_users=1] = call_function[target=torch.ops.aten.index_select.default](args = (%view_2, 0, %clamp), kwargs = {})
-%view_3 : [num_users=1] = call_function[target=torch.ops.aten.view.default](args = (%args_0, [-1, 3]), kwargs = {})
-%where : [num_users=1] = call_function[target=torch.ops.aten.where.self](args = (%unsqueeze_1, %index_select, %view_3), kwargs = {})
-%view_4 : [num_users=1] = call_function[target=torch.ops.aten.view.default](args = (%where, [2, 5, 3]), kwargs = {})
+%index_select : [num_users=1] = call_function[target=torch.ops.aten.index_select.default](args = (%view_3, 0, %clamp), kwargs = {})
+%view_4 : [num_users=1] = call_function[target=torch.ops.aten.view.default](args = (%args_0, [-1, 3]), kwargs = {})
+%where : [num_users=1] = call_function[target=torch.ops.aten.where.self](args = (%unsqueeze_1, %index_select, %view_4), kwargs = {})
+%view_5 : [num_users=1] = call_function[target=torch.ops.aten.view.default](args = (%where, [2, 5, 3]), kwargs = {})
 """,
     )

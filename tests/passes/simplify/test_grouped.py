@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.passes.tools import calls, traced
-from tokgraph.ir.node import argument
+from tokgraph.ir.node import argument, entered, fake_mode
 from tokgraph.passes.pipeline import Pipeline
 from tokgraph.passes.simplify import GroupedHeads
 
@@ -65,11 +65,32 @@ def test_heads_are_given_once() -> None:
     [
         (side_by_side, side_by_side, True),
         (in_turns, in_turns, False),
+        (side_by_side, lambda x: side_by_side(x[..., :3]), False),
         (side_by_side, lambda x: x.repeat(1, 3, 1, 1), False),
         (lambda x: x.repeat_interleave(3, 1), side_by_side, False),
     ],
-    ids=["masked", "in turns", "values repeated otherwise", "keys repeated otherwise"],
+    ids=["masked", "in turns", "head sizes", "values repeated otherwise", "keys repeated otherwise"],
 )
 def test_others_are_left_alone(keys: Repeat, values: Repeat, masked: bool) -> None:
     graph = Pipeline([GroupedHeads()]).run_task(traced(attend(keys, values, masked), Q, K, V))
     assert not argument(calls(graph, SDPA)[0], "enable_gqa", False)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "size", "once"),
+    [
+        ("cpu", torch.float32, 320, True),
+        ("cuda", torch.bfloat16, 64, True),
+        ("cuda", torch.bfloat16, 320, False),
+        ("cuda", torch.float32, 64, False),
+    ],
+)
+def test_only_where_a_fast_kernel_reads_them(device: str, dtype: torch.dtype, size: int, once: bool) -> None:
+    q, k = (torch.zeros(1, heads, 4, size, dtype=dtype) for heads in (6, 2))
+    graph = traced(attend(side_by_side, side_by_side), q, k, k)
+    with entered(fake_mode(graph.graph)):  # a machine without a GPU has CUDA tensors without values
+        for node in graph.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = torch.empty_like(node.meta["val"], device=device)
+    after = Pipeline([GroupedHeads()]).run_task(graph)
+    assert argument(calls(after, SDPA)[0], "enable_gqa", False) == once
