@@ -57,6 +57,7 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
         aten.convolution_backward.default: convolution_backward,
         aten.conv3d.default: plain_conv3d,
         aten.squeeze.dim: squeeze,
+        **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), any_along),
         **half_numbers(),
         aten.rsub.Scalar: rsub,
         **pools(),
@@ -75,6 +76,14 @@ def to_dtype(
 def squeeze(x: Tensor, dim: int) -> Any:
     """``x`` without an axis of size 1, and as it is where the axis is longer, which ONNX refuses."""
     return NotImplemented if guard_or_false(x.shape[dim] == 1) else aten.alias.default(x)
+
+
+def any_along(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Any:
+    """Whether any element along axes, which may be empty, is true; the greatest of none, which ONNX takes, is true as well."""
+    axes = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    if all(guard_or_false(x.shape[axis] > 0) for axis in axes):
+        return NotImplemented
+    return (x != 0).to(torch.int64).sum(axes, keepdim) > 0
 
 
 def rsub(x: Tensor, other: Any, alpha: Any = 1) -> Any:

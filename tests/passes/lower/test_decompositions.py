@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import tokgraph as tg
 from tokgraph.passes.lower.decompositions import (
+    any_along,
     convolution_backward,
     half_layer_norm,
     index_put,
@@ -370,6 +371,18 @@ def test_numbers_in_half_precision_are_added_in_float32(dtype: torch.dtype) -> N
     assert added.meta["val"].dtype == torch.float32
     assert traced(x).tolist() == [[4096], [0]]
     assert traced(x).dtype == dtype
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_none_of_an_empty_axis_is_true(dtype: torch.dtype, keepdim: bool) -> None:
+    empty, full = torch.ones(3, 0, dtype=dtype), torch.tensor([[0, 1], [0, 0]]).to(dtype)
+    assert any_along(empty, 1, keepdim).flatten().tolist() == [False] * 3
+    assert not any_along(empty)
+    assert any_along(full, 1) is NotImplemented
+    traced = make_fx(lambda x: x.any(-1, keepdim), decomposition_table=runtime_decompositions())(empty)
+    assert torch.equal(traced(full), full.any(-1, keepdim))
+    assert aten.any.dim not in {node.target for node in traced.graph.nodes}
 
 
 WITH_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
