@@ -22,8 +22,8 @@ from .node import fake_mode
 _MANY = 720720  # has many divisors: that one divides a size fixes nothing
 
 
-_REACH = sympy.Integer(2**40)
-"""More than any axis has; products of two still count as numbers of elements."""
+REACH = 2**40
+"""More than any axis has."""
 
 
 @contextmanager
@@ -35,14 +35,14 @@ def within_reach(mode: FakeTensorMode | None) -> Iterator[None]:
     """
     environment = None if mode is None else mode.shape_env
     ranges = {} if environment is None else environment.var_to_range
-    wide = {symbol: x.upper for symbol, x in ranges.items() if x.is_int and x.lower < _REACH < x.upper}
+    wide = {symbol: x.upper for symbol, x in ranges.items() if x.is_int and x.lower < REACH < x.upper}
     for symbol in wide:
-        ranges[symbol] = ValueRanges(ranges[symbol].lower, _REACH)
+        ranges[symbol] = ValueRanges(ranges[symbol].lower, sympy.Integer(REACH))
     try:
         yield
     finally:
         for symbol, upper in wide.items():
-            if ranges[symbol].upper == _REACH:
+            if ranges[symbol].upper == REACH:
                 ranges[symbol] = ValueRanges(ranges[symbol].lower, upper)
 
 
