@@ -25,7 +25,7 @@ LIGHT = ("capture", "blocks", "exact", "hide", "eager")
 MORE = (*LIGHT, "freeze", "fastv", "oracle", "flops")
 FAST = ("Fuyu",)
 OPEN = "Fuyu"  # measured with its sizes open
-SLOW = (OPEN, "Gemma 3n", "Idefics2", "Kosmos-2")
+SLOW = (OPEN, "Gemma 3n", "JanusFlow", "Kosmos-2")
 
 
 def test_the_page_is_what_the_figures_give() -> None:

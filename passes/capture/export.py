@@ -27,6 +27,7 @@ from tokgraph.ir.collector import collector_paused
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.names import check_tensor_names
 from tokgraph.ir.node import value
+from tokgraph.ir.open_sizes import REACH
 from tokgraph.ir.program import TIED, Dimension, Program, TaskGraph, is_training, model_device, tied_names
 from tokgraph.ir.spec import ModelSpec, Task
 from tokgraph.ir.tensors import CONSTANTS, constants_prefix, named_tensors, read, target_of, tensor_name
@@ -218,16 +219,16 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
     """Export with the user's dimension names; where the model's guards rule that out, let export fix what it must."""
     try:
         try:
-            return _export_once(wrapper, inputs, named=True)
+            return _export_in_reach(wrapper, inputs, named=True)
         except UserError as error:
             if not wrapper.task.dynamic or error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
                 raise
             sizes = _sizes_asked_for(str(error))
             if sizes:  # equal names stay equal sizes then, which labels and logits need
                 with suppress(UserError):
-                    return _export_once(wrapper, inputs, named=True, sizes=sizes)
+                    return _export_in_reach(wrapper, inputs, named=True, sizes=sizes)
             log.info("task %s: named dimensions do not fit the model, inferring them", name)
-            return _export_once(wrapper, inputs, named=False)
+            return _export_in_reach(wrapper, inputs, named=False)
     except TokgraphError:
         raise
     except Exception as error:
@@ -239,11 +240,21 @@ def _sizes_asked_for(violation: str) -> dict[str, tuple[int, bool]]:
     torch.export has against the dimensions. A slice that leaves out a position takes sizes from 3, since 1 is special.
     """
     asked = [line.strip() for line in violation.partition("Suggested fixes:")[2].strip().splitlines()]
-    forms = r"(dim_\d+) = (?:(\d+)|Dim\('\1', min=(\d+)\))"
+    forms = r"(dim_\d+) = (?:(\d+)|Dim\('\1', min=(\d+)(?:, max=\d+)?\))"
     found = [re.fullmatch(forms, line) for line in takewhile(bool, asked)]
     return (
         {match[1]: (int(match[2] or match[3]), match[2] is not None) for match in found if match} if all(found) else {}
     )
+
+
+def _export_in_reach(wrapper: _Forward, inputs: dict[str, Any], **options: Any) -> ExportedProgram:
+    """Export; where PyTorch's own rounding of bounds is in the way, with open sizes of no more than an axis can have."""
+    try:
+        return _export_once(wrapper, inputs, **options)
+    except AssertionError as error:
+        if "src_bound" not in str(error):
+            raise
+        return _export_once(wrapper, inputs, most=REACH, **options)
 
 
 def _export_once(
@@ -251,6 +262,7 @@ def _export_once(
     inputs: dict[str, Any],
     named: bool,
     sizes: Mapping[str, tuple[int, bool]] = MappingProxyType({}),
+    most: int | None = None,
 ) -> ExportedProgram:
     dynamic = wrapper.task.dynamic or {}
     wanted = dict.fromkeys(name for of_input in dynamic.values() for name in of_input.values())
@@ -258,7 +270,7 @@ def _export_once(
     for i, name in enumerate(wanted):
         identifier = f"dim_{i}"  # Dim takes no other names
         size, fixed = sizes.get(identifier, (None, False))
-        dims[name] = Dim.AUTO if not named else None if fixed else Dim(identifier, min=size)
+        dims[name] = Dim.AUTO(max=most) if not named else None if fixed else Dim(identifier, min=size, max=most)
 
     def dims_of(key: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -3,6 +3,7 @@
 from .decompositions import runtime_decompositions
 from .exported import exported_program
 from .graph import Lowered, lower_forward, lower_program
+from .pairs import real_valued
 from .places import Kind, Place, mark_places, places_of
 from .restored import captured_form
 from .step import OPTIMIZERS, Optimizer, lower_train_step, lower_update_step
@@ -21,5 +22,6 @@ __all__ = [
     "lower_update_step",
     "mark_places",
     "places_of",
+    "real_valued",
     "runtime_decompositions",
 ]

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from tokgraph.ops import decompositions
 from tokgraph.passes.capture.row_losses import smoothed_cross_entropy
 
+from .half import HALF, half_numbers, once_rounded
 from .pools import pools
 
 aten = torch.ops.aten
-HALF = (torch.float16, torch.bfloat16)
 _of_torch = get_decompositions([aten.embedding_dense_backward])
 
 
@@ -57,6 +57,8 @@ def runtime_decompositions() -> dict[Any, Callable[..., Any]]:
         aten.convolution_backward.default: convolution_backward,
         aten.conv3d.default: plain_conv3d,
         aten.squeeze.dim: squeeze,
+        **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), any_along),
+        **half_numbers(),
         aten.rsub.Scalar: rsub,
         **pools(),
     }
@@ -76,10 +78,22 @@ def squeeze(x: Tensor, dim: int) -> Any:
     return NotImplemented if guard_or_false(x.shape[dim] == 1) else aten.alias.default(x)
 
 
+def any_along(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Any:
+    """Whether any element along axes, which may be empty, is true; the greatest of none, which ONNX takes, is true as well."""
+    axes = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    if all(guard_or_false(x.shape[axis] > 0) for axis in axes):
+        return NotImplemented
+    return (x != 0).to(torch.int64).sum(axes, keepdim) > 0
+
+
 def rsub(x: Tensor, other: Any, alpha: Any = 1) -> Any:
     """``other - alpha * x`` for integers and a float, which the converter's promotion of types does not know."""
     dtype = torch.result_type(x, other)
-    return NotImplemented if x.dtype == dtype else aten.rsub.Scalar(x.to(dtype), other, alpha)
+    return (
+        once_rounded(aten.rsub.Scalar, x, other, alpha)
+        if x.dtype == dtype
+        else aten.rsub.Scalar(x.to(dtype), other, alpha)
+    )
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from tokgraph.errors import ExportError, InternalError
 from tokgraph.ir.devices import captured_device
 from tokgraph.ir.names import STEP
 from tokgraph.ir.node import fake_mode, forget_fresh_symbols, is_write, output_args, value, where
+from tokgraph.ir.open_sizes import within_reach
 from tokgraph.ir.program import COMPACT_OUTPUTS, TIED, TaskGraph, loss_node
 from tokgraph.ir.spec import LOSS_KEY
 from tokgraph.ir.tensors import CONSTANTS, read, tensor_name
@@ -197,8 +198,9 @@ def _tracing(source: Source, training: bool) -> Iterator[None]:
     attention = sdpa_kernel(SDPBackend.MATH) if training else nullcontext()
     grad = torch.enable_grad() if training else torch.no_grad()
     inference = torch.inference_mode(False)  # that of a caller, in which nothing is recorded
+    sizes = within_reach(source.mode)
     forget_fresh_symbols(source.mode)
-    with inference, attention, fx_traceback.preserve_node_meta(), source.mode, enable_python_dispatcher(), grad:
+    with sizes, inference, attention, fx_traceback.preserve_node_meta(), source.mode, enable_python_dispatcher(), grad:
         yield
 
 

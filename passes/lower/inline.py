@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
@@ -11,13 +11,25 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tokgraph.ir.node import argument, entered, fake_mode, value
 
 
-def inlined(node: fx.Node, function: Callable[..., Any], made_by: str) -> fx.Node:
-    """The nodes that compute ``function`` of a call's arguments, inserted where the graph inserts; the one of the result."""
-    graph, given = node.graph, node.all_input_nodes
+def inlined(
+    node: fx.Node, function: Callable[..., Any], made_by: str, called_with: Sequence[Any] | None = None
+) -> fx.Node:
+    """The nodes that compute ``function`` of a call's arguments, inserted where the graph inserts; the one of the result.
+
+    Args:
+        node: the call.
+        function: of its arguments in the order of the schema.
+        made_by: name of the pass.
+        called_with: arguments in place of those of the call.
+    """
+    graph, called = node.graph, arguments(node) if called_with is None else tuple(called_with)
+    found: dict[fx.Node, None] = {}
+    fx.node.map_arg(called, lambda a: found.setdefault(a))
+    given = list(found)
 
     def of_values(*values: Any) -> Any:
         known = dict(zip(given, values, strict=True))
-        return function(*fx.node.map_arg(arguments(node), known.__getitem__))
+        return function(*fx.node.map_arg(called, known.__getitem__))
 
     with entered(fake_mode(graph)):
         traced = make_fx(of_values)(*map(value, given))

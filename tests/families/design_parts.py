@@ -210,15 +210,27 @@ def example(
 ) -> Example:
     """An example from what its tasks are beside their inputs; each task is a method of the model.
 
-    Without ``visual`` the visual tokens are ids from that of the image on.
+    Without ``visual`` the visual tokens are ids from that of the image on. Open are the number of samples, and the length of
+    a sequence wherever an input has a value for each of its tokens.
     """
     model = built(make)
     everything = tg.VisualTokens.ids(input="ids", low=IMAGE, high=VOCABULARY - 1)
     made = {}
     for name, task in tasks.items():
         more = task if "visual" in task or "visual_inputs" in task else {"visual": everything, **task}
-        made[name] = tg.Task(forward=calling(name), inputs=batch(name, 0), **more)  # type: ignore[arg-type]
+        inputs = batch(name, 0)
+        made[name] = tg.Task(forward=calling(name), inputs=inputs, dynamic=open_sizes(inputs), **more)  # type: ignore[arg-type]
     return Example(model, made, batch, {name: tuple(f"{layers}.{i}" for i in range(LAYERS)) for name in tasks})
+
+
+def open_sizes(inputs: dict[str, Tensor]) -> dict[str, dict[int, str]]:
+    """What a user would leave open."""
+    tokens = inputs["ids"].shape
+    return {
+        name: {0: "batch", 1: "tokens"} if x.shape == tokens else {0: "batch"}
+        for name, x in inputs.items()
+        if len(x) == BATCH
+    }
 
 
 def calling(method: str) -> Callable[..., Tensor]:

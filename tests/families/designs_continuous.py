@@ -240,7 +240,7 @@ class MetaQuery(nn.Module):
         return p.next_token(self.backbone.head(self.backbone(x, p.causal(ids))), labels)
 
     def generation(self, ids: Tensor, patches: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        x = torch.cat([self.backbone.embed(ids), self.queries.expand(len(ids), -1, -1)], 1)
+        x = torch.cat([self.backbone.embed(ids), self.queries.expand(ids.shape[0], -1, -1)], 1)
         told = self.connector(self.backbone(x, p.causal(x))[:, -self.QUERIES :])
         rows = self.enter(noised(patches, noise, time)) + self.time(time).unsqueeze(1)
         rows = rows + self.look(rows, told, told, need_weights=False)[0]

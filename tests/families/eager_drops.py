@@ -1,7 +1,8 @@
 """Drops in the user's own model, by hooks and masks: what a plan has to give. Shares no code with tokgraph.
 
-The rows that are dropped enter every layer of a span, and the layer behind it, as they entered its first (hooks in front of
-layers): what is added behind a layer, outside of its module, belongs to that layer and is taken past as well (DeepStack).
+The rows that are dropped leave every layer of a span, and enter the next one, as they entered its first (hooks behind and in
+front of layers): what is added behind a layer, outside of its module, belongs to that layer and is taken past as well
+(DeepStack), and a loss that reads what leaves a layer reads them unchanged (JanusFlow).
 Where they are hidden, no row but their own sees them as keys (the attention's mask, or the scores that a softmax is given).
 All in float64: what the model's code casts to float32 stays float64.
 """
@@ -207,8 +208,13 @@ def _hook(layer: nn.Module, wide: _Wide, drop: Drop, entered: list[Tensor], visi
         entered.append(_state(args, kwargs))
         return None
 
-    def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         wide.visible = None
+        made = out if isinstance(out, Tensor) else _state(out, {})
+        if made.shape != entered[0].shape:
+            return out
+        new = torch.where(drop.rows.unsqueeze(-1), entered[0], made)
+        return new if made is out else type(out)(new if x is made else x for x in out)
 
     layer.register_forward_pre_hook(before, with_kwargs=True)
     layer.register_forward_hook(after, with_kwargs=True)

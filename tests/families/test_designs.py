@@ -32,7 +32,7 @@ REFUSED = {"BAGEL": r"aten\.index\.Tensor reads or writes tokens"}
 def captured(name: str) -> tuple[Example, tg.Facts]:
     made = FAMILIES[name].make()
     example = replace(made, model=made.model.double())
-    tasks = {name: replace(task, inputs=doubled(example, name, 0)) for name, task in made.tasks.items()}
+    tasks = {name: replace(task, inputs=doubled(example, name, 0), dynamic=None) for name, task in made.tasks.items()}
     return example, tg.analyze(tg.capture(tg.ModelSpec(example.model, tasks)))
 
 

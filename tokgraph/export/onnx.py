@@ -16,7 +16,15 @@ from tokgraph.files import new_directory
 from tokgraph.ir.interpreter import trains_with_dropout
 from tokgraph.ir.program import Program, TaskGraph, is_meta
 from tokgraph.passes.device import program_on_device
-from tokgraph.passes.lower import OPTIMIZERS, Lowered, Optimizer, lower_forward, lower_train_step, lower_update_step
+from tokgraph.passes.lower import (
+    OPTIMIZERS,
+    Lowered,
+    Optimizer,
+    lower_forward,
+    lower_train_step,
+    lower_update_step,
+    real_valued,
+)
 from tokgraph.passes.lower.step import SGD, make_optimizer
 from tokgraph.runtime import Accelerated
 from tokgraph.store.batches import EXAMPLE, write_example
@@ -194,10 +202,10 @@ def _lowered(graph: TaskGraph, kind: str, options: ExportOptions, decompositions
     """The flat graph of one kind; what fails in PyTorch on the way is an error of the export."""
     try:
         if kind == "forward":
-            return lower_forward(graph, decompositions)
+            return real_valued(lower_forward(graph, decompositions))
         if kind == "train-step":
-            return lower_train_step(graph, decompositions)
-        return lower_update_step(graph, options.rule(), decompositions)
+            return real_valued(lower_train_step(graph, decompositions))
+        return real_valued(lower_update_step(graph, options.rule(), decompositions))
     except (TokgraphError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -6,16 +6,44 @@ To compare two sizes of fake tensors asks what they are in the example batch, an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._sympy.symbol import SymT, symbol_is_type
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from .node import fake_mode
 
 _MANY = 720720  # has many divisors: that one divides a size fixes nothing
+
+
+REACH = 2**40
+"""More than any axis has."""
+
+
+@contextmanager
+def within_reach(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Sizes of a mode are at most what an axis may have, while something is traced in it.
+
+    PyTorch refuses to take a size that depends on data for a multiple of another one, where the multiple of that one's
+    bound is no 64-bit number any more, by its own rounding of bounds.
+    """
+    environment = None if mode is None else mode.shape_env
+    ranges = {} if environment is None else environment.var_to_range
+    wide = {symbol: x.upper for symbol, x in ranges.items() if x.is_int and x.lower < REACH < x.upper}
+    for symbol in wide:
+        ranges[symbol] = ValueRanges(ranges[symbol].lower, sympy.Integer(REACH))
+    try:
+        yield
+    finally:
+        for symbol, upper in wide.items():
+            if ranges[symbol].upper == REACH:
+                ranges[symbol] = ValueRanges(ranges[symbol].lower, upper)
 
 
 @dataclass(frozen=True)

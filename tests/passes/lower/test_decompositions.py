@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import tokgraph as tg
 from tokgraph.passes.lower.decompositions import (
+    any_along,
     convolution_backward,
     half_layer_norm,
     index_put,
@@ -370,3 +371,56 @@ def test_numbers_in_half_precision_are_added_in_float32(dtype: torch.dtype) -> N
     assert added.meta["val"].dtype == torch.float32
     assert traced(x).tolist() == [[4096], [0]]
     assert traced(x).dtype == dtype
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_none_of_an_empty_axis_is_true(dtype: torch.dtype, keepdim: bool) -> None:
+    empty, full = torch.ones(3, 0, dtype=dtype), torch.tensor([[0, 1], [0, 0]]).to(dtype)
+    assert any_along(empty, 1, keepdim).flatten().tolist() == [False] * 3
+    assert not any_along(empty)
+    assert any_along(full, 1) is NotImplemented
+    traced = make_fx(lambda x: x.any(-1, keepdim), decomposition_table=runtime_decompositions())(empty)
+    assert torch.equal(traced(full), full.any(-1, keepdim))
+    assert aten.any.dim not in {node.target for node in traced.graph.nodes}
+
+
+WITH_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "factor": lambda x: x * 1.702,
+    "divisor": lambda x: x / 0.7,
+    "number first": lambda x: 0.1 - x,
+    "added": lambda x: x + 1e-3,
+    "scaled and added": lambda x: torch.add(x, x, alpha=0.044715),
+    "power": lambda x: x.abs() ** 0.3,
+    "base": lambda x: 0.3**x,
+    "blend": lambda x: torch.lerp(x, x * x, 0.3),
+    "product added": lambda x: torch.addcmul(x, x, x, value=0.3),
+    "finer scalar": lambda x: x * torch.tensor(1.702),
+    "integer": lambda x: x * 257,
+}
+
+
+@pytest.mark.parametrize("case", WITH_NUMBERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_beside_half_precision_are_not_rounded(dtype: torch.dtype, case: str) -> None:
+    """As in PyTorch, in a graph whose numbers a runtime rounds to the type of the tensors."""
+    x = random(64).to(dtype)
+    traced = make_fx(WITH_NUMBERS[case], decomposition_table=runtime_decompositions())(x)
+    for node in traced.graph.nodes:  # what a converter does
+        narrow = node.op == "call_function" and node.meta["val"].dtype == dtype
+        node.args = tuple(
+            float(torch.tensor(a, dtype=dtype)) if narrow and isinstance(a, float) else a for a in node.args
+        )
+    traced.recompile()
+    rounding = {"rtol": 0.6 * torch.finfo(dtype).eps, "atol": 0.0}  # of the result alone
+    torch.testing.assert_close(
+        traced(x).double(),
+        WITH_NUMBERS[case](x.double()),
+        **rounding if "blend" not in case else {"rtol": 2e-2, "atol": 1e-2},
+    )
+
+
+def test_numbers_that_half_precision_holds_need_no_float32() -> None:
+    x = random(4).to(torch.bfloat16)
+    traced = make_fx(lambda x: (x * 0.375 + 96) / -(2**20), decomposition_table=runtime_decompositions())(x)
+    assert {node.meta["val"].dtype for node in traced.graph.nodes if node.op != "output"} == {torch.bfloat16}

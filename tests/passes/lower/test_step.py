@@ -191,3 +191,44 @@ def test_an_encoder_that_convolves_and_slices_beyond_the_start() -> None:
         actual = {name.removeprefix("grad/"): grad for name, grad in found.items()}
         assert "cut.weight" in actual
         assert_same_gradients(actual, {name: expected[name] for name in actual}, 1e-10)
+
+
+class Latents(nn.Module):
+    """Four rows of a sample stand where a mask is true: by a write, or read beside the others."""
+
+    ROWS = 4
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+        self.latents, self.written = nn.Parameter(torch.ones(self.ROWS, 4)), written
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h, rows = self.embed(ids), self.latents.expand(ids.shape[0], -1, -1)
+        if self.written:
+            h = h.clone()
+            h[ids == 8] = rows.flatten(0, 1)
+            return self.head(h).square().mean()
+        taken = h[ids == 8].view(ids.shape[0], self.ROWS, 4) * rows
+        return self.head(h).square().mean() + taken.square().mean()
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_rows_of_a_mask_are_a_multiple_of_the_samples(written: bool) -> None:
+    """PyTorch's rounding of bounds has four times the samples past any 64-bit number."""
+    model = Latents(written)
+    ids = torch.arange(18).reshape(2, 9) % 7
+    ids[:, 2:6] = 8
+    more = torch.arange(33).reshape(3, 11) % 7
+    more[:, 3:7] = 8
+    visual = tg.VisualTokens.ids(input="ids", equal=8)
+    open_sizes = {"ids": {0: "batch", 1: "tokens"}}
+    task = tg.Task(lambda model, ids: model(ids), {"ids": ids}, dynamic=open_sizes, visual=visual, reads="text")
+    program = tg.capture(tg.ModelSpec(model, {"read": task}))
+    assert {d.name for d in program["read"].dimensions if d.symbol is not None} == {"batch", "tokens"}
+    lowered = lower_train_step(program["read"])
+    for batch_ids in (ids, more):
+        loss = model(batch_ids)
+        found = call(lowered, {"ids": batch_ids})
+        torch.testing.assert_close(found.pop("loss"), loss.detach())
+        assert_equal(found, {f"grad/{name}": g for name, g in gradients(model, loss).items()})
