@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checks, grouped, indices, masks, moving, ranges, scores, sinks, unread
+from . import checks, grouped, indices, masks, moving, ranges, routed, scores, sinks, unread
 from .base import NAMESPACE, Condition, expand_index
 from .checks import check
 from .grouped import grouped_mm
@@ -67,6 +67,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         | checks.LOWERED
         | grouped.LOWERED
         | sinks.LOWERED
+        | routed.LOWERED
     )
 
 
