@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokgraph.ir.node import Dim, dims, rank, same_size, tensor_inputs, value, where
+from tokgraph.ir.node import Dim, argument, dims, rank, same_size, tensor_inputs, value, where
 from tokgraph.ops.checks import TWICE
 
 from ..emitter import Emitter
@@ -16,6 +16,11 @@ from ..rules import traits
 from .routes import Put
 
 aten = torch.ops.aten
+_MADE: dict[Any, tuple[str, int | str]] = {
+    aten.new_zeros.default: ("size", 0), aten.new_empty.default: ("size", 0), aten.new_full.default: ("size", "fill_value"),
+    aten.zeros.default: ("size", 0), aten.empty.memory_format: ("size", 0), aten.full.default: ("size", "fill_value"),
+}  # fmt: skip
+"""Operator that makes a tensor of its own -> its argument that lists the sizes, and what fills it, or the argument that says it."""
 _FAR = 32
 """How far back a value is looked for whose axes are merged."""
 
@@ -44,7 +49,9 @@ class Masks:
         return found
 
     def _times(self, a: fx.Node | int, b: fx.Node | int, origin: fx.Node) -> fx.Node | int:
-        return a * b if isinstance(a, int) and isinstance(b, int) else self._emit.call(operator.mul, a, b, origin=origin)
+        return (
+            a * b if isinstance(a, int) and isinstance(b, int) else self._emit.call(operator.mul, a, b, origin=origin)
+        )
 
     def of(self, puts: list[Put], into: fx.Node) -> fx.Node:
         """Where rows are put, over the axes that are counted: those of all the given puts."""
@@ -105,17 +112,36 @@ class Masks:
         said: tuple[Any, ...] = (TWICE, place.source or "", place.module or "", [], [])
         self._emit.call(torch.ops.tokgraph.check.default, right, *said, origin=index)
 
+    def base(self, into: fx.Node, put: Put) -> fx.Node:
+        """What rows are put into; where it is made for them over axes that were merged, written so that they can be told apart."""
+        sizes, fill = _MADE.get(into.target, (None, 0))
+        two = self._merged(put, dims(into)[0]) if sizes is not None and put.route.axis == 0 else None
+        if two is None:
+            return into
+        val, behind = into.meta["val"], list(argument(into, sizes))[1:]
+        fill = argument(into, fill) if isinstance(fill, str) else fill
+        made = self._emit.call(
+            aten.full.default, [*two, *behind], fill, dtype=val.dtype, device=val.device, origin=into
+        )  # of no value: it would be read for its shape, merged
+        return self._emit.call(aten.reshape.default, made, [-1, *behind], origin=into)
+
     def _apart(self, mask: fx.Node, put: Put) -> fx.Node:
         """A mask over axes that were merged, written so that they can be told apart."""
+        two = self._merged(put, dims(mask)[0])
+        if two is None:
+            return mask
+        mask = self._emit.call(aten.reshape.default, mask, two, origin=mask)
+        return self._emit.call(aten.reshape.default, mask, [-1], origin=mask)
+
+    def _merged(self, put: Put, size: Dim) -> list[fx.Node | int] | None:
+        """The sizes of the two axes of which the first one, of rows that are put, was made."""
         seen, stack = 0, [put.into, put.rows]
         while stack and seen < _FAR:
             node, seen = stack.pop(0), seen + 1
             inputs = tensor_inputs(node)
             if node.op == "call_function" and traits(node.target).reshape and rank(inputs[0]) == rank(node) + 1:
                 x = inputs[0]
-                if same_size(dims(x)[0] * dims(x)[1], dims(mask)[0]):
-                    sizes = [self._emit.size(x, 0), self._emit.size(x, 1)]
-                    mask = self._emit.call(aten.reshape.default, mask, sizes, origin=mask)
-                    return self._emit.call(aten.reshape.default, mask, [-1], origin=mask)
+                if same_size(dims(x)[0] * dims(x)[1], size):
+                    return [self._emit.size(x, 0), self._emit.size(x, 1)]
             stack += inputs
-        return mask
+        return None

@@ -82,7 +82,9 @@ class _Rewrite:
                 for put in puts:
                     region |= self._whole(put).region(put.rows)
             ends = {(node, put.rows) for node, puts in self._puts.items() for put in puts}
-            open_ = {x for x in region if any(u not in region and (u, x) not in ends and not _is_size(u) for u in x.users)}
+            open_ = {
+                x for x in region if any(u not in region and (u, x) not in ends and not _is_size(u) for u in x.users)
+            }
             bad = [n for n, puts in self._puts.items() if any(self._whole(p).region(p.rows) & open_ for p in puts)]
             for node in bad:
                 del self._puts[node]
@@ -100,6 +102,8 @@ class _Rewrite:
             if not untouched and all(rows is first for _, rows in made):
                 return first
             made = [(put, rows) for put, rows in made if rows is not into]
+        else:
+            into = self._masks.base(into, puts[0])
         for rows in dict.fromkeys(rows for _, rows in made):
             into = self._routed([put for put, other in made if other is rows], rows, into)
         return into

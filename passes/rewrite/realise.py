@@ -8,7 +8,16 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass
-from ..simplify import CausalAttention, GroupedHeads, JoinRows, MergeRestores, RangeRows, ShareDuplicates, TakeRoutedRows, UniformRows
+from ..simplify import (
+    CausalAttention,
+    GroupedHeads,
+    JoinRows,
+    MergeRestores,
+    RangeRows,
+    ShareDuplicates,
+    TakeRoutedRows,
+    UniformRows,
+)
 from .part_rows import PartRows
 from .pushdown import PushDown
 from .seed import ExplicitCausalMask, SeedSites, only_projects

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import CallMethodKey
+from torch.utils import _pytree as pytree
 
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.node import dims, rank, tensor, tensor_inputs
@@ -142,6 +144,9 @@ class _Taken:
         """The places of the mask, in order, ``[rows]``."""
         flat = self._emit.call(aten.reshape.default, self._mask, [-1], origin=self._mask)
         found = self._emit.call(aten.nonzero.default, flat, origin=self._mask)
+        rows = dims(found)[0]
+        if not isinstance(rows, int):
+            found.meta["unbacked_bindings"] = {rows: (CallMethodKey("size"), pytree.SequenceKey(0))}
         return self._emit.call(aten.squeeze.dim, found, 1, origin=self._mask)
 
     def replace(self, ends: Sequence[fx.Node]) -> None:
