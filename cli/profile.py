@@ -87,7 +87,7 @@ def profile(
             accelerated = accelerated_program(model, settings, policy, plan_file, False, options, stage, device)
             inputs = {name: graph.example() | first(given, name) for name, graph in accelerated.program.items()}
             found, profiles = profile_programs(
-                accelerated.variants(accelerated.captured is not None),
+                accelerated.variants(accelerated.captured is not None, run=True),
                 inputs,
                 kinds=kinds,
                 device=device,

@@ -96,7 +96,7 @@ def _in_torch(
     accelerated: Accelerated, batches: Batches, tasks: tuple[str, ...], graph: str, baseline: bool, device: str
 ) -> dict[str, dict[str, torch.Tensor]]:
     move(accelerated.model, device)
-    program = accelerated.variants(baseline)[BASELINE if baseline else ACCELERATED]
+    program = accelerated.variants(baseline, run=True)[BASELINE if baseline else ACCELERATED]
     found = {}
     for task in tasks:
         if task not in program:

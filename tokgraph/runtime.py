@@ -24,6 +24,7 @@ from tokgraph.ir.tensors import held
 from tokgraph.ir.verification import Verification
 from tokgraph.passes.analyze import analyze
 from tokgraph.passes.capture.export import capture
+from tokgraph.passes.cost.as_run import as_run
 from tokgraph.passes.lower.places import mark_places
 from tokgraph.planning.check import check_plan
 
@@ -364,16 +365,22 @@ class Accelerated(Mapping[str, TaskModule]):
 
         return Blockwise(self, checkpoint=checkpoint)
 
-    def variants(self, with_baseline: bool) -> dict[str, Program]:
+    def variants(self, with_baseline: bool, *, run: bool = False) -> dict[str, Program]:
         """``"accelerated"``, and with it ``"baseline"``: the programs that can be exported, saved and profiled.
+
+        Args:
+            with_baseline: the captured program too.
+            run: as it is run, in its experts for modalities each row by the one it goes to; else as it was captured.
 
         Raises:
             FileError: the baseline is asked for, and this program was saved without it.
         """
         if with_baseline and self.captured is None:
             raise FileError("this program was saved without its baseline", help="save it with with_baseline=True")
-        baseline = {"baseline": self.captured} if with_baseline and self.captured is not None else {}
-        return {**baseline, "accelerated": self.program}
+        if not with_baseline or self.captured is None:
+            return {"accelerated": self.program}
+        found = {name: as_run(graph) for name, graph in self.captured.items()} if run else {}
+        return {"baseline": self.captured.replacing(found) if run else self.captured, "accelerated": self.program}
 
     def save(self, folder: str | Path, *, with_baseline: bool = True) -> None:
         """Write the program to a folder, for :func:`tokgraph.load_accelerated`: :func:`tokgraph.store.save`."""

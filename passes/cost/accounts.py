@@ -9,6 +9,7 @@ from tokgraph.ir.cost import TaskCost
 from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.program import TaskGraph
 
+from .as_run import as_run
 from .attribution import task_cost
 from .pathways import lean_graph, pathways
 
@@ -22,7 +23,7 @@ class GraphAccounts:
     """
 
     def __init__(self, graph: TaskGraph, facts: TaskFacts) -> None:
-        self._graph = graph
+        self._captured = graph
         self._facts = facts
 
     @cached_property
@@ -42,4 +43,8 @@ class GraphAccounts:
 
     @cached_property
     def _lean(self) -> TaskGraph:
-        return lean_graph(self._graph, self._facts)
+        return as_run(lean_graph(self._captured, self._facts))
+
+    @cached_property
+    def _graph(self) -> TaskGraph:
+        return as_run(self._captured)

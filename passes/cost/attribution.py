@@ -17,9 +17,9 @@ from tokgraph.ir.sizes import Sizes, expression
 
 from ..rules import axis_map
 from ..rules.registry import Axis
-from .known_sizes import EncoderGrowth, WindowRows, task_sizes
+from .known_sizes import CountedRows, EncoderGrowth, WindowRows, task_sizes
 from .pathways import visual_counts
-from .rows import SAMPLES, Chain, held_rows
+from .rows import SAMPLES, Chain, held_rows, is_routed
 from .works import count_nodes
 
 aten = torch.ops.aten
@@ -35,16 +35,19 @@ def task_cost(graph: TaskGraph, facts: TaskFacts) -> TaskCost:
     """
     sizes = task_sizes(graph, facts)
     encoder = EncoderGrowth(graph, facts, sizes)
-    counted = count_nodes(graph, encoder.resize)
+    rows = CountedRows(graph, sizes)
+    counted = count_nodes(graph, lambda node, amount: rows.resize(encoder.resize(node, amount)))
     locate = Locator(graph, facts)
-    share = _Shares(graph, facts, sizes)
+    share = _Shares(graph, facts, sizes, rows)
     nodes = []
     for node, work in counted.works.items():
         region, block = locate.of(node)
         visual, text = share.of(node, region)
         path, op = module_path(node), str(node.target)
         nodes.append(NodeCost(node.name, op, path, region, block, work, visual, text, share.degree(node)))
-    assumed = () if share.planned else encoder.assumed + share.assumed  # a plan fixes the number of visual tokens
+    assumed = rows.assumed + (
+        () if share.planned else encoder.assumed + share.assumed
+    )  # a plan fixes the number of visual tokens
     sizes = replace(sizes, planned=share.planned, assumed=assumed)
     return TaskCost(graph.name, tuple(nodes), sizes, counted.uncounted)
 
@@ -79,7 +82,7 @@ class Locator:
 class _Shares:
     """Tells which share of a node's rows is visual, and which is not."""
 
-    def __init__(self, graph: TaskGraph, facts: TaskFacts, sizes: Sizes) -> None:
+    def __init__(self, graph: TaskGraph, facts: TaskFacts, sizes: Sizes, counted: CountedRows) -> None:
         held = held_rows(graph.graph, facts)
         self._spaces: dict[Axis, Chain] = {axis: x for axis, parts in held.items() for x in parts if x != SAMPLES}
         self._merged = {axis for axis, parts in held.items() if len(parts) == 2}
@@ -87,8 +90,11 @@ class _Shares:
         counts = visual_counts(graph, facts, set(self._spaces.values()))
         self._counts: dict[Chain, Any] = {chain: sympy.nsimplify(count) for chain, count in counts.items()}
         self._counts[()] = sizes.names["visual"]
-        self._sizes = sizes
-        self.planned = any(self._counts)
+        self._sizes, self._resize = sizes, counted.resize
+        self.planned = not all(map(is_routed, self._counts))
+        if not self.planned:  # experts take the same share of more rows
+            grown = sizes.names["visual"] / max(1, sizes.example_of("visual"))
+            self._counts |= {chain: count * grown for chain, count in self._counts.items() if chain}
         windows = WindowRows(facts, sizes, self.planned)
         self._spaces |= self._windows(graph.graph, facts, windows)
         self.assumed = windows.assumed
@@ -118,7 +124,7 @@ class _Shares:
         size, count, merged = dims(axis[0])[axis[1]], self._counts[self._spaces[axis]], axis in self._merged
         key = (size, count, merged)
         if key not in self._known:
-            rows = expression(size) / (self._sizes.names["batch"] if merged else 1)
+            rows = expression(self._resize(expression(size))) / (self._sizes.names["batch"] if merged else 1)
             share = sympy.Min(1, count / sympy.expand(rows)) if rows != 0 else sympy.Integer(0)
             self._known[key] = (share, 1 - share)
         return self._known[key]

@@ -8,6 +8,7 @@ import sympy
 
 from tokgraph.ir.program import TaskGraph
 
+from .as_run import as_run
 from .works import example_symbols, node_works
 
 
@@ -35,6 +36,7 @@ def count_flops(graph: TaskGraph) -> Flops:
     Raises:
         AnalysisError: a size depends on values that have no storage.
     """
+    graph = as_run(graph)
     example = example_symbols(graph)
     works = node_works(graph).values()
     totals = [sympy.Add(*(getattr(w, name) for w in works)) for name in ("forward_flops", "backward_flops")]

@@ -102,6 +102,29 @@ class EncoderGrowth:
         return self._known[amount]
 
 
+class CountedRows:
+    """Lets rows that are counted on each batch, as those that go to an expert, be as large a share as in the example batch.
+
+    Attributes:
+        assumed: what is assumed, in words; ``()`` where no row is counted.
+    """
+
+    def __init__(self, graph: TaskGraph, sizes: Sizes) -> None:
+        example = dict(sizes.example)
+        self._counted: dict[Any, Any] = {}
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.nonzero.default):
+            whole = sympy.prod([expression(size) for size in dims(tensor_inputs(node)[0])])
+            for symbol in expression(dims(node)[0]).free_symbols:
+                if whole.free_symbols and whole.xreplace(example) > 0:
+                    self._counted[symbol] = whole * sympy.Rational(example[symbol], int(whole.xreplace(example)))
+        shared = "as large a share of the rows goes to each expert as in the example batch"
+        self.assumed = (shared,) if self._counted else ()
+
+    def resize(self, amount: Any) -> Any:
+        """An amount without these numbers of rows."""
+        return amount.xreplace(self._counted) if self._counted and isinstance(amount, sympy.Basic) else amount
+
+
 class WindowRows:
     """Tells how many rows of slices of the token axis are visual, also where their number grows with the sequence.
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from tokgraph.ir.evaluate import evaluate
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import ancestors, by_name, dims, rank, same_size, tensor
+from tokgraph.ir.node import ancestors, argument, axis_argument, by_name, dims, rank, same_size, tensor
 from tokgraph.ir.program import TaskGraph
 
 from ..emitter import is_selection, selection
@@ -78,7 +78,11 @@ def visual_rows(
         for index in chain:
             if index in lost:
                 rows = rows & ~values[lost[index]].to(rows.device)
-            at = values[index].to(rows.device)  # one row of it may serve all samples
+            at = values[index].to(rows.device)
+            if at.dtype is torch.bool:  # rows that a mask takes, written in their own places
+                rows = rows & at.reshape(-1, rows.shape[1])
+                continue
+            at = at.reshape(-1, at.shape[-1])  # one row of it may serve all samples
             samples = max(rows.shape[0], at.shape[0])
             rows = rows.expand(samples, -1).gather(1, at.expand(samples, -1))
         found[chain] = rows
@@ -179,6 +183,8 @@ class _Follow:
                 order = (node.args[2],) if node.target is tokgraph.join.default else ()
                 self._note((node, 1), ((*chain[:-1], *order),) if chain else None)
             else:
+                if node.target is aten.index_select.default:
+                    self._take(node)
                 merged, parted = self._regrouped(node)
                 for one, two in merged:
                     self._merge(two, one)
@@ -206,6 +212,14 @@ class _Follow:
     def _note(self, axis: Axis, parts: Held | None) -> None:
         if parts is not None:
             self.found.setdefault(axis, parts)
+
+    def _take(self, node: fx.Node) -> None:
+        """Rows that an expert takes: the true places of a mask over samples and rows, or positions in all samples."""
+        x, index, axis = first_input(node), argument(node, "index"), axis_argument(node, node)
+        parts, mask = self.found.get((x, axis), ()), counted_mask(index)
+        if parts.count(SAMPLES) == len(parts) - 1 and (mask is not None or len(parts) == 1):
+            taken = mask or index
+            self._note((node, axis), tuple(p if p == SAMPLES else (*p, taken) for p in parts))
 
     def _narrowed(self, axis: Axis, index: fx.Node | None) -> Held | None:
         """What is left of an axis after a selection by ``index``, if it is one along that axis."""
@@ -268,6 +282,21 @@ class _Follow:
         if len(parts) == 2 and same_size(dims(y)[first + parts.index(SAMPLES)], self._samples):
             for offset, part in enumerate(parts):
                 self._note((y, first + offset), (part,))
+
+
+def counted_mask(index: fx.Node) -> fx.Node | None:
+    """The mask whose true places an index counts."""
+    while index.target in (aten.squeeze.dim, aten.reshape.default):
+        index = first_input(index)
+    if index.target is not aten.nonzero.default:
+        return None
+    mask = first_input(index)
+    return first_input(mask) if mask.target is aten.reshape.default else mask
+
+
+def is_routed(chain: Chain) -> bool:
+    """Whether rows are missing from a chain for the only reason that an expert does not take them."""
+    return all(rank(index) == 1 or index.meta["val"].dtype is torch.bool for index in chain)
 
 
 def _only_rows(parts: Held) -> Chain | None:

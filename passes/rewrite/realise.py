@@ -8,7 +8,16 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.ir.plan import DropSite
 
 from ..contract import GraphPass
-from ..simplify import CausalAttention, GroupedHeads, JoinRows, MergeRestores, RangeRows, ShareDuplicates, UniformRows
+from ..simplify import (
+    CausalAttention,
+    GroupedHeads,
+    JoinRows,
+    MergeRestores,
+    RangeRows,
+    ShareDuplicates,
+    TakeRoutedRows,
+    UniformRows,
+)
 from .part_rows import PartRows
 from .pushdown import PushDown
 from .seed import ExplicitCausalMask, SeedSites, only_projects
@@ -25,6 +34,7 @@ REWRITE: tuple[type[GraphPass], ...] = (
     CausalAttention,
     GroupedHeads,
     RangeRows,
+    TakeRoutedRows,
 )
 """The passes of :func:`rewrite_passes`, in order."""
 
@@ -51,6 +61,6 @@ def rewrite_passes(facts: TaskFacts, sites: Sequence[DropSite], exact: bool) -> 
     name = facts.name
     shared = [ShareDuplicates(name), MergeRestores(name), CausalAttention(name), GroupedHeads(name)]
     if not (sites or exact):
-        return [*shared]
+        return [*shared, TakeRoutedRows(name)]
     pushed = [UniformRows(name), PushDown(name), PartRows(name), JoinRows(name)]
-    return [*seeds(facts, sites, exact), *pushed, *shared, RangeRows(name)]
+    return [*seeds(facts, sites, exact), *pushed, *shared, RangeRows(name), TakeRoutedRows(name)]

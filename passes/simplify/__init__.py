@@ -6,6 +6,7 @@ from .grouped import GroupedHeads
 from .orders import JoinRows
 from .ranges import RangeRows
 from .restores import MergeRestores
+from .taken import TakeRoutedRows
 from .uniform import UniformRows
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "MergeRestores",
     "RangeRows",
     "ShareDuplicates",
+    "TakeRoutedRows",
     "UniformRows",
 ]

@@ -139,7 +139,7 @@ def export_onnx(
     require_packages()
     onnxruntime()
     tell = progress or (lambda name: None)
-    programs, state = accelerated.variants(with_baseline), accelerated.weights()
+    programs, state = accelerated.variants(with_baseline, run=True), accelerated.weights()
     _refuse(programs)
     _same_weights(folder, state)
     jobs = list(_jobs(programs, chosen, tell))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checks, grouped, indices, masks, moving, ranges, scores, sinks, unread
+from . import checks, grouped, indices, masks, moving, ranges, routed, scores, sinks, unread
 from .base import NAMESPACE, Condition, expand_index
 from .checks import check
 from .grouped import grouped_mm
@@ -83,6 +83,7 @@ def decompositions(grouped_products: bool = True) -> dict[torch._ops.OpOverload,
         | checks.LOWERED
         | (grouped.LOWERED if grouped_products else {})
         | sinks.LOWERED
+        | routed.LOWERED
     )
 
 

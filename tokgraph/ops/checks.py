@@ -14,6 +14,8 @@ from tokgraph.errors import BatchError, Where
 
 from .base import NAMESPACE, Condition
 
+TWICE = "two positions of a list are one row, whose gradient counts twice"
+"""What a check says that is none of the model's: rows are computed once, however often they are asked for."""
 _SLOT = re.compile("⟦([vs])(\\d+):([^⟧]*)⟧")
 
 
@@ -69,9 +71,12 @@ def check(ok: Tensor, message: str, source: str, module: str, values: Sequence[T
     if ok.device.type != "cpu":
         torch._assert_async(ok.all(), _without_numbers(ok, message))
     elif not bool(ok.all()):
+        place = Where(module=module or None, source=source or None)
+        if message == TWICE:
+            raise BatchError(TWICE, where=place, help="give each position once")
         raise BatchError(
             f"a check of the model does not hold for this batch: {filled(message, values, sizes)}",
-            where=Where(module=module or None, source=source or None),
+            where=place,
             help="the model's own forward refuses the batch as well: correct the batch",
         )
 

@@ -13,6 +13,7 @@ from tokgraph.ir.names import copied_name
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.rates import Rates
 from tokgraph.ir.verification import Verification
+from tokgraph.passes.cost.as_run import as_run
 from tokgraph.passes.cost.attribution import task_cost
 from tokgraph.passes.cost.moves import drop_overhead
 from tokgraph.passes.cost.pathways import Pathways, coverage, pathways, sharing_index
@@ -102,7 +103,9 @@ def _task_report(
 
 def _peak_and_promise(captured: TaskGraph, rewritten: TaskGraph, flops: float, rates: Rates | None) -> dict[str, Any]:
     """The most memory that a step has in use, and what of its time is left: by FLOPs, and by the roofline of a machine."""
-    counted = {when: (graph, count_nodes(graph)) for when, graph in (("before", captured), ("after", rewritten))}
+    counted = {
+        when: (graph, count_nodes(graph)) for when, graph in (("before", as_run(captured)), ("after", rewritten))
+    }
     peaks = {when: peak_memory(*found).bytes for when, found in counted.items()}
     promise: dict[str, Any] = {"flops": flops, "roofline": None, "seconds": None}
     if rates is not None:
