@@ -230,6 +230,9 @@ def _by_role(units: Sequence[Unit], cuts: Sequence[State]) -> list[State] | Unfo
         if candidates is not None and before.count(None) == 1:
             left = candidates - set(before)
             before = [next(iter(left)) if y is None and len(left) == 1 else y for y in before]
+        known = {y for y in before if y is not None}
+        if len(cuts) == 1 and len(known) == 1:  # if they begin otherwise, the second of two layers is not like the first
+            before = [*known] * len(kept)
         if None in before or not kept:
             return Unfound("its layer reads other values than the layers behind it", units[number].nodes[0])
         rows.insert(0, tuple(y for y in before if y is not None))
@@ -279,7 +282,8 @@ def _last(graph: fx.Graph, units: Units, rows: Sequence[State]) -> State | None:
     behind = computed_from(units.units[-1].nodes)
     candidates = [node for node in graph.nodes if node in after]
     for number in range(len(rows) - 1, 0, -1):
-        stops = {x: role for role, x in enumerate(rows[number - 1])}
+        state = rows[number - 1]
+        stops = {x: [role for role, y in enumerate(state) if y is x] for x in state}
         region = computed_from(rows[number - 1])
         found: list[fx.Node] = []
         for x in rows[number]:
