@@ -20,7 +20,7 @@ from ..rules.registry import Axis
 from .attentions import TokenMix, as_attention, attentions, token_mixes
 from .axes import AxisClasses
 from .between import Part, belong_after, named_by, parameters, read_tensors
-from .cuts import layer_modules, pointwise, within
+from .cuts import in_call, layer_modules, plain, pointwise
 from .flow import computed_from
 from .projections import find_projections, projection_weights
 from .states import Layers
@@ -192,7 +192,7 @@ def _module_of(layers: Layers, index: int, nodes: Sequence[fx.Node]) -> str:
     """The module of a layer: what the modules of its nodes have in common, without what lies between layers."""
     other = layers.units[index - 1 if index else 1]
     module, _ = layer_modules(layers.units[index], other)
-    return common_module(tuple(node for node in nodes if within(node, module))) if module else ""
+    return common_module(tuple(node for node in nodes if in_call(node, module))) if module else ""
 
 
 def _direct(attention: Attention, nodes: Sequence[fx.Node], before: Sequence[fx.Node]) -> bool:
@@ -282,12 +282,12 @@ def above_inside(node: fx.Node, inside: Collection[fx.Node]) -> set[fx.Node]:
 
 
 def _together(a: Segment, b: Segment) -> bool:
-    return a.module != "" and b.module != "" and _same_layer(a.module, b.module)
+    return a.call != "" and b.call != "" and _same_layer(a.call, b.call)
 
 
 def _same_layer(a: str, b: str) -> bool:
     shorter, longer = sorted((a.split("."), b.split(".")), key=len)
-    return bool(shorter[-1]) and longer[: len(shorter)] == shorter and any(part.isdigit() for part in shorter)
+    return bool(shorter[-1]) and longer[: len(shorter)] == shorter and any(plain(part).isdigit() for part in shorter)
 
 
 def _block(index: int, group: list[Segment], classes: AxisClasses, tokens: Axis) -> Block:

@@ -20,7 +20,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from tokgraph.ir.node import ancestors, argument, module_path, tensor, tensor_inputs, value
+from tokgraph.ir.node import ancestors, argument, module_call, module_path, tensor, tensor_inputs, value
 from tokgraph.ir.tensors import tensor_name
 
 from ..rules import traits
@@ -130,7 +130,7 @@ def between(trunk: Trunk, region: Sequence[fx.Node], units: Sequence[Unit], numb
     found: dict[str, list[fx.Node]] = {}
     for node in region if modules[0] else ():
         names = [tensor_name(x) for x in node.all_input_nodes if x.op == "get_attr"]
-        if names and trunk.reaches[node] >= number and not any(within(node, module) for module in modules):
+        if names and trunk.reaches[node] >= number and not any(in_call(node, module) for module in modules):
             mine, before, after = (_numbers(path) for path in (names[0], *modules))
             sides = [bool(mine) and mine[: len(of)] == of for of in (before, after)]
             side = {(True, False): "before", (False, True): "after", (False, False): "neither"}.get(
@@ -141,7 +141,7 @@ def between(trunk: Trunk, region: Sequence[fx.Node], units: Sequence[Unit], numb
 
 
 def _numbers(path: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in path.split(".") if part.isdigit())
+    return tuple(int(part) for part in map(plain, path.split(".")) if part.isdigit())
 
 
 def boundary(
@@ -173,8 +173,8 @@ def boundary(
     if not mine:
         return None if early else cut((), ())
     aside = between(trunk, region, units, number)
-    before = {node for node in region if within(node, mine)} | set(aside.before)
-    after = {node for node in region if within(node, following)} | set(aside.after)
+    before = {node for node in region if in_call(node, mine)} | set(aside.before)
+    after = {node for node in region if in_call(node, following)} | set(aside.after)
     if early:
         after |= {node for node in region if trunk.reaches[node] >= number and node not in before}
     told = cut(before, after)
@@ -241,17 +241,34 @@ def _turns(node: fx.Node) -> bool:
 
 
 def layer_modules(a: Unit, b: Unit) -> tuple[str, str]:
-    """The modules of two layers: the paths of their attentions as far as the first part in which they differ."""
-    one, other = (module_path(unit.nodes[0]).split(".") for unit in (a, b))
+    """The modules of two layers, or the calls of one: the paths of their attentions as far as the first part in which they
+    differ; where only calls do, the last numbered part of these, else the first.
+    """
+    one, other = (module_call(unit.nodes[0]).split(".") for unit in (a, b))
+    calls: list[int] = []
     for at, (x, y) in enumerate(zip(one, other, strict=False)):
-        if x != y:
+        if plain(x) != plain(y):
             return ".".join(one[: at + 1]), ".".join(other[: at + 1])
+        calls += [at] if x != y else []
+    numbered = [at for at in calls if plain(one[at]).isdigit()]
+    for at in (*numbered[-1:], *calls):
+        return ".".join(one[: at + 1]), ".".join(other[: at + 1])
     return "", ""
+
+
+def plain(part: str) -> str:
+    """A part of a path without the number of its call."""
+    return part.partition("@")[0]
 
 
 def within(node: fx.Node, module: str) -> bool:
     """Whether a node was made in a module, or in one inside of it."""
     return (module_path(node) + ".").startswith(module + ".")
+
+
+def in_call(node: fx.Node, module: str) -> bool:
+    """Whether a node was made in a call of a module, or in one inside of it."""
+    return (module_call(node) + ".").startswith(module + ".")
 
 
 def earlier(trunk: Trunk, state: State) -> State | None:

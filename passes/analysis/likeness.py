@@ -40,7 +40,11 @@ def pairs(a: fx.Node, b: fx.Node, stops: Collection[fx.Node], region: Collection
 
 
 def alike(
-    a: fx.Node, b: fx.Node, before: Mapping[fx.Node, int], stops: Mapping[fx.Node, int], region: Collection[fx.Node]
+    a: fx.Node,
+    b: fx.Node,
+    before: Mapping[fx.Node, int],
+    stops: Mapping[fx.Node, Collection[int]],
+    region: Collection[fx.Node],
 ) -> bool:
     """Whether ``a`` is made of one state as ``b`` is made of another, each role of the one in the place of the other's.
 
@@ -48,7 +52,7 @@ def alike(
         a: a node.
         b: a node that is computed from ``stops``.
         before: the state that ``a`` is made of: value -> role.
-        stops: that of ``b``.
+        stops: that of ``b``: value -> roles; streams may begin as one value.
         region: what is computed from ``stops``.
     """
     seen = set()
@@ -60,7 +64,7 @@ def alike(
         seen.add(pair)
         if y in stops or x in before:
             both = x is y and x not in before  # as what enters the first layer, and is added behind each
-            if stops.get(y) != before.get(x) and not both:
+            if not both and (y not in stops or before.get(x) not in stops[y]):
                 return False
         elif y in region:
             if not _same_call(x, y):

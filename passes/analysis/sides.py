@@ -91,7 +91,7 @@ class _Follow:
         for end, block in self._ends.items():
             readers = [user for user in end.users if user in live and reads_values(user)]
             module = item_of(block.module) or block.module
-            if module and readers and all(within(user, module) for user in readers):
+            if module and readers and all(within(user, module) and user not in self._inside for user in readers):
                 self._refuse(
                     readers[0], end, {block.index}, "is in its own module: there it goes on, as no layer before it"
                 )

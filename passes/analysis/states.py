@@ -16,7 +16,20 @@ from tokgraph.ir.node import module_path
 
 from ..rules.registry import Axis
 from .axes import AxisClasses
-from .cuts import State, Trunk, between, boundary, earlier, find_trunk, layer_modules, pointwise, regions, within
+from .cuts import (
+    Between,
+    State,
+    Trunk,
+    between,
+    boundary,
+    earlier,
+    find_trunk,
+    in_call,
+    layer_modules,
+    plain,
+    pointwise,
+    regions,
+)
 from .flow import computed_from, reads_values
 from .likeness import alike, pairs
 from .units import Unit, Units
@@ -54,10 +67,9 @@ class Unfound:
 
 def find_layers(graph: fx.Graph, units: Units, classes: AxisClasses) -> Layers | Unfound:
     """The layers of a decoder of at least two units."""
-    weights = [unit.weights for unit in units.units]
-    again = next((i for i, mine in enumerate(weights) if mine and any(mine <= other for other in weights[:i])), None)
-    if again is not None:
-        return Unfound("one module is used for several layers", units.units[again].nodes[0])
+    again = next((unit for i, unit in enumerate(units.units) if any(_is(unit, one) for one in units.units[:i])), None)
+    if again is not None and not _called_again(units.units):
+        return _used_again(again)
     if units.aside is not None:
         return Unfound("an attention to something else lies between layers, in no module of either", units.aside)
     trunk = find_trunk(graph, units, classes)
@@ -67,6 +79,8 @@ def find_layers(graph: fx.Graph, units: Units, classes: AxisClasses) -> Layers |
         )
     found = regions(trunk, len(units.units))
     beside = [between(trunk, region, units.units, number) for number, region in enumerate(found) if number]
+    if again is not None and any(one != Between() for one in beside):
+        return _used_again(again)  # numbers of layers say nothing
     unsure = next((node for one in beside for node in one.neither), None)
     if unsure is not None:
         return _unplaced(unsure)
@@ -85,6 +99,30 @@ def find_layers(graph: fx.Graph, units: Units, classes: AxisClasses) -> Layers |
     if isinstance(layers, Layers):
         return layers
     return _with_ends(graph, trunk, units, latest, _residual_end)
+
+
+def _is(unit: Unit, other: Unit) -> bool:
+    """Whether an attention has no projections but those of another one."""
+    return bool(unit.weights) and unit.weights <= other.weights
+
+
+def _called_again(units: Sequence[Unit]) -> bool:
+    """Whether attentions of the same projections lie in calls of whole layers, one after the other."""
+    for i, unit in enumerate(units):
+        for other in units[:i]:
+            if _is(unit, other):
+                module, call = layer_modules(other, unit)
+                inner = plain(call.rpartition(".")[2])
+                outer = map(plain, call.split(".")[:-1])
+                if not call or not (inner.isdigit() or not any(part.isdigit() for part in outer)):
+                    return False
+                if [*map(plain, module.split("."))] != [*map(plain, call.split("."))]:
+                    return False
+    return True
+
+
+def _used_again(unit: Unit) -> Unfound:
+    return Unfound("one module is used for several layers", unit.nodes[0])
 
 
 def _unplaced(node: fx.Node) -> Unfound:
@@ -230,6 +268,11 @@ def _by_role(units: Sequence[Unit], cuts: Sequence[State]) -> list[State] | Unfo
         if candidates is not None and before.count(None) == 1:
             left = candidates - set(before)
             before = [next(iter(left)) if y is None and len(left) == 1 else y for y in before]
+        known = {y for y in before if y is not None}
+        if (
+            len(cuts) == 1 and len(known) == 1
+        ):  # if they begin otherwise, the second of two layers is not like the first
+            before = [*known] * len(kept)
         if None in before or not kept:
             return Unfound("its layer reads other values than the layers behind it", units[number].nodes[0])
         rows.insert(0, tuple(y for y in before if y is not None))
@@ -279,7 +322,8 @@ def _last(graph: fx.Graph, units: Units, rows: Sequence[State]) -> State | None:
     behind = computed_from(units.units[-1].nodes)
     candidates = [node for node in graph.nodes if node in after]
     for number in range(len(rows) - 1, 0, -1):
-        stops = {x: role for role, x in enumerate(rows[number - 1])}
+        state = rows[number - 1]
+        stops = {x: [role for role, y in enumerate(state) if y is x] for x in state}
         region = computed_from(rows[number - 1])
         found: list[fx.Node] = []
         for x in rows[number]:
@@ -297,11 +341,11 @@ def _residual_end(trunk: Trunk, units: Sequence[Unit], rows: Sequence[State]) ->
     """
     before, module = layer_modules(units[-2], units[-1])
     end = trunk.joins[-1]
-    if len(rows[-1]) != 1 or not module or not within(end, module):
+    if len(rows[-1]) != 1 or not module or not in_call(end, module):
         return None
     direct, made = {end}, computed_from([end])
     for node in end.graph.nodes:
-        if node in made and node is not end and pointwise(node) and within(node, module):
+        if node in made and node is not end and pointwise(node) and in_call(node, module):
             inputs = [x for x in node.all_input_nodes if x in made]
             if any(x in direct for x in inputs):
                 if any(x not in direct for x in inputs):
@@ -309,5 +353,5 @@ def _residual_end(trunk: Trunk, units: Sequence[Unit], rows: Sequence[State]) ->
                     direct, made = {end}, computed_from([end])
                 else:
                     direct.add(node)
-    goes_on = any(pointwise(user) and len(user.all_input_nodes) > 1 for user in end.users if not within(user, module))
-    return None if goes_on and not within(rows[-1][0], before) else (end,)
+    goes_on = any(pointwise(user) and len(user.all_input_nodes) > 1 for user in end.users if not in_call(user, module))
+    return None if goes_on and not in_call(rows[-1][0], before) else (end,)

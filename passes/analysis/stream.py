@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from tokgraph.errors import AnalysisError
-from tokgraph.ir.node import ancestors, argument, descendants, module_path, tensor, tensor_inputs, where
+from tokgraph.ir.node import ancestors, argument, descendants, module_call, module_path, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph, loss_node
 
 from ..rules import axis_map, traits
@@ -36,12 +36,14 @@ class Segment:
         end: the stream after.
         nodes: nodes computed from ``start`` that ``end`` is computed from, ``end`` included, in graph order.
         module: the innermost user module that holds all of them.
+        call: the call of it, where it is called again.
     """
 
     start: fx.Node
     end: fx.Node
     nodes: tuple[fx.Node, ...]
     module: str
+    call: str
 
 
 def residual_segments(graph: TaskGraph) -> list[Segment]:
@@ -182,7 +184,7 @@ def _segment(start: fx.Node, end: fx.Node, position: dict[fx.Node, int]) -> Segm
                 back.add(used)
                 stack.append(used)
     nodes = tuple(sorted(back, key=position.__getitem__))
-    return Segment(start, end, nodes, common_module(nodes))
+    return Segment(start, end, nodes, common_module(nodes), common_call(nodes))
 
 
 def _sized_by(user: fx.Node, node: fx.Node) -> bool:
@@ -201,3 +203,11 @@ def common_module(nodes: tuple[fx.Node, ...]) -> str:
     if ".".join(shared) not in called and ".".join(shared[:item]) in called:  # a list of parts, within a layer
         return ".".join(shared[:item])
     return ".".join(shared)
+
+
+def common_call(nodes: tuple[fx.Node, ...]) -> str:
+    """The call of the innermost user module that holds all of the nodes."""
+    depth = common_module(nodes).count(".") + 1
+    calls = [module_call(node).split(".")[:depth] for node in nodes if node.meta.get("nn_module_stack")]
+    shared = takewhile(lambda level: len(set(level)) == 1, zip(*calls, strict=False))
+    return ".".join(level[0] for level in shared) if calls else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from tokgraph.ir.node import (
     axis_argument,
     by_name,
     descendants,
+    dims,
     rank,
     tensor,
     tensor_inputs,
@@ -78,12 +80,16 @@ def visual_mask(graph: TaskGraph, flow: VisualFlow, stream: fx.Node, tokens: int
     found = evaluate(graph, [nodes[flow.source]])[0].cpu()
     if flow.kind == "ids" and flow.low is not None and flow.high is not None:
         return (found >= flow.low) & (found <= flow.high)
-    return found.reshape(found.shape[:2]).bool()
+    beside = [
+        more + sum(actual_size(graph, nodes[name], axis) for name, axis in joined)
+        for joined, more in zip((flow.before, flow.after), flow.padding, strict=True)
+    ]
+    return torch.nn.functional.pad(found.reshape(found.shape[:2]).bool(), beside)
 
 
 def range_bounds(flow: VisualFlow, tokens: int, offset: int) -> tuple[int, int]:
     """First and last-plus-one position of a range flow, for a token axis of length ``tokens``."""
-    stop = tokens if flow.stop is None else flow.stop + offset
+    stop = tokens if flow.stop is None else flow.stop + (offset if flow.stop >= 0 else 0)
     start, stop, _ = slice(flow.start + offset, stop).indices(tokens)
     return start, stop
 
@@ -137,22 +143,108 @@ def _found(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlo
     if stream not in visual:
         _refuse_stream(graph, stream, wanted, visual)
     others = descendants([n for key, nodes in graph.input_nodes().items() if key not in wanted for n in nodes])
-    rows = VisualRows(graph, visual, others, classes)
-    node, axis = stream, 1
+    return _followed(graph, VisualRows(graph, visual, others, classes), stream, 1, visual, classes)
+
+
+def _followed(
+    graph: TaskGraph, rows: VisualRows, node: fx.Node, axis: int, visual: set[fx.Node], classes: AxisClasses
+) -> VisualFlow:
+    """The flow whose visual rows are rows of a value, by their places: from where the image's rows were put among others on.
+
+    Raises:
+        AnalysisError: there is no such place.
+    """
     combined: fx.Node | None = None
     while True:
         flow = _meeting(node, axis, visual)
         if flow is not None:
-            rows.check(node, axis)
+            try:
+                rows.check(node, axis)
+            except AnalysisError:
+                # the image's rows are among others already, to which more are joined here
+                found = _before_join(graph, rows, node, axis, visual, classes)
+                if found is None:
+                    raise
+                return found
             if node.op == "placeholder" and combined is not None:
                 rows.refuse_combined(combined)
             return flow
+        padding = _padding(node, axis)
+        if padding is not None:
+            flow = _followed(graph, rows, tensor_inputs(node)[0], axis, visual, classes)
+            return _joined(flow, node, (), (), padding) or rows.refuse_joined(node)
         (x, at), after = _back(graph, node, axis, visual, classes), node
         if rows.combined(after, x, axis):
             combined = after
             if after.target is aten.where.self:
                 rows.refuse_combined(after)
         node, axis = x, at
+
+
+def _before_join(
+    graph: TaskGraph, rows: VisualRows, node: fx.Node, axis: int, visual: set[fx.Node], classes: AxisClasses
+) -> VisualFlow | None:
+    """The flow of the one operand of a ``cat`` that has image content, as one of the rows that are joined."""
+    operands: list[fx.Node] = argument(node, "tensors") if node.target is aten.cat.default else []
+    mine = [x for x in operands if x in visual]
+    if len(mine) != 1:
+        return None
+    try:
+        flow = _followed(graph, rows, mine[0], axis, visual, classes)
+    except AnalysisError:
+        return None
+    if flow.kind == "range" and flow.entry == mine[0].name and mine[0].op == "placeholder":
+        return None
+    at = operands.index(mine[0])
+    return _joined(flow, node, operands[:at], operands[at + 1 :], (0, 0), axis)
+
+
+def _joined(
+    flow: VisualFlow,
+    node: fx.Node,
+    before: Sequence[fx.Node],
+    after: Sequence[fx.Node],
+    padding: tuple[int, int],
+    axis: int = 1,
+) -> VisualFlow | None:
+    """A flow in what joins more rows to those that it was found in; ``None`` where they would not be found again.
+
+    Args:
+        flow: the flow.
+        node: what joins them.
+        before: the values whose rows are put before.
+        after: those whose rows are put behind.
+        padding: how many rows of zeros are put before and behind.
+        axis: the axis of the rows.
+    """
+    more, rest = (tuple((x.name, axis) for x in values) for values in (before, after))
+    lead, trail = padding
+    if flow.kind != "range":
+        both = flow.padding[0] + lead, flow.padding[1] + trail
+        return replace(flow, entry=node.name, before=(*more, *flow.before), after=(*flow.after, *rest), padding=both)
+    stop = flow.stop
+    if stop is None or stop < 0:
+        sizes = [dims(x)[axis] for x in after]
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        stop = (stop or 0) - trail - sum(sizes) or None
+    else:
+        stop += lead
+    return replace(flow, entry=node.name, start=flow.start + lead, stop=stop, before=(*more, *flow.before))
+
+
+def _padding(node: fx.Node, axis: int) -> tuple[int, int] | None:
+    """How many rows of one number are put before and behind those of the input, if that is what a node does."""
+    if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
+        return None
+    pads = list(argument(node, "pad"))
+    pads += [0] * (2 * rank(node) - len(pads))
+    at = 2 * (rank(node) - 1 - axis)
+    mine, others = pads[at : at + 2], pads[:at] + pads[at + 2 :]
+    if node.target is aten.pad.default and argument(node, "mode", "constant") != "constant":
+        return None
+    rows = all(isinstance(pad, int) and pad >= 0 for pad in mine) and not any(others)
+    return (mine[0], mine[1]) if rows else None
 
 
 def _refuse_stream(graph: TaskGraph, stream: fx.Node, wanted: set[str], visual: set[fx.Node]) -> NoReturn:

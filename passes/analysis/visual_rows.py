@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NoReturn
 
 import torch
 from torch import fx
@@ -63,6 +64,8 @@ class VisualRows:
                 self._refuse(
                     node, "are chosen from rows of another input and those of the image before they meet more text"
                 )
+            if node.target in _CHOOSES and any(map(self._is_learned, tensor_inputs(node))):
+                self._check_mixed(node, at, meeting)
             if node.target is aten.cat.default and at == axis_argument(node, node):
                 self._check_joined(node, at, meeting, [x for x, _ in sources if x not in self._visual])
             stack += mine
@@ -73,9 +76,13 @@ class VisualRows:
             x is not followed and x in self._others and x not in self._visual for x, _ in self._sources(node, axis)
         )
 
-    def refuse_combined(self, node: fx.Node) -> None:
+    def refuse_combined(self, node: fx.Node) -> NoReturn:
         """Raise for a node at which all rows, text among them, are combined with visual ones."""
         self._refuse(node, "are rows of another input as well, so which of them are visual cannot be told")
+
+    def refuse_joined(self, node: fx.Node) -> NoReturn:
+        """Raise for a node that joins rows to visual ones, where these would not be found again in other batches."""
+        self._refuse(node, "have places that depend on sizes which may change")
 
     def _is_text(self, x: fx.Node) -> bool:
         val = tensor(x)
@@ -84,11 +91,22 @@ class VisualRows:
     def _check_joined(self, node: fx.Node, axis: int, meeting: fx.Node, beside: list[fx.Node]) -> None:
         if any(x in self._others for x in beside):
             self._refuse(node, "are joined with rows of another input before they meet the text")
+        if beside:
+            self._check_mixed(node, axis, meeting)
+
+    def _check_mixed(self, node: fx.Node, axis: int, meeting: fx.Node) -> None:
         between = ancestors([meeting]) & descendants([node])
-        if beside and not any(self._mixes(n, (node, axis)) for n in between):
+        if not any(self._mixes(n, (node, axis)) for n in between):
             self._refuse(
                 node, "are joined with rows of the model's own (learned queries), which never look at the image"
             )
+
+    def _is_learned(self, x: fx.Node) -> bool:
+        """Whether a value holds rows of the model's own: parameters, and nothing of the inputs."""
+        if x in self._visual or x in self._others or rank(x) < 2:
+            return False
+        values = (tensor(node) for node in ancestors([x]) if node.op == "get_attr")
+        return any(val is not None and val.requires_grad for val in values)
 
     def _mixes(self, node: fx.Node, rows: Axis) -> bool:
         described = axis_map(node)
@@ -114,6 +132,13 @@ class VisualRows:
         described = axis_map(node)
         if described is None or axis >= len(described.rows):
             return []
+        if node.target is aten.gather.default and axis == axis_argument(node, node):
+            return [(argument(node, "self"), axis)]  # an index says which rows are taken, and has no content
+        if node.target is aten.index.Tensor and described.rows[axis]:
+            indices: list[fx.Node | None] = argument(node, "indices")
+            at = [j for j, index in enumerate(indices) if index is not None]
+            if all(x in indices for x, _ in described.rows[axis] or ()):
+                return [(argument(node, "self"), at[-1])]
         if described.rows[axis]:
             return list(described.rows[axis] or ())
         if node.target is aten.cat.default:
@@ -121,10 +146,13 @@ class VisualRows:
         if node.target is aten.slice.Tensor:
             return [(tensor_inputs(node)[0], axis)]
         merged = [group.inputs for group in described.groups if axis in group.outputs]
-        x = tensor_inputs(node)[0] if merged else None
-        return [(x, j) for group in merged for j in group if not is_one(x, j)][-1:] if x is not None else []
+        if merged:
+            x = tensor_inputs(node)[0]
+            return [(x, j) for group in merged for j in group if not is_one(x, j)][-1:]
+        moves = ("layout", "scan", "order", "window")  # pads, rolls, flips, pooling
+        return [at for mix in described.mixes if mix.kind in moves for at in mix.axes]
 
-    def _refuse(self, node: fx.Node, why: str) -> None:
+    def _refuse(self, node: fx.Node, why: str) -> NoReturn:
         raise AnalysisError(
             f"task {self._graph.name!r}: rows that visual_inputs= would take for visual {why}",
             where=where(node),

@@ -48,9 +48,7 @@ class Masks:
         flow = self._facts.visual
         if flow.kind == "range":
             tokens = self._emit.size(self.entry, 1)
-            offset: fx.Node | int = 0
-            for name, axis in flow.before:
-                offset = self._emit.add(offset, self._emit.size(self._nodes[name], axis), self.entry)
+            offset = self._rows(flow.before)
             bounds = [tokens if b is None else self._bound(b, offset, tokens) for b in (flow.start, flow.stop)]
             return self._call(tokgraph.range_mask.default, self.entry, *bounds)
         assert flow.source is not None
@@ -62,7 +60,22 @@ class Masks:
             return self._call(aten.logical_and.default, low, high)
         if rank(source) == 3:
             source = self._call(aten.squeeze.dim, source, -1)
-        return self._call(aten._to_copy.default, source, dtype=torch.bool)
+        mask = self._call(aten._to_copy.default, source, dtype=torch.bool)
+        beside = [
+            self._rows(joined, more) for joined, more in zip((flow.before, flow.after), flow.padding, strict=True)
+        ]
+        before, after = ([self._no_rows(mask, rows)] if rows != 0 else [] for rows in beside)
+        return self._call(aten.cat.default, [*before, mask, *after], 1) if before or after else mask
+
+    def _rows(self, joined: tuple[tuple[str, int], ...], more: int = 0) -> fx.Node | int:
+        """How many rows some values have together, and ``more``."""
+        rows: fx.Node | int = more
+        for name, axis in joined:
+            rows = self._emit.add(rows, self._emit.size(self._nodes[name], axis), self.entry)
+        return rows
+
+    def _no_rows(self, mask: fx.Node, rows: fx.Node | int) -> fx.Node:
+        return self._call(aten.new_zeros.default, mask, [self._emit.size(mask, 0), rows])
 
     def _bound(self, bound: int, offset: fx.Node | int, tokens: fx.Node | int) -> fx.Node | int:
         return self._emit.add(tokens if bound < 0 else offset, bound, self.entry)

@@ -46,13 +46,19 @@ def softmax_beside(node: fx.Node) -> AxisMap:
 
 @rule(
     aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default, aten.cummax.default, aten.cummin.default,
-    aten.flip.default, aten.roll.default,
-    axes=("dim", "dims"),
+    axes=("dim",),
 )  # fmt: skip
 def scan(node: fx.Node) -> AxisMap:
-    """Runs along its axis (or axes)."""
+    """Runs along its axis."""
     x = first_input(node)
-    return _kept(x, set(axis_arguments(node, x, "dim", "dims")) or set(range(rank(x))), "scan")
+    return _kept(x, set(axis_arguments(node, x)), "scan")
+
+
+@rule(aten.flip.default, aten.roll.default, axes=("dims",))
+def turned(node: fx.Node) -> AxisMap:
+    """Moves rows to other places of its axes, or of all of them."""
+    x = first_input(node)
+    return _kept(x, set(axis_arguments(node, x, "dims")) or set(range(rank(x))), "scan", aligned=False)
 
 
 @rule(aten.diff.default)

@@ -136,6 +136,31 @@ class FirstBeforeAll(FirstToAll):
         return layer(0.9 * x + 0.1 * self.first, hidden)
 
 
+class InTurn(Looped):
+    """The first layers are called again and again, in turn."""
+
+    different = 2
+
+    def each(self, number: int, layer: nn.Module, x: State, hidden: Tensor | None) -> State:
+        return self.layers[number % self.different](x, hidden)
+
+
+class OneAgain(InTurn):
+    different = 1
+
+
+class HyperInTurn(InTurn):
+    def begin(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x, x, x
+
+    def end(self, x: tuple[Tensor, ...]) -> Tensor:
+        return self.read(sum(x))
+
+
+class HyperAgain(HyperInTurn):
+    different = 1
+
+
 # ------------------------------------------------------------------ losses beside the decoder
 
 
@@ -363,6 +388,15 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], type[Looped]]] = {
     "shared keys": (Keeping, SharedKeys),
     "layers that look": (Block, LookingLayers),
 }
+
+
+LOOPS: dict[str, tuple[type[Block], type[InTurn]]] = {
+    "one layer": (Block, OneAgain),
+    "two layers in turn": (Block, InTurn),
+    "one layer of several streams": (Hyper, HyperAgain),
+    "two layers of several streams": (Hyper, HyperInTurn),
+}
+"""Layers that are called several times."""
 
 
 def loss(model: Looped, ids: Tensor, patches: Tensor, labels: Tensor, **by_hand: Any) -> Tensor:

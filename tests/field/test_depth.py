@@ -48,18 +48,19 @@ class Appended(Model):
         return self.read(x[:, :-2])
 
 
-class Looped(Model):
-    def forward(self, ids: Tensor, patches: Tensor) -> Tensor:
-        x = self.enter(ids, patches)
+class Repeating(Block):
+    """Attends three times by the same projections."""
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         for _ in range(3):
-            x = self.layers[0](x)
-        return self.read(x)
+            x = x + self.out(self.attend(*self.qkv(self.norm1(x)).chunk(3, -1), hidden))
+        return x + self.feed(self.norm2(x))
 
 
 BROKEN = {
     "appended": (lambda: m.model(layers=4, cls=Appended), m.loss, r"2 of 4 .* 2 blocks .*layers.2 .. layers.3"),
-    "loop": (
-        lambda: m.model(layers=1, cls=Looped),
+    "repeated": (
+        lambda: m.model(Repeating, layers=1),
         m.loss,
         r"block 0 holds 3 of 3 .*layers.0.*one module is used for several layers",
     ),
@@ -107,7 +108,7 @@ def test_a_policy_of_the_users_own_is_checked_by_its_plan() -> None:
         def decide(self, facts: tg.Facts) -> tg.Plan:
             return tg.Plan((tg.DropSite(TASK, 0, 1),))
 
-    facts = tg.analyze(tg.capture(m.spec(m.model(layers=1, cls=Looped), m.batch())))
+    facts = tg.analyze(tg.capture(m.spec(m.model(Repeating, layers=1), m.batch())))
     with pytest.raises(tg.PlanError, match="no site can be placed by depth"):
         tg.make_plan(facts, Mine())
 

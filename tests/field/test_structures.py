@@ -58,6 +58,25 @@ def test_a_block_is_a_layer_and_drops_are_those_by_hand(structure: str) -> None:
         assert worst(facts, model, site) < 1e-10, name
 
 
+@pytest.mark.parametrize("loop", [n if n == "one layer" else pytest.param(n, marks=pytest.mark.slow) for n in s.LOOPS])
+def test_every_call_of_a_layer_is_a_block(loop: str) -> None:
+    block, cls = s.LOOPS[loop]
+    model = m.model(block, 4, cls)
+    facts = tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))
+    assert [block.module for block in facts[TASK].blocks] == [f"layers.{i % cls.different}" for i in range(4)]
+    for name in ("hide",) if loop == "one layer" else SITES:
+        assert worst(facts, model, SITES[name]) < 1e-10, name
+
+
+@pytest.mark.parametrize("structure", ["two streams", pytest.param("hyper-connections", marks=pytest.mark.slow)])
+def test_streams_that_begin_as_one_value_need_no_third_layer(structure: str) -> None:
+    """The last of two layers is compared with the first, before which one value plays every role."""
+    model = s.model(structure, layers=2)
+    facts = tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))
+    for span in ((0, 1), (1, 2)):
+        assert worst(facts, model, tg.DropSite(TASK, *span, 0.5)) < 1e-10
+
+
 def test_a_layer_that_goes_on_behind_the_chain_gets_no_site() -> None:
     """Of one layer there is nothing to compare its end with."""
     facts = tg.analyze(tg.capture(m.spec(s.model("experts", layers=1), m.batch(), s.loss)))

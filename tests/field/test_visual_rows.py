@@ -63,7 +63,17 @@ RIGHT = {
         lambda s, image, text, queries: torch.cat([looked(torch.cat([queries, image], 1)), text], 1),
         QUERIES + IMAGE,
     ),
+    "learned rows of which some are the image's": (
+        lambda s, image, text, queries: torch.cat(
+            [queries.masked_scatter((torch.arange(QUERIES) > 0).view(1, -1, 1), image[:, : QUERIES - 1]), text], 1
+        ),
+        QUERIES - 1,
+    ),
     "a resampler": (lambda s, image, text, queries: torch.cat([look(queries, image), text], 1), QUERIES),
+    "queries before a projection": (
+        lambda s, image, text, queries: torch.cat([s.norm(torch.cat([queries, image], 1)), text], 1),
+        IMAGE,
+    ),
 }
 
 
@@ -76,16 +86,16 @@ def test_image_rows(how: str) -> None:
 
 
 WRONG = {
-    "queries before a projection": (
-        lambda s, image, text, queries: torch.cat([s.norm(torch.cat([queries, image], 1)), text], 1),
-        "learned queries",
-    ),
     "text that looked": (
         lambda s, image, text, queries: torch.cat([image, text + look(text, image)], 1),
         "another input",
     ),
     "text with the mean": (
         lambda s, image, text, queries: torch.cat([image, text + image.mean(1, keepdim=True)], 1),
+        "another input",
+    ),
+    "image and text turned round": (
+        lambda s, image, text, queries: torch.cat([torch.cat([text[:, :2], image], 1).flip(1), text], 1),
         "another input",
     ),
     "text joined before": (
@@ -96,7 +106,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    "how", [h if "learned" in WRONG[h][1] else pytest.param(h, marks=pytest.mark.slow) for h in WRONG]
+    "how", [h if h == "text joined before" else pytest.param(h, marks=pytest.mark.slow) for h in WRONG]
 )
 def test_other_rows_are_refused(how: str) -> None:
     join, why = WRONG[how]
@@ -116,10 +126,71 @@ def chosen(model: Joined, image: Tensor, text: Tensor, queries: Tensor) -> Tenso
     return torch.where(torch.arange(text.shape[1]).view(1, -1, 1) > IMAGE, text, padded)
 
 
-@pytest.mark.parametrize(
-    "join", [RIGHT["image before text"][0], *(pytest.param(j, marks=pytest.mark.slow) for j in (scattered, chosen))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("join", [RIGHT["image before text"][0], scattered])
 def test_an_embedded_time_step_before_text_and_image(join: Join) -> None:
-    """What is joined with the time step is text, too."""
+    """What is joined with the time step is no image as a whole."""
+    assert facts(join, timed=True).visual.count == IMAGE
+
+
+@pytest.mark.slow
+def test_text_is_chosen_by_a_mask_of_text() -> None:
     with pytest.raises(tg.AnalysisError, match="another input"):
-        facts(join, timed=True)
+        facts(chosen, timed=True)
+
+
+# ------------------------------------------------------------------ rows that are joined to those with the image
+
+
+class Later(m.Model):
+    """More rows are joined to the tokens, among which the image's rows are already; the loss reads the tokens."""
+
+    scatter: Callable[[Tensor, Tensor, Tensor], Tensor]
+    join: Callable[[Tensor, Tensor], Tensor]
+    front: int
+
+    def loss(
+        self, ids: Tensor, patches: Tensor, labels: Tensor, span: range = range(0), dropped: Tensor | None = None
+    ) -> Tensor:
+        x = type(self).scatter(self.embed(ids), ids == m.IMAGE_ID, self.patch(patches))
+        x = type(self).join(x, self.queries.expand(len(ids), -1, -1))
+        front, tokens = self.front, ids.shape[1]
+        hidden = None if dropped is None else F.pad(dropped, (front, x.shape[1] - front - tokens))
+        for number, layer in enumerate(self.layers):
+            here = hidden if number in span else None
+            x = layer(x) if here is None else torch.where(here[..., None], x, layer(x, here))
+        return m.cross_entropy(self.read(x)[:, front : front + tokens], labels)
+
+
+def by_choice(text: Tensor, at: Tensor, image: Tensor) -> Tensor:
+    places = (at.cumsum(1) - 1).clamp(min=0).unsqueeze(-1).expand(-1, -1, image.shape[-1])
+    return torch.where(at.unsqueeze(-1), image.gather(1, places), text)
+
+
+def into(text: Tensor, at: Tensor, image: Tensor) -> Tensor:
+    return text.masked_scatter(at.unsqueeze(-1), image)
+
+
+LATER = {
+    "queries behind": (into, lambda x, q: torch.cat([x, q], 1), 0),
+    "queries before, by choice": (by_choice, lambda x, q: torch.cat([q, x], 1), QUERIES),
+    "queries around, and zeros": (into, lambda x, q: torch.cat([q, F.pad(x, (0, 0, 1, 2)), q], 1), QUERIES + 1),
+    "queries behind what is behind": (into, lambda x, q: torch.cat([torch.cat([x, q], 1), q], 1), 0),
+}
+
+
+@pytest.mark.parametrize(
+    "how", [h if h == "queries behind" else pytest.param(h, marks=pytest.mark.slow) for h in LATER]
+)
+def test_rows_that_are_joined_later_are_not_visual(how: str) -> None:
+    """Text and queries were dropped, or all was refused."""
+    scatter, join, front = LATER[how]
+    model = m.model(layers=3, cls=type("Later", (Later,), {"scatter": scatter, "join": join, "front": front}))
+    model.queries = nn.Parameter(torch.randn(1, QUERIES, m.HIDDEN))
+    spec = m.spec(model.double(), m.batch(), Later.loss, visual=None, visual_inputs=("patches",), reads="text")
+    found = tg.analyze(tg.capture(spec))
+    assert found[TASK].visual.count == IMAGE
+    accelerated = tg.apply(found, tg.Plan((tg.DropSite(TASK, 1, 3, 0.5),)))
+    for inputs in (m.batch(), m.batch((5, 1), seed=3)):
+        by_hand = model.loss(**inputs, span=range(1, 3), dropped=m.dropped(inputs["ids"]))
+        assert m.worst(accelerated[TASK](**inputs), by_hand, model) < 1e-10

@@ -154,6 +154,8 @@ def sensible(choices: dict[str, Any]) -> dict[str, Any]:
         c["attention"] = "manual"
     if c["entry"] == "ids":  # there is no input of images to follow
         c["visual"] = "said"
+    if c["loss"] == "codes" and c["place"] == "beginning" and c["image"] == 1:  # nothing predicts the first token
+        c["image"] = 2
     if c["loop"] == "twice":
         c["layers"] = 4
     if c["loss"] == "flow":

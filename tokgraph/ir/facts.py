@@ -27,7 +27,10 @@ class VisualFlow:
         high: largest id, inclusive (``"ids"``).
         start: first position (``"range"``); negative: from the end.
         stop: position after the last (``"range"``); ``None``: the end.
-        before: ``(node, axis)`` pairs whose sizes are to be added to ``start`` and ``stop`` (what ``entry`` puts before).
+        before: ``(node, axis)`` pairs whose sizes are to be added to ``start`` and ``stop`` (what is put before); of a mask:
+            the rows that are joined before those of ``source``.
+        after: the same of rows that are joined behind those of ``source``.
+        padding: rows of zeros before and behind those of ``source``.
         branch: nodes that make visual rows before ``entry``.
         most: visual tokens of a sample, the most in the example batch; 0: ``count``.
         mean: visual tokens of a sample on average; 0: ``count``.
@@ -45,6 +48,8 @@ class VisualFlow:
     start: int = 0
     stop: int | None = None
     before: tuple[tuple[str, int], ...] = ()
+    after: tuple[tuple[str, int], ...] = ()
+    padding: tuple[int, int] = (0, 0)
     branch: tuple[str, ...] = ()
     most: int = 0
     mean: float = 0

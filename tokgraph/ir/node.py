@@ -127,6 +127,23 @@ def module_path(node: fx.Node) -> str:
     return next((path for path, _ in reversed(stack.values()) if path and not path.startswith(_NO_MODULE)), "")
 
 
+def module_call(node: fx.Node) -> str:
+    """:func:`module_path`, with the number of the call behind each module that is called again, as export counts:
+    ``layers.0@1.attention@1``. Of a module that belongs to others than those that call it, the path alone.
+    """
+    names: list[str] = []
+    parts: list[str] = []
+    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+        if path and not path.startswith(_NO_MODULE):
+            mine, call = path.split("."), key.rpartition("@")[2]
+            if mine[: len(names)] != names:
+                return module_path(node)
+            parts += mine[len(parts) :]
+            parts[-1] += f"@{call}" if call != key and call.isdigit() and "@" not in parts[-1] else ""
+            names = mine
+    return ".".join(parts)
+
+
 def source_line(node: fx.Node) -> str | None:
     """``file:line`` of the innermost recorded line of the model's code."""
     return where(node).source
