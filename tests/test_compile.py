@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -282,6 +283,29 @@ def test_outputs_of_every_kind(how: str) -> None:
             assert type(found) is type(wanted)
             assert torch.allclose(found, wanted) if isinstance(wanted, Tensor) else found == wanted
         assert mine["learned"][0] is model.layers[0].feed[0].weight
+
+
+@pytest.mark.slow
+def test_a_copy_has_parameters_of_its_own() -> None:
+    model = m.model(layers=1)
+    accelerated = tg.optimize(m.spec(model, m.batch()), "none", verify=False).compile(by="block", backend="eager")
+    originals = (accelerated[m.TASK], partial(accelerated.module().compile(backend="eager"), task=m.TASK))
+    before = [run(**m.batch()) for run in originals]
+    copies = [copy.deepcopy(run) for run in originals]
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    for original, made, was in zip(originals, copies, before, strict=True):
+        assert torch.equal(made(**m.batch()), was)
+        assert not torch.equal(original(**m.batch()), was)
+
+
+@pytest.mark.slow
+def test_inputs_may_lie_in_memory_as_they_like() -> None:
+    model = m.model(layers=1)
+    task = tg.optimize(m.spec(model, m.batch()), "none", verify=False).compile(backend="aot_eager")[m.TASK]
+    other = {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in m.batch(seed=1).items()}
+    for batch in (m.batch(), other):
+        assert m.worst(task(**batch), m.loss(model, **batch), model) < 1e-10
 
 
 @pytest.mark.slow

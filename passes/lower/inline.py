@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokgraph.ir.node import argument, entered, fake_mode, value
+
+aten = torch.ops.aten
 
 
 def inlined(
@@ -40,6 +43,8 @@ def inlined(
             return copies[result]
         if inner.op != "placeholder":
             copies[inner] = graph.node_copy(inner, copies.__getitem__)
+            if inner.target is aten.view.default:  # of the example's strides; those of another batch may differ
+                copies[inner].target = aten.reshape.default
             copies[inner].meta = {
                 **{key: x for key, x in node.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")},
                 "val": value(inner),

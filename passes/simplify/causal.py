@@ -25,7 +25,8 @@ class CausalAttention(GraphPass):
 
     `torch.export` makes transformers build masks that its eager forward leaves out, and a drop that narrows queries and
     keys by the same rows makes the triangle of these rows. Neither is read from memory, nor made, any more. Rows that
-    queries and keys do not share keep their mask: PyTorch's ``is_causal`` has no other alignment.
+    queries and keys do not share keep their mask: PyTorch's ``is_causal`` has no other alignment. (``CausalBias`` has, on
+    CUDA, by operators of that device alone; elsewhere it is a mask.)
 
     Args:
         task: the task to run on; ``None``: every task.

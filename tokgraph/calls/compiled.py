@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 import traceback
@@ -43,6 +44,10 @@ class Compiled:
         self._tensors = [operator.attrgetter(target) for target in self._lowered.tensors]
         self._pieces = self._compiled(pieces(self._lowered.graph_module, how.by))
         self._read_last = last_reads([piece for piece, _ in self._pieces], self._outputs.names)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        """Compiled when it is first called, as any: what PyTorch compiled reads nothing of a copy."""
+        return Compiled(copy.deepcopy(self.graph, memo), self.how)
 
     @property
     def functions(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,15 @@ class PartedTask:
         self.holders: Mapping[str, int] = {}
         self._draws = Draws()
         self.use(None, {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PartedTask:
+        """Cut and compiled when it is first called, as any: pieces read the tensors of this one."""
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        memo.setdefault(id(self._functions), {})  # one for all tasks
+        rest = {**self.__dict__, "_cuts": {}, "_steps": {}}
+        made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in rest.items()})
+        return made
 
     def use(self, how: Compilation | None, functions: dict[Any, Callable[..., Any]]) -> None:
         """Run pieces from now on as they are, or compiled; equal ones are compiled once.
