@@ -67,7 +67,7 @@ class Variant:
 def plans(options: argparse.Namespace, facts: tg.Facts) -> dict[str, tg.Plan]:
     """The policies, by the name in the table."""
     blocks = len(facts["understanding"].blocks)
-    span = (options.start, blocks - 2 if options.stop is None else options.stop)
+    span = (options.start, max(blocks - 2, options.start + 1) if options.stop is None else options.stop)
     sites = [tg.DropSite(task, *span, options.keep, "uniform") for task in TASKS]
     made = {"none": tg.make_plan(facts, "none"), "span": tg.Plan(tuple(sites))}
     for policy in options.policies:
