@@ -11,12 +11,12 @@ from torch import fx, nn
 
 from tokgraph import ops
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import ancestors, is_write, output_args, rank, value
+from tokgraph.ir.node import ancestors, call, is_write, output_args, rank, value
 from tokgraph.ir.program import TaskGraph
 from tokgraph.ir.tensors import read
 
 from ..contract import GraphPass
-from ..emitter import call, is_check
+from ..emitter import is_check
 from ..pipeline import Pipeline
 from .inline import arguments, inlined
 from .scatter import ScattersByIndex
