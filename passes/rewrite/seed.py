@@ -123,7 +123,7 @@ class SeedSites(GraphPass):
         streams = [nodes[name] for name in facts.blocks[0].before]
         hides: dict[int, list[fx.Node]] = {}
         for block in facts.blocks:
-            spaces = self._spaces(facts, block.index, spaces, build, emit, streams[0])
+            spaces = self._spaces(facts, block.index, spaces, build, emit, streams)
             if any(s.projections == "own" and s.start <= block.index < (s.end or 0) for s in self.sites):
                 hidden = [space for space in spaces if _hides(space.site, block.index)]
                 order = seed_projections(block, spaces, hidden, self.task, emit, build, nodes)
@@ -157,16 +157,14 @@ class SeedSites(GraphPass):
         spaces: tuple[RowSpace, ...],
         build: IndexBuilder,
         emit: Emitter,
-        stream: fx.Node,
+        streams: Sequence[fx.Node],
     ) -> tuple[RowSpace, ...]:
         """The spaces open in ``block``, outermost first; ``spaces``: those of the block before."""
         before = spaces
         spaces = tuple(space for space in spaces if not space.site.restore or block < (space.site.end or 0))
         for site in self.sites:
             if site.start == block and not only_projects(site, facts):
-                inner = emit.chain(stream, indices(spaces))
-                if rank(inner) > 3:  # a row of several streams is scored as one
-                    inner = emit.call(aten.flatten.using_ints, inner, 2, -1, origin=inner)
+                inner = _scored(emit, streams, spaces)
                 attention = next(iter(facts.blocks[block - 1].attention), None) if block else None
                 keys = tuple(space for space in before if _hides(space.site, block - 1))
                 spaces = (*spaces, build.site(site, spaces, Seen(inner, spaces, attention, before, keys)))
@@ -200,6 +198,15 @@ class SeedSites(GraphPass):
             for reader in reading:
                 reader.replace_input_with(end, new)
         return merged
+
+
+def _scored(emit: Emitter, streams: Sequence[fx.Node], spaces: Sequence[RowSpace]) -> fx.Node:
+    """``[batch, rows, features]``: the rows that a selector looks at; a row of several streams is scored as one."""
+    rows = []
+    for stream in streams:
+        inner = emit.chain(stream, indices(spaces))
+        rows.append(emit.call(aten.flatten.using_ints, inner, 2, -1, origin=inner) if rank(inner) > 3 else inner)
+    return rows[0] if len(rows) == 1 else emit.call(aten.cat.default, rows, -1, origin=rows[0])
 
 
 def only_projects(site: DropSite, facts: TaskFacts) -> bool:

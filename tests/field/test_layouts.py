@@ -91,6 +91,26 @@ class Rated(Stacked):
         return hidden[:, :, None, None]
 
 
+class InFront(Rates):
+    """``[batch, streams, tokens, hidden]``."""
+
+    def forward(self, x: Tensor, hidden: m.Hidden = None) -> Tensor:
+        h = (self.read[:, None, None] * x).sum(1)
+        new = m.Block.forward(self, h, hidden) - h
+        return torch.einsum("ij,bjth->bith", self.mix, x) + self.write[:, None, None] * new.unsqueeze(1)
+
+
+class FrontRated(Stacked):
+    def started(self, rows: Tensor) -> Tensor:
+        return rows.unsqueeze(1).expand(-1, STREAMS, -1, -1)
+
+    def ended(self, x: Tensor) -> Tensor:
+        return x.sum(1)
+
+    def laid_out(self, hidden: Tensor) -> Tensor:
+        return hidden[:, None, :, None]
+
+
 class Turned(Stacked):
     def started(self, rows: Tensor) -> Tensor:
         return rows.transpose(0, 1)
@@ -106,6 +126,7 @@ CASES: dict[str, tuple[type[Stacked], Any]] = {
     "stacked": (Stacked, Updates),
     "as many streams as samples": (Stacked, lambda: Updates(2)),
     "stacked behind tokens": (Rated, Rates),
+    "stacked behind samples": (FrontRated, InFront),
     "tokens first": (Turned, TokensFirst),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,6 +76,19 @@ def test_streams_that_begin_as_one_value_need_no_third_layer(structure: str) -> 
     facts = tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))
     for span in ((0, 1), (1, 2)):
         assert worst(facts, model, tg.DropSite(TASK, *span, 0.5)) < 1e-10
+
+
+@pytest.mark.slow
+def test_norms_are_those_of_a_row_in_all_streams() -> None:
+    model = s.model("hyper-connections", layers=2)
+    facts = tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))
+    accelerated = tg.apply(facts, tg.Plan((tg.DropSite(TASK, 1, 2, 0.5, "norm"),)))
+    for inputs in (m.batch(), m.batch((5, 1), seed=3)):
+        before = torch.cat(model.layers[0](model.begin(model.enter(inputs["ids"], inputs["patches"]))), -1)
+        norms = before.norm(dim=-1).masked_fill(inputs["ids"] != m.IMAGE_ID, torch.inf)
+        dropped = torch.zeros_like(norms, dtype=torch.bool).scatter(1, norms.topk(2, largest=False).indices, True)
+        by_hand = model.loss(**inputs, span=range(1, 2), dropped=dropped)
+        assert m.worst(accelerated[TASK](**inputs), by_hand, model) < 1e-10
 
 
 def test_a_layer_that_goes_on_behind_the_chain_gets_no_site() -> None:

@@ -184,8 +184,7 @@ def draw_site(rng: random.Random, case: Case) -> Site:
     restore = rng.random() < (0.95 if all_read or case.side == "penalty" else 0.65)
     selectors = ["uniform", "uniform", "random"]
     if case.reads == "text" or rng.random() < 0.05:
-        # which of several streams has the norms is not promised
-        selectors += ["attention"] if case.streams in ("two", "hyper") else ["norm", "attention"]
+        selectors += ["norm", "attention"]
     return Site(
         start,
         rng.randint(start + 1, layers) if restore else layers,

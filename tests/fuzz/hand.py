@@ -32,7 +32,7 @@ class Drops:
 
     def enter(self, layer: int, x: Tensor | tuple[Tensor, ...], weights: Tensor | None = None) -> None:
         """Choose the rows of the sites that begin with a layer; ``x`` is the state before it, ``[batch, tokens, hidden]``."""
-        stream = (x[0] if isinstance(x, tuple) else x).detach()
+        stream = (torch.cat(x, -1) if isinstance(x, tuple) else x).detach()
         for number, site in enumerate(self.sites):
             if site["start"] == layer:
                 self.gone[number] = self.chosen(site, self.frozen(layer), stream)
