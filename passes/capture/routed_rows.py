@@ -16,7 +16,7 @@ from ..emitter import Emitter, remove_dead_code
 from ..rules import axis_map, traits
 from ..rules.registry import first_input
 from .routed_masks import Masks
-from .routes import Put, Route, Routes, product
+from .routes import Put, Routes, product
 
 aten = torch.ops.aten
 routed = torch.ops.tokgraph.routed.default
@@ -98,7 +98,7 @@ class _Rewrite:
         if puts[0].joins:
             untouched = [rows for put, rows in made if self._routes.taken(put.rows)]
             first = made[0][1]
-            into = untouched[0] if untouched else self._emit.call(aten.zeros_like.default, first, origin=first)
+            into = untouched[0] if untouched else self._masks.zeros(first)
             if not untouched and all(rows is first for _, rows in made):
                 return first
             made = [(put, rows) for put, rows in made if rows is not into]
