@@ -39,15 +39,6 @@ class Masks:
         """Whether the bounds of a range are known where it is needed."""
         return put.route.kind != "range" or all(self._number(bound) is not None for bound in put.route.by)
 
-    def size(self, put: Put) -> fx.Node | int:
-        """How many rows there are of which some are put."""
-        route = put.route
-        sizes = [self._emit.size(put.into, a) for a in range(route.axis, route.axis + route.axes)]
-        found = sizes[0]
-        for size in sizes[1:]:
-            found = self._times(found, size, put.rows)
-        return found
-
     def _times(self, a: fx.Node | int, b: fx.Node | int, origin: fx.Node) -> fx.Node | int:
         return (
             a * b if isinstance(a, int) and isinstance(b, int) else self._emit.call(operator.mul, a, b, origin=origin)

