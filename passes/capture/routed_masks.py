@@ -112,7 +112,7 @@ class Masks:
         """What rows are put into; where it is made for them over axes that were merged, written with these apart."""
         sizes, fill = _MADE.get(into.target, (None, 0))
         two = self._merged(put, dims(into)[0]) if sizes is not None and put.route.axis == 0 else None
-        if two is None:
+        if two is None or sizes is None:
             return into
         val, behind = into.meta["val"], list(argument(into, sizes))[1:]
         fill = argument(into, fill) if isinstance(fill, str) else fill

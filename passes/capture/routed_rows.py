@@ -189,7 +189,7 @@ class _Whole:
         new = {x: found[0] for x, found in whole.items()}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda x: new.get(x, x))
         if traits(node.target).sized:
-            sizes = list(args[1])
+            sizes: list[Any] = list(args[1])  # type: ignore[arg-type]
             if not isinstance(sizes[place], int) or sizes[place] != -1:
                 sizes[place] = self._emit.size(new[here[0][0]], here[0][1])
             args = (args[0], sizes, *args[2:])

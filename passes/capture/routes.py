@@ -183,7 +183,7 @@ class Routes:
             drawn = pure and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
             self._keys[node] = node
             if pure and not drawn:
-                of_inputs = fx.node.map_arg((node.args, node.kwargs), lambda x: _Key(self.key(x)))
+                of_inputs = fx.node.map_arg((node.args, node.kwargs), lambda x: _Key(self.key(x)))  # type: ignore[arg-type, return-value]
                 self._keys[node] = (node.target, repr(of_inputs))
         return self._keys[node]
 

@@ -184,7 +184,7 @@ def facts_of(model: Mixture, way: Way) -> tg.Facts:
 SITE = tg.Plan((tg.DropSite(m.TASK, 0, 1, 0.5),), exact=True)
 
 
-@pytest.mark.parametrize("way", [w if w is by_mask else pytest.param(w, marks=SLOW) for w in WAYS])
+@pytest.mark.parametrize("way", [w if w is by_list else pytest.param(w, marks=SLOW) for w in WAYS])
 def test_drops_are_those_by_hand(way: Way) -> None:
     model = mixture(way)
     facts = facts_of(model, way)
@@ -216,6 +216,7 @@ def test_verified_and_frozen(way: Way) -> None:
         tg.verify(tg.apply(facts, plan)).raise_if_failed()
 
 
+@SLOW
 def test_experts_are_counted_by_the_rows_that_they_take() -> None:
     """A graph that computes both values of every row, to be followed, is counted and run as the model's code is."""
     model = mixture(by_mask, layers=1)
