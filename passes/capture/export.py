@@ -67,8 +67,8 @@ from .sinks import SinksToSoftmax
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
-    RemoveAssertions, CopiesToViews, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, MaskedRows,
-    RoutedRows, RowsInOrder, SinksToSoftmax, KeepBatchAxis, BatchFirst,
+    RemoveAssertions, CopiesToViews, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, RoutedRows,
+    MaskedRows, RowsInOrder, SinksToSoftmax, KeepBatchAxis, BatchFirst,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)

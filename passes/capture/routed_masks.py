@@ -20,7 +20,7 @@ _MADE: dict[Any, tuple[str, int | str]] = {
     aten.new_zeros.default: ("size", 0), aten.new_empty.default: ("size", 0), aten.new_full.default: ("size", "fill_value"),
     aten.zeros.default: ("size", 0), aten.empty.memory_format: ("size", 0), aten.full.default: ("size", "fill_value"),
 }  # fmt: skip
-"""Operator that makes a tensor of its own -> its argument that lists the sizes, and what fills it, or the argument that says it."""
+"""Operator that makes a tensor of its own -> its argument that lists the sizes, and what fills it, or what argument does."""
 _FAR = 32
 """How far back a value is looked for whose axes are merged."""
 
@@ -38,15 +38,6 @@ class Masks:
     def can(self, put: Put) -> bool:
         """Whether the bounds of a range are known where it is needed."""
         return put.route.kind != "range" or all(self._number(bound) is not None for bound in put.route.by)
-
-    def size(self, put: Put) -> fx.Node | int:
-        """How many rows there are of which some are put."""
-        route = put.route
-        sizes = [self._emit.size(put.into, a) for a in range(route.axis, route.axis + route.axes)]
-        found = sizes[0]
-        for size in sizes[1:]:
-            found = self._times(found, size, put.rows)
-        return found
 
     def _times(self, a: fx.Node | int, b: fx.Node | int, origin: fx.Node) -> fx.Node | int:
         return (
@@ -112,11 +103,16 @@ class Masks:
         said: tuple[Any, ...] = (TWICE, place.source or "", place.module or "", [], [])
         self._emit.call(torch.ops.tokgraph.check.default, right, *said, origin=index)
 
+    def zeros(self, like: fx.Node) -> fx.Node:
+        """Zeros of the shape of a value, which they do not read."""
+        sizes, val = [self._emit.size(like, axis) for axis in range(rank(like))], like.meta["val"]
+        return self._emit.call(aten.full.default, sizes, 0, dtype=val.dtype, device=val.device, origin=like)
+
     def base(self, into: fx.Node, put: Put) -> fx.Node:
-        """What rows are put into; where it is made for them over axes that were merged, written so that they can be told apart."""
+        """What rows are put into; where it is made for them over axes that were merged, written with these apart."""
         sizes, fill = _MADE.get(into.target, (None, 0))
         two = self._merged(put, dims(into)[0]) if sizes is not None and put.route.axis == 0 else None
-        if two is None:
+        if two is None or sizes is None:
             return into
         val, behind = into.meta["val"], list(argument(into, sizes))[1:]
         fill = argument(into, fill) if isinstance(fill, str) else fill

@@ -16,7 +16,7 @@ from ..emitter import Emitter, remove_dead_code
 from ..rules import axis_map, traits
 from ..rules.registry import first_input
 from .routed_masks import Masks
-from .routes import Put, Route, Routes, product
+from .routes import Put, Routes, product
 
 aten = torch.ops.aten
 routed = torch.ops.tokgraph.routed.default
@@ -71,7 +71,7 @@ class _Rewrite:
     def _whole(self, put: Put) -> _Whole:
         key = (put.route, put.route.whole(put.into))
         if key not in self._wholes:
-            self._wholes[key] = _Whole(self._emit, self._routes, self._masks, put)
+            self._wholes[key] = _Whole(self._emit, self._routes, put)
         return self._wholes[key]
 
     def _keep_closed(self) -> None:
@@ -98,7 +98,7 @@ class _Rewrite:
         if puts[0].joins:
             untouched = [rows for put, rows in made if self._routes.taken(put.rows)]
             first = made[0][1]
-            into = untouched[0] if untouched else self._emit.call(aten.zeros_like.default, first, origin=first)
+            into = untouched[0] if untouched else self._masks.zeros(first)
             if not untouched and all(rows is first for _, rows in made):
                 return first
             made = [(put, rows) for put, rows in made if rows is not into]
@@ -126,12 +126,11 @@ class _Whole:
     Args:
         emit: where nodes go.
         routes: reads what is taken.
-        masks: makes masks of routes.
         put: one of those that put the rows.
     """
 
-    def __init__(self, emit: Emitter, routes: Routes, masks: Masks, put: Put) -> None:
-        self._emit, self._routes, self._masks, self._put = emit, routes, masks, put
+    def __init__(self, emit: Emitter, routes: Routes, put: Put) -> None:
+        self._emit, self._routes = emit, routes
         self._route, self._size = put.route, put.route.whole(put.into)
         self._found: dict[fx.Node, tuple[fx.Node, int] | None] = {}
 
@@ -185,37 +184,18 @@ class _Whole:
         if not whole or len(set(places)) != 1 or any(described.mixed((x, j)) for x, (_, j) in whole.items()):
             return None
         place, here = places[0], described.rows[places[0]] or ()
-        if not set(whole) <= {x for x, _ in here}:
+        if {x for x, _ in here} != set(whole):
             return None
         new = {x: found[0] for x, found in whole.items()}
-        for x, j in here:
-            others = None if x in whole else self._elsewhere(x, j)
-            if x not in whole and others is None:
-                return None
-            if others is not None:
-                new[x] = others
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda x: new.get(x, x))
         if traits(node.target).sized:
-            sizes = list(args[1])
+            sizes: list[Any] = list(args[1])  # type: ignore[arg-type]
             if not isinstance(sizes[place], int) or sizes[place] != -1:
                 sizes[place] = self._emit.size(new[here[0][0]], here[0][1])
             args = (args[0], sizes, *args[2:])
         made = self._emit.call(node.target, *args, origin=node, **kwargs)
         expected = [self._size if axis == place else size for axis, size in enumerate(dims(node))]
         return (made, place) if same_sizes(dims(made), expected) else None
-
-    def _elsewhere(self, x: fx.Node, axis: int) -> fx.Node | None:
-        """Rows that were not taken of anything, as many as there are: at their places, among zeros."""
-        route = self._route
-        if axis != route.axis or route.kind not in ("mask", "list") or route.index is None:
-            return None
-        index, count = route.index, self._masks.size(self._put)
-        if route.axes > 1:
-            index = self._emit.call(aten.reshape.default, index, [-1], origin=index)
-        sizes: list[Any] = [self._emit.size(x, a) for a in range(rank(x))]
-        sizes[axis] = count
-        zeros = self._emit.call(aten.new_zeros.default, x, sizes, origin=x)
-        return self._emit.call(aten.index_put.default, zeros, [*[None] * axis, index], x, origin=x)
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from tokgraph.ir.node import Dim, argument, axis_argument, dims, rank, same_size, same_sizes, tensor, value
+from tokgraph.ir.node import Dim, ancestors, argument, axis_argument, dims, rank, same_size, same_sizes, tensor, value
 
 from ..rules import traits
 from ..rules.registry import first_input
@@ -75,7 +75,8 @@ class Routes:
     """Reads takes and puts off the nodes of a graph; masks and positions that are computed alike are one."""
 
     def __init__(self) -> None:
-        self._keys: dict[fx.Node, Any] = {}
+        self._keys: dict[fx.Node, int] = {}
+        self._numbers: dict[Any, int] = {}
 
     def taken(self, node: fx.Node) -> Route | None:
         """The rows of its first input that a node is."""
@@ -176,23 +177,19 @@ class Routes:
             return Route("samples", 1, self.key(narrow), narrow)
         return self._listed(narrow, axis) if rank(narrow) == 1 and axis == 0 else None
 
-    def key(self, node: fx.Node) -> Any:
+    def key(self, node: fx.Node) -> int:
         """Equal for values that are computed alike."""
-        if node not in self._keys:
-            pure = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-            drawn = pure and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
-            self._keys[node] = node
-            if pure and not drawn:
-                of_inputs = fx.node.map_arg((node.args, node.kwargs), lambda x: _Key(self.key(x)))
-                self._keys[node] = (node.target, repr(of_inputs))
+        for x in [] if node in self._keys else sorted(ancestors([node])):
+            if x not in self._keys:
+                pure = x.op == "call_function" and isinstance(x.target, torch._ops.OpOverload)
+                drawn = pure and torch.Tag.nondeterministic_seeded in x.target.tags  # type: ignore[union-attr]
+                said: Any = x
+                if pure and not drawn:
+                    keys = [self._keys[y] for y in x.all_input_nodes]
+                    order = {y: f"%{i}" for i, y in enumerate(x.all_input_nodes)}
+                    said = (x.target, *keys, repr(fx.node.map_arg((x.args, x.kwargs), order.__getitem__)))
+                self._keys[x] = self._numbers.setdefault(said, len(self._numbers))
         return self._keys[node]
-
-
-@dataclass(frozen=True)
-class _Key:
-    """What stands for a node in the text of a call's arguments."""
-
-    key: Any
 
 
 def product(sizes: Iterable[Dim]) -> Dim:

@@ -110,7 +110,7 @@ class CountedRows:
     """
 
     def __init__(self, graph: TaskGraph, sizes: Sizes) -> None:
-        example = dict(sizes.example)
+        example: dict[Any, Any] = dict(sizes.example)
         self._counted: dict[Any, Any] = {}
         for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.nonzero.default):
             whole = sympy.prod([expression(size) for size in dims(tensor_inputs(node)[0])])

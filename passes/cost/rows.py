@@ -185,6 +185,8 @@ class _Follow:
             else:
                 if node.target is aten.index_select.default:
                     self._take(node)
+                elif node.target is aten.index_put.default:
+                    self._put(node)
                 merged, parted = self._regrouped(node)
                 for one, two in merged:
                     self._merge(two, one)
@@ -220,6 +222,19 @@ class _Follow:
         if parts.count(SAMPLES) == len(parts) - 1 and (mask is not None or len(parts) == 1):
             taken = mask or index
             self._note((node, axis), tuple(p if p == SAMPLES else (*p, taken) for p in parts))
+
+    def _put(self, node: fx.Node) -> None:
+        """The value that an expert puts its rows into."""
+        rows, places = argument(node, "values"), argument(node, "indices")
+        axis, index = len(places) - 1, places[-1]
+        parts = self.found.get((rows, axis), ()) if rank(rows) == rank(node) else ()
+        if any(places[:-1]) or not parts:
+            return
+        taken = counted_mask(index) or index
+        if all(p == SAMPLES or p[-1:] == (taken,) for p in parts):
+            self._note((node, axis), tuple(p if p == SAMPLES else p[:-1] for p in parts))
+            if SAMPLES not in parts:
+                self._note((node, 0), self.found.get((rows, 0)))
 
     def _narrowed(self, axis: Axis, index: fx.Node | None) -> Held | None:
         """What is left of an axis after a selection by ``index``, if it is one along that axis."""

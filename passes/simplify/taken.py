@@ -12,12 +12,12 @@ from torch.fx.experimental.symbolic_shapes import CallMethodKey
 from torch.utils import _pytree as pytree
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import dims, rank, tensor, tensor_inputs
+from tokgraph.ir.node import argument, dims, rank, tensor_inputs
 
 from ..contract import GraphPass
 from ..emitter import Emitter, remove_dead_code
 from ..rules import axis_map, traits
-from ..rules.registry import is_one
+from ..rules.registry import first_input, is_one
 
 aten = torch.ops.aten
 routed = torch.ops.tokgraph.routed.default
@@ -45,7 +45,7 @@ class TakeRoutedRows(GraphPass):
         emit = Emitter(graph, self.name)
         groups: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.find_nodes(op="call_function", target=routed):
-            groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+            groups.setdefault(first_input(node), []).append(node)
         for mask, ends in groups.items():
             axes = _axes(mask, ends[0])
             region = _region(mask, ends, axes) if axes is not None else {}
@@ -67,12 +67,11 @@ def _axes(mask: fx.Node, whole: fx.Node) -> Axes | None:
 def _region(mask: fx.Node, ends: Sequence[fx.Node], axes: Axes) -> dict[fx.Node, Axes]:
     """What is computed row by row and read at the rows of the mask alone -> its axes that count them."""
     found: dict[fx.Node, Axes] = {}
-    above = {node.args[1] for node in ends}
+    above: set[fx.Node] = {node.args[1] for node in ends}  # type: ignore[misc]
     ended = set(ends)
     while above:
-        node = max(above)  # type: ignore[type-var]
+        node = max(above)
         above.remove(node)
-        assert isinstance(node, fx.Node)
         places = {found_at for user in node.users if (found_at := _read_at(user, node, found, ended, axes)) is not None}
         alone = all(_read_at(user, node, found, ended, axes) is not None for user in node.users)
         if alone and len(places) == 1 and _row_by_row(node, (at := places.pop())):
@@ -165,7 +164,7 @@ class _Taken:
         new = {x: self._input(node, x, axes) for x in tensor_inputs(node)}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda x: new.get(x, x))
         if traits(node.target).sized:
-            sizes = list(args[1])
+            sizes: list[Any] = list(args[1])  # type: ignore[arg-type]
             if len(axes) == 2:
                 sizes[axes[0]] = 1
             if not isinstance(sizes[axes[-1]], int) or sizes[axes[-1]] != -1:
@@ -221,6 +220,7 @@ def _listed(mask: fx.Node) -> fx.Node | None:
         (mask,) = tensor_inputs(mask)
     if mask.target is not aten.index_put.default or rank(mask) != 1:
         return None
-    zeros, (index,), true = mask.args[:3]  # type: ignore[misc]
-    filled = zeros.target is true.target is aten.full.default and (zeros.args[1], true.args[1]) == (False, True)  # type: ignore[union-attr]
-    return index if filled and rank(index) == 1 and tensor(index).dtype is torch.int64 else None  # type: ignore[union-attr]
+    zeros, indices, true = first_input(mask), argument(mask, "indices"), argument(mask, "values")
+    filled = zeros.target is true.target is aten.full.default and (zeros.args[1], true.args[1]) == (False, True)
+    index: fx.Node = indices[0]
+    return index if filled and rank(index) == 1 and index.meta["val"].dtype is torch.int64 else None

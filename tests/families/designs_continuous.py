@@ -167,6 +167,19 @@ class MixtureByWhere(MixtureLayer):
         return torch.where(drawn[:, None], second, first)
 
 
+class MixtureByMask(MixtureLayer):
+    """The same function: which rows go to the expert that draws is a mask, and how many is known to no shape."""
+
+    def each(self, x: Tensor, at: tuple[Tensor, ...], apply: Callable[[Expert, Tensor], Tensor]) -> Tensor:
+        drawn = (torch.arange(x.shape[1])[:, None] == at[1]).any(1).expand(x.shape[:2])
+        first, second = self.experts
+        read = apply(first, x[~drawn])
+        made = x.new_zeros(*x.shape[:2], read.shape[-1])
+        made[~drawn] = read
+        made[drawn] = apply(second, x[drawn])
+        return made
+
+
 class Bagel(nn.Module):
     """Rectified flow in an expert of its own beside the language model's; image rows see one another."""
 
@@ -261,6 +274,12 @@ FAMILIES = [
         "arXiv 2505.14683",
         partial(bagel, MixtureByWhere),
         ("both experts on all rows, one is taken",),
+    ),
+    Family(
+        "BAGEL, by mask",
+        "arXiv 2505.14683",
+        partial(bagel, MixtureByMask),
+        ("mixture of transformers: experts take the rows of a mask",),
     ),
     Family("JanusFlow", "arXiv 2411.07975", janusflow, ("rectified flow: noise, time and image are inputs",)),
     Family(

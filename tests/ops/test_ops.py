@@ -140,6 +140,7 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         (numbers(3, 4), numbers(1, 4, 2), torch.tensor([0, 0, 0])),
     ],
     TOKGRAPH.grouped_mm_weight.default: [(numbers(2, 3, 4), numbers(2, 3, 6), index([0, 4, 0], [2, 4, 0]), 5)],
+    TOKGRAPH.routed.default: [(index([1, 0]).bool().unsqueeze(-1), numbers(1, 2, 3), -numbers(1, 2, 3))],
     TOKGRAPH.softmax_beside.default: [
         (numbers(2, 3, 5, grad=True), numbers(3, 2, grad=True)),
         (numbers(2, 3, 5, grad=True), numbers(1, 1, 1)),

@@ -127,7 +127,7 @@ def test_passes_for_one_task_leave_the_others_alone() -> None:
     passes = [Counting(task="generation"), Counting(), *rewrite_passes(a.facts, (), exact=True)]
     after = Pipeline(passes, lambda delta, _: ran.append((delta.task, delta.name))).run(program, a.facts_of)
     seeded = "explicit-causal-mask seed-sites uniform-rows push-down part-rows join-rows"
-    simplified = "share-duplicates merge-restores causal-attention grouped-heads range-rows"
+    simplified = "share-duplicates merge-restores causal-attention grouped-heads range-rows take-routed-rows"
     rewrite = [("understanding", name) for name in (*seeded.split(), *simplified.split())]
     assert [r for r in ran if r[0] == "generation"] == [("generation", "counting")] * 2
     assert [r for r in ran if r[0] == "understanding"] == [("understanding", "counting"), *rewrite]

@@ -14,7 +14,7 @@ from tests.passes.programs import Program, rows
 from tests.passes.tools import Run, assert_well_formed, calls, captured, changes, site
 from tokgraph.passes.pipeline import Pipeline
 from tokgraph.passes.rewrite.realise import rewrite_passes
-from tokgraph.passes.simplify import RangeRows
+from tokgraph.passes.simplify import RangeRows, TakeRoutedRows
 
 aten = torch.ops.aten
 tokgraph = torch.ops.tokgraph
@@ -107,8 +107,9 @@ def test_what_is_returned_shares_no_memory() -> None:
 
 def test_text_before_an_image() -> None:
     found = captured("generation", layers=3)
-    passes = rewrite_passes(found.facts, found.sites(site(1, 2, 0.0)), exact=False)
+    *passes, taken = rewrite_passes(found.facts, found.sites(site(1, 2, 0.0)), exact=False)
     assert isinstance(passes[-1], RangeRows)
+    assert isinstance(taken, TakeRoutedRows)  # of what has experts of modalities
     before = Pipeline(passes[:-1]).run_task(found.graph, found.facts)
     after = Pipeline(passes[-1:]).run_task(before, found.facts)
     assert_expected_inline(
