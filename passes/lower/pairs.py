@@ -166,7 +166,8 @@ def _exp(a: Pairs) -> Pairs:
 
 def _size(a: Pairs) -> Tensor:
     re, im = _parts(a)
-    return (re * re + im * im).sqrt()
+    size: Tensor = (re * re + im * im).sqrt()
+    return size
 
 
 def _sum(a: Pairs, dims: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Pairs:
