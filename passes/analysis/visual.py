@@ -102,12 +102,27 @@ def _begins(stream: fx.Node) -> str:
     )
 
 
+def _refuse_beyond(graph: TaskGraph, stream: fx.Node, start: int, stop: int | None) -> None:
+    """Refuse positions that the token axis does not have: Python's slices would leave them out and say nothing."""
+    tokens = size_hint(stream, 1)
+    wanted = max((abs(i) for i in (start, stop) if i is not None and (i < 0 or i == stop)), default=0)
+    if wanted > tokens or start >= tokens:
+        raise AnalysisError(
+            f"task {graph.name!r}: visual= names positions up to {max(wanted, start + 1)}, and the residual stream that was "
+            f"found, which begins at {_begins(stream)}, has {tokens} tokens in the example batch",
+            where=where(stream),
+            help="give positions of that stream; an encoder-decoder may have another one, which is taken where visual= names "
+            "an input that lies along it",
+        )
+
+
 def _declared(graph: TaskGraph, stream: fx.Node, classes: AxisClasses) -> VisualFlow:
     visual = graph.task.visual
     assert visual is not None
     entry = _meeting_point(stream)
     if visual.kind == "positions":
         start, stop = visual.span or (None, None)
+        _refuse_beyond(graph, stream, start or 0, stop)
         return VisualFlow("range", entry.name, 0, 0, start=start or 0, stop=stop)
     sources = graph.input_nodes().get(visual.input or "", [])
     source = sources[0] if len(sources) == 1 else None

@@ -82,7 +82,7 @@ def visual_rows(
             if at.dtype is torch.bool:  # rows that a mask takes, written in their own places
                 rows = rows & at.reshape(-1, rows.shape[1])
                 continue
-            at = at.reshape(-1, at.shape[-1])  # one row of it may serve all samples
+            at = at.unsqueeze(0).flatten(0, -2)  # one row of it may serve all samples; there may be none
             samples = max(rows.shape[0], at.shape[0])
             rows = rows.expand(samples, -1).gather(1, at.expand(samples, -1))
         found[chain] = rows

@@ -166,7 +166,8 @@ def _exp(a: Pairs) -> Pairs:
 
 def _size(a: Pairs) -> Tensor:
     re, im = _parts(a)
-    return (re * re + im * im).sqrt()
+    size: Tensor = (re * re + im * im).sqrt()
+    return size
 
 
 def _sum(a: Pairs, dims: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Pairs:
@@ -183,6 +184,11 @@ def _copy(a: Any, dtype: torch.dtype | None = None, *rest: Any) -> Any:
 def _where(condition: Tensor, a: Any, b: Any) -> Pairs:
     (ar, ai), (br, bi) = _parts(a), _parts(b)
     return _pairs(torch.where(condition, ar, br), torch.where(condition, ai, bi))
+
+
+def _for_pairs(index: Tensor) -> Tensor:
+    """An index of elements, for both parts of each."""
+    return index.unsqueeze(-1).expand(*index.shape, 2)
 
 
 def _same(a: Any, *rest: Any) -> Any:
@@ -223,6 +229,9 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.slice: _of_one(lambda a, dim, *rest: aten.slice.Tensor(a.x, a.axis(dim), *rest)),
     aten.select: _of_one(lambda a, dim, index: a.x.select(a.axis(dim), index)),
     aten.index_select: _of_one(lambda a, dim, index: a.x.index_select(a.axis(dim), index)),
+    aten.gather: _of_one(lambda a, dim, index, *rest: a.x.gather(a.axis(dim), _for_pairs(index))),
+    aten.scatter: _of_one(lambda a, dim, index, b, *rest: a.x.scatter(a.axis(dim), _for_pairs(index), b.x)),
+    aten.new_zeros: _of_one(lambda a, sizes, *rest: a.x.new_zeros([*sizes, 2])),
     aten.index: _of_one(lambda a, indices: aten.index.Tensor(a.x, indices)),
     aten.constant_pad_nd: _of_one(lambda a, pad, *rest: aten.constant_pad_nd.default(a.x, [0, 0, *pad])),
     aten.cat: lambda every, dim=0: Pairs(torch.cat([a.x for a in every], every[0].axis(dim))),

@@ -15,7 +15,9 @@ POLICIES = ("fastv", "hmgen")
 
 @pytest.mark.slow
 def test_reports_are_those_of_a_model_with_values() -> None:
-    with_values, without = (tg.analyze(tg.capture(tg.load(str(JANUS), device=device, layers=3, padded=False))) for device in ("cpu", "meta"))
+    with_values, without = (
+        tg.analyze(tg.capture(tg.load(str(JANUS), device=device, layers=3, padded=False))) for device in ("cpu", "meta")
+    )
     for policy in POLICIES:
         plan = tg.make_plan(without, policy)
         found, expected = (make_report(tg.apply(facts, plan)) for facts in (without, with_values))

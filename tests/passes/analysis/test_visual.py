@@ -176,6 +176,13 @@ def test_declared_positions_of_a_model(where: slice) -> None:
     assert flow.count == len(range(TOKENS)[where])
 
 
+@pytest.mark.parametrize("where", [slice(0, 100), slice(-9, None), slice(20, None)])
+def test_positions_that_the_stream_does_not_have_are_refused(where: slice) -> None:
+    """An encoder-decoder has two streams, and the wrong one would have lost its answer."""
+    with pytest.raises(tg.AnalysisError, match=rf"positions up to .* has {TOKENS} tokens"):
+        flow_of(codes, images=False, visual=tg.VisualTokens.positions(where), reads="all")
+
+
 def test_declared_id_ranges() -> None:
     ids = torch.tensor([[1, 7, 8, 9, 2, 3], [7, 9, 9, 1, 2, 3]])
     _, mask, _ = flow_of(codes, images=False, ids=ids, visual=tg.VisualTokens.ids(input="ids", low=7, high=9))

@@ -41,6 +41,7 @@ CASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "squeezed": lambda z, t: z.unsqueeze(1).squeeze(-2) * t.view(12).view(3, 4),
     "parts": lambda z, t: torch.cat([z[1:, ::2], t[:2, 2:]], -1) * z.select(-1, 1)[:2, None],
     "by index": lambda z, t: torch.stack([z.index_select(1, z.real.argsort(1)[0, :2]), t[:, t.real.argsort(1)[0, :2]]], -2),
+    "gathered": lambda z, t: z.gather(1, z.real.argsort(1)) * z.new_zeros(3, 4).scatter(0, t.real.argsort(0), t),
     "summed": lambda z, t: z.sum(-1) * t.sum() + t.sum(0, keepdim=True).sum(-1),
     "chosen": lambda z, t: torch.where(z.real > 0, z, t) + torch.nn.functional.pad(z, (1, 2))[:, 1:-2],
 }  # fmt: skip
