@@ -31,6 +31,7 @@ from ..rules.registry import Axis, is_one
 aten = torch.ops.aten
 _MAKES_STATES = (
     aten.add.Tensor, aten.mul.Tensor, aten.stack.default, aten.cat.default, aten.slice_scatter.default, aten.transpose.int,
+    torch.ops.tokgraph.routed.default,
 )  # fmt: skip
 """Operators that make what leads from layer to layer."""
 _REPEATS = (aten.expand.default, aten.repeat.default)

@@ -22,7 +22,7 @@ from tokgraph.ir.facts import TaskFacts
 from tokgraph.passes import GraphPass, Pipeline, pass_of, registered_passes
 from tokgraph.passes.contract import fingerprint
 from tokgraph.passes.device import ToDevice
-from tokgraph.passes.lower.functional import ChecksToOutputs, TensorsToInputs, WritesToOutputs
+from tokgraph.passes.lower.functional import ChecksToOutputs, CountsToSizes, TensorsToInputs, WritesToOutputs
 from tokgraph.passes.lower.scatter import ScattersByIndex
 from tokgraph.passes.rewrite import PushDown, SeedSites
 from tokgraph.passes.rewrite.realise import rewrite_passes
@@ -67,6 +67,7 @@ FIELDS = {
 def test_the_stages_run_every_pass_there_is() -> None:
     others = [
         ToDevice,
+        CountsToSizes,
         ScattersByIndex,
         ChecksToOutputs,
         WritesToOutputs,
