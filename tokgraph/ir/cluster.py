@@ -145,7 +145,7 @@ def _amount(units: re.Pattern[str], example: str) -> Callable[[str, str], float]
             raise PlanError(f"cluster: {name}={text} is no amount", help=f"write it as {example}")
         if units is not _COUNT and scale == 1 and 0 < float(number[1]) < _LEAST:
             raise PlanError(
-                f"cluster: {name}={text} is less than any GPU has: a unit is missing", help=f"write it as {example}"
+                f"cluster: {name}={text} is less than any GPU has, a unit is missing", help=f"write it as {example}"
             )
         return float(number[1]) * scale / (8 if parts.get("unit") in ("bit", "bps") else 1)
 
