@@ -172,6 +172,7 @@ def test_copies_look_at_their_own_model() -> None:
         mine(task=task, **batch)
 
 
+@pytest.mark.slow
 def test_tensors_of_a_checkpoint_take_the_places() -> None:
     """``assign=True``, as models on the meta device need it; what a plan added follows."""
     acc = copy.deepcopy(planned("himix"))
@@ -184,6 +185,7 @@ def test_tensors_of_a_checkpoint_take_the_places() -> None:
     assert_same(acc, {"generation": inputs_of(acc)["generation"]}, 1e-6)
 
 
+@pytest.mark.slow
 def test_compilation_of_the_whole_module_is_that_of_its_pieces() -> None:
     acc = planned("none")
     module, batch = acc.module(), inputs_of(acc)["generation"]

@@ -62,6 +62,7 @@ def test_a_wrong_command_line(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_errors_come_without_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     chosen(monkeypatch, tmp_path, "--phases", "none:90%,shared:20%")
     with pytest.raises(SystemExit, match=r"error\[TG005\]: the phases .* have 13.2 steps, the run has 12"):
