@@ -19,7 +19,9 @@ from .target import accelerated_program, batches_in, is_folder, names
 @click.command()
 @model_options
 @policy_options
-@click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="A plan file to apply.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A plan file to apply."
+)
 @click.option("--verify/--no-verify", default=True, help="Compare a model's rewrite with the oracle before exporting.")
 @click.option(
     "--onnx", "kinds", callback=names, default="forward,train-step", show_default=True, help=f"Of {', '.join(KINDS)}."

@@ -44,7 +44,10 @@ from .tables import print_summary
     help="Measure attention, redundancy and gradients on the batches of a safetensors file, or on the 'example' batch.",
 )
 @click.option(
-    "--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="Also the cost after this plan file."
+    "--plan",
+    "plan_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Also the cost after this plan file.",
 )
 @click.option(
     "--why-not",

@@ -40,7 +40,9 @@ from .passes import PassLog
 @click.command()
 @model_options
 @policy_options
-@click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="A plan file to apply.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A plan file to apply."
+)
 @click.option("--verify/--no-verify", default=True, help="Compare with the oracle; exit 3 if they disagree.")
 @click.option(
     "--compile",

@@ -22,7 +22,9 @@ from .target import Batches, accelerated_program, batches_in, example_of, holds_
 @click.command()
 @model_options
 @policy_options
-@click.option("--plan", "plan_file", type=click.Path(dir_okay=False, path_type=Path), help="A plan file to apply.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A plan file to apply."
+)
 @click.option(
     "--runtime", type=click.Choice(["onnxruntime", "torch"]), help="[default: onnxruntime for exported graphs]"
 )

@@ -53,6 +53,27 @@ PEAKS = {
 """Part of a device's name, the first that fits -> FLOP/s of dense products in bfloat16, in float32: NVIDIA's data sheets."""
 
 
+def whole(text: str) -> int:
+    """Return a whole number above 0."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """Return a finite number above 0."""
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """Return a number from 0 to 1."""
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return number
+
+
 def arguments() -> argparse.Namespace:
     """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,17 +85,26 @@ def arguments() -> argparse.Namespace:
         help="policies one after the other: none:10%%,shared,none:10%%; shared/0.25: another share that is kept",
     )
     add("--parallel", choices=["fsdp", "ddp"], default="fsdp", help="shard the model over processes, or copy it")
-    add("--steps", type=int, default=300, help="optimizer steps")
-    add("--micro-batches", type=int, default=4, help="micro-batches of a step, of all processes together")
-    add("--batch", type=int, default=16, help="samples of a micro-batch")
-    add("--ratio", type=float, default=0.5, help="share of micro-batches that are understanding")
-    add("--lr", type=float, default=3e-3, help="largest learning rate: it rises for a tenth of the steps, then falls")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradients")
+    add("--steps", type=whole, default=300, help="optimizer steps")
+    add("--micro-batches", type=whole, default=4, help="micro-batches of a step, of all processes together")
+    add("--batch", type=whole, default=16, help="samples of a micro-batch")
+    add("--ratio", type=share, default=0.5, help="share of micro-batches that are understanding")
+    add(
+        "--lr",
+        type=above_zero,
+        default=3e-3,
+        help="largest learning rate: it rises for a tenth of the steps, then falls",
+    )
+    add("--clip", type=above_zero, default=1.0, help="largest norm of the gradients")
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--recompute", action="store_true", help="compute values of blocks again in the backward pass")
     add("--compile", nargs="?", const="inductor", metavar="BACKEND", help="compile blocks")
-    add("--peak-flops", type=float, help="FLOP/s that a device can do, for the share of it that is used: by its name")
-    add("--save-every", type=int, default=100, help="steps between checkpoints")
+    add(
+        "--peak-flops",
+        type=above_zero,
+        help="FLOP/s that a device can do, for the share of it that is used: by its name",
+    )
+    add("--save-every", type=whole, default=100, help="steps between checkpoints")
     add("--out", type=Path, default=Path("run"), help="folder of metrics and checkpoints")
     add("--seed", type=int, default=0, help="seed of weights and batches")
     add("--quick", action="store_true", help="a small model, and few steps")
@@ -122,7 +152,7 @@ def tasks_of(step: int, chosen: argparse.Namespace) -> list[str]:
 def plan_of(facts: tg.Facts, name: str) -> tg.Plan:
     """Return the plan of a policy, or of ``POLICY/KEEP``."""
     policy, _, keep = name.partition("/")
-    return tg.make_plan(facts, policy, **({"keep": float(keep)} if keep else {}))
+    return tg.make_plan(facts, policy, **({"keep": keep} if keep else {}))  # which says what is wrong with it
 
 
 def peak_of(device: torch.device, bf16: bool) -> float | None:
@@ -310,8 +340,10 @@ def main() -> None:
     if world > 1:
         join("cpu:gloo,cuda:nccl" if device is not None else "gloo")
     rank = dist.get_rank() if world > 1 else 0
-    training = Training(chosen, rank, world, device or torch.device("cpu"))
-    train(training)
+    try:
+        train(Training(chosen, rank, world, device or torch.device("cpu")))
+    except tg.TokgraphError as error:
+        raise SystemExit(str(error)) from None  # it says what to do, which a traceback would hide
     if world > 1:
         dist.destroy_process_group()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.optim.swa_utils import AveragedModel
 
 import tokgraph as tg
 from tests import tiny
@@ -128,6 +131,68 @@ def test_what_is_called_wrongly() -> None:
         module(task="understanding", **{**batch, "ids": test_checks.one_image_token_less()["ids"]})
     with pytest.raises(tg.BatchError, match="out of range"):
         module(task="understanding", **{**batch, "ids": batch["ids"].clamp(max=9).masked_fill(batch["ids"] > 9, 99)})
+
+    for keep in ("no", 3, [torch.add], torch.ops.aten.mm.default, [torch.ops.aten.mm]):
+        with pytest.raises(tg.PlanError, match="in no list of operators"):
+            acc.module(checkpoint=keep)
+    for whole in (acc, module, acc.trainable()):
+        with pytest.raises(tg.FileError, match="is not pickled"):
+            pickle.dumps(whole)
+
+
+def test_copies_look_at_their_own_model() -> None:
+    """As averages of weights keep: modes and changes of the copy count for it, and those of the original do not."""
+    spec = tiny.build(layers=2)
+    spec.model.layers[0].mlp.append(nn.Dropout())
+    task, batch = "understanding", spec.tasks["understanding"].inputs
+    acc = tg.optimize(tg.ModelSpec(spec.model, {task: spec.tasks[task]}), "himix", verify=False)
+    module = acc.module()
+    average = AveragedModel(module)
+    mine = average.module
+    assert not {id(p) for p in mine.parameters()} & {id(p) for p in acc.parameters()}
+    with torch.no_grad():
+        for p in mine.parameters():
+            p.mul_(1.5)
+    copied = mine._programs[""]
+    found = result(copied, partial(average, task=task, **batch))
+    compare(result(copied, partial(copied[task], **batch)), found, 1e-6)
+    assert not torch.equal(found[0][0], result(acc, partial(module, task=task, **batch))[0][0])
+
+    own, original = (x._tasks[""][task].variants.first for x in (mine, module))
+    mine.eval()
+    assert acc.model.training
+    assert (own.holds(), original.holds()) == (False, True)  # else it would drop out as in training
+    mine.train()
+    acc.eval()
+    assert (own.holds(), original.holds()) == (True, False)
+    acc.train()
+    mine._model[0].layers[0].mlp[1] = nn.ReLU()
+    module(task=task, **batch)
+    with pytest.raises(tg.StaleError, match="was replaced"):
+        mine(task=task, **batch)
+
+
+@pytest.mark.slow
+def test_tensors_of_a_checkpoint_take_the_places() -> None:
+    """``assign=True``, as models on the meta device need it; what a plan added follows."""
+    acc = copy.deepcopy(planned("himix"))
+    module = acc.module()
+    state = {name: x.clone() for name, x in module.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+    assert acc.model.head.weight.data_ptr() == state["head.weight"].data_ptr()
+    own = next(iter(acc.own_parameters))
+    assert acc.own_parameters[own].data_ptr() == state[own].data_ptr()
+    assert_same(acc, {"generation": inputs_of(acc)["generation"]}, 1e-6)
+
+
+@pytest.mark.slow
+def test_compilation_of_the_whole_module_is_that_of_its_pieces() -> None:
+    acc = planned("none")
+    module, batch = acc.module(), inputs_of(acc)["generation"]
+    whole = torch.compile(module, backend="eager", fullgraph=False)
+    counters.clear()
+    assert torch.equal(whole(task="generation", **batch)[0], acc["generation"](**batch)[0])
+    assert not counters["stats"]
 
 
 @pytest.mark.slow

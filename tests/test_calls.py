@@ -136,3 +136,16 @@ def test_constants_of_the_code_hide_no_tensor_of_the_model() -> None:
 def test_a_tensor_that_is_no_buffer_may_not_have_a_name_of_ours() -> None:
     with pytest.raises(tg.SpecError, match="'tokgraph_step', a name that is reserved"):
         tg.capture(odd_spec("tokgraph_step"))
+
+
+def test_a_plan_that_is_applied_in_autocast_is_the_same(three: Captured) -> None:
+    """Values of new nodes, and so costs and estimates, are those of the graph's own region."""
+    plan = tg.make_plan(three.program, "shared", facts=three.facts)
+
+    def values(program: tg.Program) -> list[str]:
+        nodes = [node for graph in program.values() for node in graph.graph.nodes]
+        return [str(getattr(node.meta.get("val"), "dtype", None)) for node in nodes]
+
+    outside = values(three.apply(plan).program)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert values(three.apply(plan).program) == outside

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -19,15 +17,17 @@ from tokgraph.ir.program import is_training
 from tokgraph.ir.spec import check_tasks
 from tokgraph.ir.tensors import held
 
+from .calls.copies import Copied
 from .calls.cutting import AFTER, Added, Cut
 from .calls.diagnosis import explain
 from .calls.parted import PartedCall, PartedTask
-from .calls.parts import GraphFailure, Holder, Inner, Part, Registered
+from .calls.parts import GraphFailure, Holder, Inner, Part, Registered, kept_operators
+from .calls.sharded import is_fsdp, parameters_as, views_allowed
 from .calls.variants import Variants
 from .runtime import Accelerated, no_autocast
 
 
-class Blockwise(nn.Module):
+class Blockwise(Copied, nn.Module):
     """Every task of accelerated programs in the parts of one model: ``prologue``, ``blocks``, ``epilogue``.
 
     Each part registers the parameters that only it reads, once for all tasks, in the user's own modules: what shards them
@@ -40,6 +40,9 @@ class Blockwise(nn.Module):
         accelerated: the program; or name of a plan -> the program that it made, of which the first is in force.
         checkpoint: values of blocks that are computed again in the backward pass: ``False``: none; ``True``: all;
             operators: all but the results of these.
+
+    Raises:
+        PlanError: the programs are of several models, or what is to be kept are no operators.
 
     Attributes:
         prologue: what comes before the blocks: embeddings, encoders, masks, rows that are chosen by the batch alone.
@@ -64,7 +67,7 @@ class Blockwise(nn.Module):
         self._tasks = _parted(self._programs)
         every = [task for tasks in self._tasks.values() for task in tasks.values()]
         cuts = [task.cut_of(task.variants.first) for task in every]
-        kept = None if checkpoint is False else () if checkpoint is True else tuple(checkpoint)
+        kept = kept_operators(checkpoint)
         self.prologue = Part()
         self.blocks = _Blocks(Part(kept) for _ in range(max(found.blocks for found in cuts)))
         self.epilogue = Part()
@@ -93,14 +96,15 @@ class Blockwise(nn.Module):
         self._plan = plan
         return self
 
+    @torch.compiler.disable(reason="module.compile() compiles what runs in its parts; what hands values on is Python")
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """:meth:`forward`; FSDP2's hooks run in between, and what they gather is to know whether it learns."""
         if len(self._programs) > 1 and self._resting_for != self._plan and self._is_sharded():
             self._reshard()
             self._rest(self._plan)
-        with _views_allowed() if self._told_of_views else nullcontext():
+        with views_allowed() if self._told_of_views else nullcontext():
             result = super().__call__(*args, **inputs)
-        if not self._told_of_views and _is_fsdp(self):
+        if not self._told_of_views and is_fsdp(self):
             self._told_of_views = any(isinstance(x, torch.Tensor) and x._is_view() for x in pytree.tree_leaves(result))
         return result
 
@@ -265,7 +269,7 @@ class Blockwise(nn.Module):
             doing = [(call, step) for call in calls if (step := call.step(index, sharded)) is not None]
             if doing:
                 given = [tuple(call.values[name] for name in step.inputs) for call, step in doing]
-                with _views_allowed() if sharded else nullcontext():
+                with views_allowed() if sharded else nullcontext():
                     found = part([step for _, step in doing], given)
                 for (call, step), values in zip(doing, found, strict=True):
                     call.take(step, values, index)
@@ -273,7 +277,7 @@ class Blockwise(nn.Module):
 
     def _is_sharded(self) -> bool:
         """Whether FSDP2 shards any part: the tensors that are registered then change from one moment to the next."""
-        return any(_is_fsdp(x) for x in self.modules())
+        return any(is_fsdp(x) for x in self.modules())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._reshard()
@@ -292,8 +296,9 @@ class Blockwise(nn.Module):
     ) -> None:
         self._reshard()
         mine = {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         try:
-            keys = [program.load_state_dict(mine, strict=False) for program in self._programs.values()]
+            keys = [program.load_state_dict(mine, strict=False, assign=assign) for program in self._programs.values()]
         except RuntimeError as error:
             error_msgs.append(str(error))
             return
@@ -305,7 +310,7 @@ class Blockwise(nn.Module):
     def _reshard(self) -> None:
         """Let the registered tensors be the sharded ones, which a forward without backward leaves gathered."""
         for module in self.modules():
-            if _is_fsdp(module):
+            if is_fsdp(module):
                 module.reshard()  # type: ignore[operator]
 
     def keyed(self) -> nn.Module:
@@ -365,35 +370,6 @@ def _parted(programs: Mapping[str, Accelerated]) -> dict[str, dict[str, PartedTa
         plan: {name: PartedTask(program.model, task.variants, added[name]) for name, task in program.items()}
         for plan, program in programs.items()
     }
-
-
-@contextmanager
-def parameters_as(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Let floating-point parameters of a model be of a type, as FSDP2 gives them to a forward; buffers stay."""
-    tables = [(module._parameters, dict(module._parameters)) for module in model.modules()]
-    made: dict[int, nn.Parameter] = {}
-    try:
-        for table, before in tables:
-            for name, p in before.items():
-                if dtype is not None and p is not None and p.is_floating_point() and p.dtype is not dtype:
-                    table[name] = made.setdefault(id(p), nn.Parameter(p.detach().to(dtype), p.requires_grad))
-        yield
-    finally:
-        for table, before in tables:
-            table.update(before)
-
-
-@contextmanager
-def _views_allowed() -> Iterator[None]:
-    """FSDP2 warns of parts that return views, which must not be written to: nothing here is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-        yield
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded by it
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _learns_any(module: nn.Module) -> bool:

@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,10 +27,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as shard
 
 from .blockwise import Blockwise
+from .checkpoints import (
+    MANIFEST,
+    Planner,
+    Reader,
+    check_contents,
+    described,
+    everywhere,
+    is_first,
+    told,
+    write_manifest,
+)
 from .errors import FileError
-from .files import parse_json, read_text, write_atomically
-
-_MANIFEST = "checkpoint.json"
 
 
 def fully_shard(
@@ -84,19 +91,25 @@ def save(folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer
         more: of the training loop, as JSON: ``step=100``.
     """
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    if _is_first():
-        shutil.rmtree(partial, ignore_errors=True)
-    _wait()
-    with _alone():
-        save_state(_state(module, optimizer), checkpoint_id=partial)
-    if _is_first():
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        described = {"files": files, "steps": module.steps, "more": more}
-        write_atomically(partial / _MANIFEST, json.dumps(described, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    _wait()
+    unfinished, before = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "before"))
+    try:
+        json.dumps(more)
+    except (TypeError, ValueError) as error:
+        raise FileError(
+            f"a checkpoint cannot hold {', '.join(more)}: {error}", help="give what JSON can hold"
+        ) from None
+    everywhere(partial(_begin, folder, unfinished, before))
+    try:
+        with (
+            _alone(),
+            told(f"the checkpoint {folder} cannot be written", "nothing of it is left; others are as they were"),
+        ):
+            save_state(_state(module, optimizer), checkpoint_id=unfinished)
+        write_manifest(unfinished, {"steps": module.steps, "more": more})
+    except FileError:
+        everywhere(partial(_end, unfinished))
+        raise
+    everywhere(partial(_replace, folder, unfinished, before))
 
 
 def load(folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -113,18 +126,26 @@ def load(folder: str | Path, module: Blockwise, optimizer: torch.optim.Optimizer
     Raises:
         FileError: it is no checkpoint, or not a whole one.
     """
-    described = _described(Path(folder))
+    folder = Path(folder)
+    about = described(folder)
+    check_contents(folder, about)
+    known = _known(folder)
     state = _state(module, optimizer)
     if optimizer is not None:
-        _leave_out(state["optimizer"]["state"], Path(folder))
-    with _alone():
-        load_state(state, checkpoint_id=Path(folder))
+        _leave_out(state["optimizer"]["state"], known)
+    strange = [name for name in known if name.startswith("model.") and not _is_of(state["model"], name)]
+    advice = "load it into the model, the plan and the optimizer that it was saved of"
+    if strange:
+        names = ", ".join(name.removeprefix("model.") for name in strange[:3])
+        raise FileError(f"the checkpoint {folder} holds {names}, which the module does not have", help=advice)
+    with _alone(), told(f"the checkpoint {folder} cannot be loaded", advice):
+        load_state(state, storage_reader=Reader(folder), planner=Planner())
     keyed = module.keyed()
     set_model_state_dict(keyed, state["model"], options=StateDictOptions(strict=True))
     if optimizer is not None:  # not strict: loading was, but for parameters that had no state
         set_optimizer_state_dict(keyed, optimizer, state["optimizer"], options=StateDictOptions(strict=False))
-    module.steps = described["steps"]
-    found: dict[str, Any] = described["more"]
+    module.steps = about["steps"]
+    found: dict[str, Any] = about["more"]
     return found
 
 
@@ -133,10 +154,10 @@ def latest(folder: str | Path) -> Path | None:
     found = []
     for path in Path(folder).glob("*") if Path(folder).is_dir() else ():
         try:
-            _described(path)
+            described(path)
         except FileError:
             continue
-        found.append(((path / _MANIFEST).stat().st_mtime_ns, path))
+        found.append(((path / MANIFEST).stat().st_mtime_ns, path))
     return max(found)[1] if found else None
 
 
@@ -148,34 +169,29 @@ def _state(module: Blockwise, optimizer: torch.optim.Optimizer | None) -> dict[s
     return state
 
 
-def _leave_out(of_parameters: dict[str, Any], folder: Path) -> None:
+def _known(folder: Path) -> Mapping[str, Any]:
+    """Name of what a checkpoint holds -> what it is.
+
+    Raises:
+        FileError: its metadata is not that of PyTorch.
+    """
+    try:
+        return Reader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # a pickle that others wrote fails in any way
+        raise FileError(f"{folder / '.metadata'} is not PyTorch's: {error}", help="load one that save wrote") from None
+
+
+def _is_of(model: Mapping[str, Any], name: str) -> bool:
+    """Whether a name of a checkpoint is that of a tensor of a model, or of a part of what a model saves besides."""
+    whole = name.removeprefix("model.")
+    return whole in model or any(whole.startswith(f"{other}.") for other in model if other.endswith("_extra_state"))
+
+
+def _leave_out(of_parameters: dict[str, Any], known: Mapping[str, Any]) -> None:
     """Take out the state of parameters that had none when the checkpoint was saved: no step had changed them yet."""
-    known = FileSystemReader(folder).read_metadata().state_dict_metadata
     for name, found in list(of_parameters.items()):
         if not any(f"optimizer.state.{name}.{key}" in known for key in found):
             del of_parameters[name]
-
-
-def _described(folder: Path) -> Mapping[str, Any]:
-    """What is said of a checkpoint beside its tensors.
-
-    Raises:
-        FileError: it is none, or a file of it is missing or was cut short.
-    """
-    try:
-        described = parse_json(read_text(folder / _MANIFEST))
-        files: dict[str, int] = described["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileError(
-            f"{folder} holds no checkpoint: {type(error).__name__}", help="load one that save wrote"
-        ) from None
-    for name, size in files.items():
-        path = folder / name
-        now = path.stat().st_size if path.is_file() else None
-        if now != size:
-            said = "is missing" if now is None else f"has {now} bytes, and had {size}"
-            raise FileError(f"the checkpoint {folder} is not whole: {name} {said}", help="load the one before it")
-    return described  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -186,10 +202,25 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def _begin(folder: Path, unfinished: Path, before: Path) -> None:
+    """Remove what is left of a process that died; put back what it had taken away."""
+    if is_first():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if before.exists() and not folder.exists():
+            before.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
 
 
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _end(unfinished: Path) -> None:
+    """Remove what could not be written."""
+    if is_first():
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _replace(folder: Path, by: Path, before: Path) -> None:
+    """Put a whole checkpoint in the place of another: one of them is there at any time, if under another name."""
+    if is_first():
+        if folder.exists():
+            folder.rename(before)
+        by.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)

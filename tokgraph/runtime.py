@@ -28,6 +28,7 @@ from tokgraph.passes.cost.as_run import as_run
 from tokgraph.passes.lower.places import mark_places
 from tokgraph.planning.check import check_plan
 
+from .calls.copies import Copied
 from .calls.diagnosis import FAILURES, explain
 from .calls.draws import Draws
 from .calls.rewritten import rewritten, task_anew
@@ -177,7 +178,7 @@ def no_autocast(captured: Autocast | None) -> AbstractContextManager[Any]:
     return nullcontext() if captured is None else torch.autocast(captured.device, enabled=False)
 
 
-class Accelerated(Mapping[str, TaskModule]):
+class Accelerated(Copied, Mapping[str, TaskModule]):
     """Task name -> :class:`TaskModule`; all hold the parameters of the user's model, which stays what it was.
 
     Args:
@@ -318,19 +319,30 @@ class Accelerated(Mapping[str, TaskModule]):
         """The model's state, under the model's keys, and the parameters that the plan added."""
         return {**self.model.state_dict(), **{name: p.detach() for name, p in self.own_parameters.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> Any:
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint of this program, or of the model alone.
 
         Parameters that the plan added and the checkpoint lacks start as those they are copies of; steps that it lacks stay.
+
+        Args:
+            state: the checkpoint.
+            strict: refuse one that lacks tensors of the model, or holds others.
+            assign: let the model have the tensors of the checkpoint, as a model on the meta device needs it, instead of
+                copying from them.
         """
         added, steps = self.own_parameters, {step_name(name): module for name, module in self.items()}
         keys = self.model.load_state_dict(
-            {k: v for k, v in state.items() if k not in added and k not in steps}, strict=strict
+            {k: v for k, v in state.items() if k not in added and k not in steps}, strict=strict, assign=assign
         )
         loaded = self.model.state_dict()
         with torch.no_grad():
             for name, parameter in added.items():
-                parameter.copy_(state[name] if name in state else loaded[copied_name(name)])
+                x = state[name] if name in state else loaded[copied_name(name)]
+                if assign:  # in place: graphs of several plans and modes hold it
+                    taken = x if name in state else x.clone()
+                    torch.utils.swap_tensors(parameter, nn.Parameter(taken.detach(), parameter.requires_grad))
+                else:
+                    parameter.copy_(x)
         for name, module in steps.items():
             if name in state:
                 module.step = int(state[name])

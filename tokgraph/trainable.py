@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokgraph.calls.copies import Copied
 from tokgraph.errors import BatchError
 from tokgraph.ir.program import tied_names
 from tokgraph.ir.spec import LOSS_KEY, check_tasks, split_outputs
@@ -17,7 +18,7 @@ from tokgraph.runtime import Accelerated
 log = logging.getLogger(__name__)
 
 
-class TrainableTask(nn.Module):
+class TrainableTask(Copied, nn.Module):
     """One task of an accelerated program, or all in one step, for trainers such as that of ``transformers``.
 
     Its parameters are the user's model's (and those that the plan added), its ``state_dict`` has the user's keys, tied weights

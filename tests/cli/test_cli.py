@@ -171,7 +171,7 @@ INSPECT_REFUSED = {
     "size of zero": ([TINY, "--at", "batch=0"], 2, "batch=0 is no positive whole number"),
     "size that is no number": ([TINY, "--at", "tokens=many"], 2, "tokens=many is no positive whole number"),
     "unknown convention": ([TINY, "--flops-convention", "mine"], 2, "'mine' is not one of"),
-    "no such plan": ([TINY, "--plan", "plan.json"], 1, "cannot read plan file plan.json"),
+    "no such plan": ([TINY, "--plan", "plan.json"], 2, "File 'plan.json' does not exist"),
     "no such batches": ([TINY, "--calibrate", "b.safetensors"], 2, "no such file: b.safetensors"),
     "batches of another kind": ([TINY, "--calibrate", TINY], 1, "is no safetensors file"),
     "unknown size": ([TINY, "--at", "pixels=3"], 1, "has no size 'pixels'"),
@@ -247,8 +247,8 @@ REFUSED = {
         "renorm.default has no token-axis rule",
     ),
     "data-dependent branch": ([TINY, "--set", "branch=True"], 1, "branches on the value of a tensor"),
-    "plan and policy": ([TINY, "--plan", "p.json", "--policy", "exact"], 2, "exclude each other"),
-    "no such plan": ([TINY, "--plan", "p.json"], 1, "cannot read plan file p.json"),
+    "plan and policy": ([TINY, "--plan", __file__, "--policy", "exact"], 2, "exclude each other"),
+    "no such plan": ([TINY, "--plan", "p.json"], 2, "File 'p.json' does not exist"),
 }
 
 

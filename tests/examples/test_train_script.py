@@ -37,6 +37,39 @@ def test_tasks_are_mixed_by_a_ratio(
 
 
 @pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--steps", "0", "0 is not above 0"),
+        ("--batch", "-1", "-1 is not above 0"),
+        ("--save-every", "0", "0 is not above 0"),
+        ("--micro-batches", "two", "invalid whole value"),
+        ("--ratio", "2", "2 is not from 0 to 1"),
+        ("--clip", "-1", "-1 is no finite number above 0"),
+        ("--lr", "nan", "nan is no finite number above 0"),
+        ("--model", "mnist", "invalid choice"),
+    ],
+)
+def test_a_wrong_command_line(
+    option: str,
+    text: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        chosen(monkeypatch, tmp_path, f"{option}={text}")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_errors_come_without_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen(monkeypatch, tmp_path, "--phases", "none:90%,shared:20%")
+    with pytest.raises(SystemExit, match=r"error\[TG005\]: the phases .* have 13.2 steps, the run has 12"):
+        train.main()
+
+
+@pytest.mark.parametrize(
     ("name", "bf16", "peak"),
     [
         ("NVIDIA H100 80GB HBM3", True, 989e12),

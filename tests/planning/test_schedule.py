@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import tokgraph as tg
@@ -52,6 +54,12 @@ def test_phases_are_read(text: str, steps: int, expected: str | None) -> None:
 def test_what_is_no_schedule(text: str, message: str) -> None:
     with pytest.raises(tg.PlanError, match=message):
         tg.Schedule.parse(text, 100)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "10"])
+def test_what_is_no_number_of_steps(steps: Any) -> None:
+    with pytest.raises(tg.PlanError, match="a whole number of steps"):
+        tg.Schedule.parse("none", steps)
 
 
 def test_phases_by_hand() -> None:

@@ -90,8 +90,11 @@ class Added(MutableMapping[str, Any]):
     """
 
     def __init__(self, graphs: Sequence[TaskGraph]) -> None:
-        modules = [graph.graph_module for graph in graphs]
-        self._tables = [module.get_submodule(HOLDER)._parameters for module in modules if hasattr(module, HOLDER)]
+        self._modules = [graph.graph_module for graph in graphs if hasattr(graph.graph_module, HOLDER)]
+
+    @property
+    def _tables(self) -> list[dict[str, Any]]:
+        return [module.get_submodule(HOLDER)._parameters for module in self._modules]
 
     def __getitem__(self, key: str) -> Any:
         return self._of(key)[0][key]

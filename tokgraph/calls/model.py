@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -60,6 +61,7 @@ class ModelCheck:
 
     def __init__(self, model: nn.Module, graph: TaskGraph, *, tensors: bool = True) -> None:
         self._model = model
+        self._objects = _objects(model, graph)
         self._slots = [slot for slot in _slots(model, graph) if tensors or slot.kind != "tensor"]
         self._types = _sampled(model, _captured_types(graph)) if tensors else []
         on_the_way = [slot.of for slot in self._slots if slot.kind == "module"]
@@ -67,6 +69,20 @@ class ModelCheck:
         self._hooks = _hooks(model)
         self._hooked = RemovableHandle.next_id
         self._compile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelCheck:
+        """Looks at the copy of the model: at its own dictionaries, which are not those that copying puts into the memo."""
+        for x in (*self._model.modules(), *self._objects):
+            memo[id(x.__dict__)] = copy.deepcopy(x, memo).__dict__
+        memo |= {id(x): x for _, _, x in self._structure.code}
+        made = copy.copy(self)
+        memo[id(self)] = made
+        made.__dict__ |= {key: copy.deepcopy(x, memo) for key, x in self.__dict__.items() if key != "_unchanged"}
+        made._hooks = {
+            path: tuple(id(memo.get(i)) if i in memo else i for i in ids) for path, ids in self._hooks.items()
+        }
+        made._compile()
+        return made
 
     def _compile(self) -> None:
         """Make the quick check for what is expected now."""
@@ -185,6 +201,13 @@ def _slots(model: nn.Module, graph: TaskGraph) -> Iterator[_Slot]:
             yield _Slot("constant", path, of, name, of[name])
             yield from _settings(path, vars(of[name]), constants)
     yield from _chain(modules, used)
+
+
+def _objects(model: nn.Module, graph: TaskGraph) -> list[Any]:
+    """The objects that modules hold whose attributes the graph takes for granted."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = (path.rpartition(".") for path in graph.conditions.constants if path not in modules)
+    return [modules[at].__dict__[name] for at, _, name in places if at in modules and name in modules[at].__dict__]
 
 
 def _tensor_names(graph: TaskGraph) -> list[str]:

@@ -60,8 +60,8 @@ class PartedTask:
             functions: of other tasks, by what they compute.
         """
         self._how, self._functions = how, functions
-        self._cuts: dict[int, Cut] = {}
-        self._steps: dict[int, _Steps] = {}
+        self._cuts: dict[Variant, Cut] = {}
+        self._steps: dict[Variant, _Steps] = {}
 
     def _function(self, piece: Piece) -> Callable[..., Any]:
         if self._how is None:
@@ -74,9 +74,9 @@ class PartedTask:
 
     def cut_of(self, variant: Variant) -> Cut:
         """A graph of the task in pieces."""
-        if id(variant) not in self._cuts:  # variants are kept as long as their task is
-            self._cuts[id(variant)] = cut(variant.graph, checking=self._how is None)
-        return self._cuts[id(variant)]
+        if variant not in self._cuts:
+            self._cuts[variant] = cut(variant.graph, checking=self._how is None)
+        return self._cuts[variant]
 
     def prepare(self, dtype: torch.dtype | None) -> None:
         """Capture the task for the model as it is, and inputs of a type."""
@@ -91,9 +91,9 @@ class PartedTask:
         error = variant.refuse(leaves)
         if error is not None:
             raise error
-        if id(variant) not in self._steps:
-            self._steps[id(variant)] = _Steps.of(self.cut_of(variant), self.places, self.holders, self._function)
-        return PartedCall(variant, self._steps[id(variant)], self._draws, leaves)
+        if variant not in self._steps:
+            self._steps[variant] = _Steps.of(self.cut_of(variant), self.places, self.holders, self._function)
+        return PartedCall(variant, self._steps[variant], self._draws, leaves)
 
 
 @dataclass(frozen=True)

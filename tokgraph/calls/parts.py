@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from tokgraph.errors import InternalError, TokgraphError
+from tokgraph.errors import InternalError, PlanError, TokgraphError
 
 from .diagnosis import FAILURES
 
@@ -189,6 +189,24 @@ class Part(Inner):
             return _run(steps, [tuple(islice(rest, count)) for count in counts])
 
         return checkpoint(again, *flat, use_reentrant=False, **more)  # type: ignore[no-any-return]
+
+
+def kept_operators(checkpoint: bool | Sequence[Any]) -> tuple[Any, ...] | None:
+    """Operators whose results are kept where blocks are computed again; ``None``: they are not.
+
+    Raises:
+        PlanError: these are no operators.
+    """
+    if isinstance(checkpoint, bool):
+        return () if checkpoint else None
+    found = tuple(checkpoint) if isinstance(checkpoint, Iterable) else (checkpoint,)
+    for x in found:
+        if not isinstance(x, torch._ops.OpOverload) or not isinstance(checkpoint, Iterable):
+            raise PlanError(
+                f"checkpoint={checkpoint!r}: {x!r} is in no list of operators",
+                help="checkpoint=True, or a list of overloads: [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]",
+            )
+    return found
 
 
 def _run(steps: Sequence[Step], values: Sequence[tuple[Any, ...]]) -> tuple[tuple[Any, ...], ...]:

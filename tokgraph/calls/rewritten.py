@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 from tokgraph.ir.conditions import Autocast
 from tokgraph.ir.facts import Facts
 from tokgraph.ir.plan import Plan
-from tokgraph.ir.program import Program, TaskGraph
+from tokgraph.ir.program import Program, TaskGraph, model_device
 from tokgraph.ir.spec import ModelSpec
 from tokgraph.passes.analyze import analyze
+from tokgraph.passes.capture.autocast import in_autocast
 from tokgraph.passes.capture.export import capture
 from tokgraph.passes.lower.places import mark_places
 from tokgraph.passes.pipeline import Observer, Pipeline
@@ -32,7 +33,8 @@ def rewritten(facts: Facts, plan: Plan, observer: Observer | None = None, stop_a
         stop_after: name of the last pass to run.
     """
     passes = [p for name in facts.program for p in rewrite_passes(facts[name], plan.for_task(name), plan.exact)]
-    program = Pipeline(passes, observer, stop_after=stop_after).run(facts.program, facts)
+    with in_autocast(None, model_device(facts.program.model).type):  # the graphs hold the casts of their own regions
+        program = Pipeline(passes, observer, stop_after=stop_after).run(facts.program, facts)
     if stop_after is None:
         for name, graph in program.items():
             mark_places(graph, facts[name])

@@ -21,7 +21,7 @@ NOT_COUNTED = (
     "seconds are the least by the roofline: kernels that reach less than these rates, and time between kernels, add to them",
     "memory is what tensors take: a driver's context, buffers of collectives and fragments do not count (reserve=)",
     "the optimizer is AdamW, fused, with moments in float32 and a float32 copy of parameters of 16 bits",
-    "PyTorch's own pipelining does not run these blocks yet",
+    "stages for PyTorch's own pipelining are made by hand yet",
 )
 """What is to be said of every estimate."""
 

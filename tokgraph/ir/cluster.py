@@ -72,9 +72,13 @@ class Cluster:
         whole = name in _WHOLE
         least = 0 if name == "reserve" else 1 if whole else None
         fits = isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-        if not fits or (whole and x != int(x)) or (x < least if least is not None else x <= 0):
+        if not fits or (whole and (x != int(x) or x > _MOST)) or (x < least if least is not None else x <= 0):
             kind = (
-                "a whole number, 1 or more" if whole else "a number of 0 or more" if least == 0 else "a number above 0"
+                f"a whole number from 1 to {_MOST:,}"
+                if whole
+                else "a number of 0 or more"
+                if least == 0
+                else "a number above 0"
             )
             raise PlanError(f"cluster: {name}={_shown(x)} is not {kind}")
         object.__setattr__(self, name, int(x) if whole else float(x))
@@ -120,6 +124,7 @@ def _shown(x: Any) -> str:
     return f"{x:g}" if isinstance(x, (int, float)) else repr(x)
 
 
+_MOST = 10_000_000
 _WHOLE = ("gpus", "node", "micro_batches", "stages")
 
 
@@ -138,12 +143,18 @@ def _amount(units: re.Pattern[str], example: str) -> Callable[[str, str], float]
         scale = 1024.0 ** (len("kmgtp"[: "kmgtp".find(prefix) + 1])) if parts.get("binary") else _PREFIX[prefix]
         if parts.get("binary") and not prefix:
             raise PlanError(f"cluster: {name}={text} is no amount", help=f"write it as {example}")
+        if units is not _COUNT and scale == 1 and 0 < float(number[1]) < _LEAST:
+            raise PlanError(
+                f"cluster: {name}={text} is less than any GPU has, a unit is missing", help=f"write it as {example}"
+            )
         return float(number[1]) * scale / (8 if parts.get("unit") in ("bit", "bps") else 1)
 
     return read
 
 
 _STORED = ("memory", "reserve")
+_LEAST = 1e6
+"""A plain number of bytes or FLOPs below this is one whose unit was forgotten."""
 _READ: dict[str, Callable[[str, str], float]] = {
     **{name: _amount(_BYTES, "80GB or 80GiB; bits are Gbit") for name in _STORED},
     **{name: _amount(_BYTES, "3.35TB/s; bits are 400Gbit/s") for name in ("bandwidth", "link", "network")},

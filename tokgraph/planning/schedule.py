@@ -64,6 +64,10 @@ class Schedule:
         Raises:
             PlanError: that is not how phases are written, they do not add up to the steps, or one has no step.
         """
+        if not isinstance(steps, int) or steps < 1:
+            raise PlanError(
+                f"a run has a whole number of steps, 1 or more, and not {steps!r}", help="give all steps of the run"
+            )
         written = [_parsed(part.strip(), steps) for part in text.split(",")]
         rest = steps - sum(share for _, share in written if share is not None)
         if [share for _, share in written].count(None) > 1:
