@@ -76,11 +76,14 @@ def _no_attention(graph: TaskGraph, segments: Sequence[Segment]) -> AnalysisErro
     unruled = next((node for node in inside if tensor(node) is not None and not has_rule(node)), None)
     lost = next((node for node in inside if _may_attend(node)), None)
     beside = next((node for node in graph.graph.nodes if _may_attend(node)), None)
+    turned = next((x for x in ancestors([beside]) if traits(x.target).turns), None) if beside is not None else None
     what = ""
     if unruled is not None:
         what = f": {unruled.target} has no token-axis rule, so that tokens cannot be followed through it"
     elif lost is not None:
         what = f": {lost.target} works over an axis that was joined, cut or merged on its way from the stream's tokens"
+    elif turned is not None:
+        what = f": {turned.target} moves rows to places of other tokens"
     elif beside is not None:
         what = (
             f": the longest run of additions, {segments[0].start.name} to {segments[-1].end.name}, does not lead past "
@@ -88,7 +91,7 @@ def _no_attention(graph: TaskGraph, segments: Sequence[Segment]) -> AnalysisErro
         )
     return AnalysisError(
         f"task {graph.name!r}: no attention over the residual stream was found{what}",
-        where=where(unruled or lost or beside or segments[0].start),
+        where=where(unruled or lost or turned or beside or segments[0].start),
         help="tokgraph understands scaled_dot_product_attention, and matmul, softmax, matmul over the stream's tokens; write "
         "the attention in these, or add a rule (CONTRIBUTING.md, 'How to add an op rule')",
     )

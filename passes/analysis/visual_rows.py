@@ -12,7 +12,7 @@ from tokgraph.errors import AnalysisError
 from tokgraph.ir.node import ancestors, argument, axis_argument, descendants, rank, tensor, tensor_inputs, where
 from tokgraph.ir.program import TaskGraph
 
-from ..rules import axis_map
+from ..rules import axis_map, traits
 from ..rules.registry import Axis, is_one
 from .axes import AxisClasses
 
@@ -110,8 +110,10 @@ class VisualRows:
 
     def _mixes(self, node: fx.Node, rows: Axis) -> bool:
         described = axis_map(node)
+        if described is None or traits(node.target).turns:
+            return False
         kinds = ("attention", "softmax", "contraction", "scan", "window")
-        return described is not None and any(
+        return any(
             mix.kind in kinds and any(self._classes.same(axis, rows) for axis in mix.axes) for mix in described.mixes
         )
 

@@ -34,7 +34,6 @@ from ..rules import axis_map, has_rule, traits
 from ..rules.registry import Axis, is_one
 
 aten = torch.ops.aten
-_TURNS = (aten.flip.default, aten.roll.default)
 _WHY = {
     "attention": "is an attention that tokgraph does not recognise",
     "softmax": "normalises over the token axis outside an attention that tokgraph recognises",
@@ -144,7 +143,7 @@ def _check_order(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node], clas
     """Check that the rows before the block stand where their tokens do: masks do not tell that they were turned around."""
     made = computed_from([tokens[0]])
     for node in ancestors([nodes[name] for name in block.before]) & made:
-        if node.target in _TURNS:
+        if traits(node.target).turns:
             x = node.args[0]
             assert isinstance(x, fx.Node)
             dims = axis_arguments(node, x, "dim", "dims") or range(rank(x))

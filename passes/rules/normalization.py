@@ -54,7 +54,7 @@ def scan(node: fx.Node) -> AxisMap:
     return _kept(x, set(axis_arguments(node, x)), "scan")
 
 
-@rule(aten.flip.default, aten.roll.default, axes=("dims",))
+@rule(aten.flip.default, aten.roll.default, axes=("dims",), turns=True)
 def turned(node: fx.Node) -> AxisMap:
     """Moves rows to other places of its axes, or of all of them."""
     x = first_input(node)

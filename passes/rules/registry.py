@@ -88,6 +88,7 @@ class Traits:
         shape_only: it reads its input's shape, not its values.
         lookup: it reads only the rows of its first input that it returns.
         normalises: it is a norm of features.
+        turns: it moves rows to other places of its axes.
     """
 
     products: bool = False
@@ -99,6 +100,7 @@ class Traits:
     shape_only: bool = False
     lookup: bool = False
     normalises: bool = False
+    turns: bool = False
 
 
 @dataclass(frozen=True)

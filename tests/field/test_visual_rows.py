@@ -98,6 +98,10 @@ WRONG = {
         lambda s, image, text, queries: torch.cat([torch.cat([text[:, :2], image], 1).flip(1), text], 1),
         "another input",
     ),
+    "image and queries turned round": (
+        lambda s, image, text, queries: torch.cat([torch.cat([queries, image], 1).flip(1), text], 1),
+        "never look at the image",
+    ),
     "text joined before": (
         lambda s, image, text, queries: torch.cat([looked(torch.cat([image, text[:, :2]], 1)), text], 1),
         "another input",
