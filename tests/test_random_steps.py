@@ -22,19 +22,19 @@ def facts(program: tg.Program) -> tg.Facts:
     return tg.analyze(program)
 
 
-def thinned(program: tg.Program, facts: tg.Facts, selector: str = "random", seed: int = 0) -> tg.runtime.TaskModule:
+def thinned(program: tg.Program, facts: tg.Facts, selector: str = "random", seed: int = 0) -> tg.TaskModule:
     site = tg.DropSite("understanding", 0, 2, 0.5, selector, seed=seed)
     return tg.apply(program, tg.Plan((site,)), facts=facts)["understanding"]
 
 
-def kept(task: tg.runtime.TaskModule) -> list[list[int]]:
+def kept(task: tg.TaskModule) -> list[list[int]]:
     """The rows that stay at the task's step."""
     graph = task.task_graph
     index = next(n for n in graph.graph.nodes if n.target is torch.ops.tokgraph.keep_rows.default)
     return evaluate(graph, [index])[0].tolist()
 
 
-def choices(task: tg.runtime.TaskModule, steps: int) -> list[list[list[int]]]:
+def choices(task: tg.TaskModule, steps: int) -> list[list[list[int]]]:
     found = []
     for _ in range(steps):
         found.append(kept(task))

@@ -43,9 +43,10 @@ if TYPE_CHECKING:  # each also in _LATER
     from .measurement import ImageAttention, Measurements, image_attention, measure, measure_rates
     from .planning import Policy, Schedule, register_selector
     from .report import summarise
-    from .runtime import Accelerated, TaskModule
+    from .runtime import Accelerated
     from .stages import analyze, apply, capture, costs, make_plan, optimize
     from .store import load_accelerated, load_batches, save_batches
+    from .task_module import TaskModule
     from .verification import verify, verify_compiled
 
 __version__ = VERSION
@@ -121,7 +122,8 @@ _LATER = {
     "measurement": ("ImageAttention", "Measurements", "image_attention", "measure", "measure_rates"),
     "planning": ("Policy", "Schedule", "register_selector"),
     "report": ("summarise",),
-    "runtime": ("Accelerated", "TaskModule"),
+    "runtime": ("Accelerated",),
+    "task_module": ("TaskModule",),
     "stages": ("analyze", "apply", "capture", "costs", "make_plan", "optimize"),
     "store": ("load_accelerated", "load_batches", "save_batches"),
     "verification": ("verify", "verify_compiled"),

@@ -24,7 +24,8 @@ from .calls.parted import PartedCall, PartedTask
 from .calls.parts import GraphFailure, Holder, Inner, Part, Registered, kept_operators
 from .calls.sharded import is_fsdp, parameters_as, views_allowed
 from .calls.variants import Variants
-from .runtime import Accelerated, no_autocast
+from .runtime import Accelerated
+from .task_module import no_autocast
 
 
 class Blockwise(Copied, nn.Module):
