@@ -17,6 +17,7 @@ from ..rules import axis_map, traits
 from ..rules.registry import first_input
 from .routed_masks import Masks
 from .routes import Put, Routes, product
+from .total import is_total
 
 aten = torch.ops.aten
 routed = torch.ops.tokgraph.routed.default
@@ -29,7 +30,8 @@ class RoutedRows(GraphPass):
     Rows that are counted out have no positions that could be followed; rows of which each stands where its token does
     have. Rows are taken and put back by a mask, by the positions of its true places, by a list of positions, or as parts
     of a sequence that are joined again. That only these rows are needed is still said (``tokgraph.routed``), so that they
-    may be taken again when a plan is realised. Rows that something else reads as well stay as they are.
+    may be taken again when a plan is realised. Rows that something else reads as well stay as they are, and so do those of
+    which something is computed that other rows may have no value of (``log``).
     """
 
     name: ClassVar[str] = "routed-rows"
@@ -184,7 +186,7 @@ class _Whole:
         if not whole or len(set(places)) != 1 or any(described.mixed((x, j)) for x, (_, j) in whole.items()):
             return None
         place, here = places[0], described.rows[places[0]] or ()
-        if {x for x, _ in here} != set(whole):
+        if {x for x, _ in here} != set(whole) or not is_total(node, whole):
             return None
         new = {x: found[0] for x, found in whole.items()}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda x: new.get(x, x))

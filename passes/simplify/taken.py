@@ -22,6 +22,11 @@ from ..rules.registry import first_input, is_one
 aten = torch.ops.aten
 routed = torch.ops.tokgraph.routed.default
 Axes = tuple[int, ...]
+_HARMLESS = (
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default, aten.where.self, aten.expand.default,
+    aten.unsqueeze.default, aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.cat.default,
+)  # fmt: skip
+"""Operators that take less time for all rows than to find some, and have a gradient of 0 where it is asked for with 0."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,9 @@ class TakeRoutedRows(GraphPass):
     """``routed(mask, f(x), out)`` becomes ``out[mask] = f(x[mask])``, as a model writes it that has experts for modalities.
 
     Where the mask is a list of positions that no plan has narrowed, the list is used, and sizes stay those that it has;
-    else the true places are counted on each batch. Where ``f`` multiplies no matrices, both values of every row are
-    computed and one is chosen.
+    else the true places are counted on each batch. Where ``f`` only adds, multiplies and copies, both values of every row are
+    computed and one is chosen: of anything else, rows that are not asked for may have no value (``log`` of 0), and a gradient
+    of 0 for them is none.
 
     Args:
         task: the task to run on; ``None``: every task.
@@ -49,7 +55,7 @@ class TakeRoutedRows(GraphPass):
         for mask, ends in groups.items():
             axes = _axes(mask, ends[0])
             region = _region(mask, ends, axes) if axes is not None else {}
-            if any(traits(node.target).products for node in region):
+            if not all(node.target in _HARMLESS or traits(node.target).copies for node in region):
                 _Taken(emit, mask, axes or (), region).replace(ends)
             else:
                 for node in ends:
@@ -157,7 +163,8 @@ class _Taken:
             assert isinstance(rows, fx.Node)
             assert isinstance(into, fx.Node)
             mine = self._new[rows] if rows in self._region else self._take(rows, self._axes)
-            node.replace_all_uses_with(self._put(mine, into, node))
+            put = self._put(mine, into, node)
+            node.target, node.args, node.kwargs = put.target, put.args, put.kwargs  # under its name, as facts know it
 
     def _call(self, node: fx.Node) -> fx.Node:
         axes = self._region[node]

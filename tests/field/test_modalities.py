@@ -261,6 +261,47 @@ def test_rows_that_something_else_reads_are_left_to_the_model() -> None:
     )
 
 
+class Begun(m.Model):
+    """Rows of the image are changed in front of the layers."""
+
+    change: Callable[[Tensor, Tensor], Tensor]
+
+    def forward(self, ids: Tensor, patches: Tensor, amount: Tensor) -> Tensor:  # type: ignore[override]
+        x, mask = self.enter(ids, patches), ids == m.IMAGE_ID
+        out = x.clone()
+        out[mask] = type(self).change(x[mask], (self.norm.weight[:1] * amount)[mask])
+        for layer in self.layers:
+            out = layer(out)
+        return self.read(out)
+
+
+def begun(model: Begun, ids: Tensor, patches: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
+    return m.cross_entropy(model(ids, patches, amount), labels)
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "divided": lambda x, amount: x / amount,
+    "log": lambda x, amount: x + amount.log(),
+    "root": lambda x, amount: x * amount.sqrt(),
+    "norm": lambda x, amount: x / (x * amount).norm(dim=-1, keepdim=True),
+    "root mean square": lambda x, amount: x * torch.rsqrt((x * amount).pow(2).mean(-1, keepdim=True) + 1e-6),
+}
+
+
+@pytest.mark.parametrize("change", [c if c == "divided" else pytest.param(c, marks=SLOW) for c in CHANGES])
+def test_rows_that_have_no_value_are_not_computed(change: str) -> None:
+    """Amounts of text may be 0 in another batch: its rows would be infinite, and gradients NaN."""
+    model = m.model(cls=type("Begun", (Begun,), {"change": CHANGES[change]}), layers=1)
+    inputs = m.batch()
+    inputs["amount"] = torch.rand(*inputs["ids"].shape, 1, dtype=torch.float64) + 0.5
+    other = {**inputs, "amount": inputs["amount"] * (inputs["ids"] == m.IMAGE_ID).unsqueeze(-1)}
+    accelerated = tg.optimize(m.spec(model, inputs, begun), "none", verify=False)
+    for now in (inputs, other):
+        assert m.worst(accelerated[m.TASK](**now), begun(model, **now), model) < 1e-10
+    found = accelerated.captured[m.TASK].graph.find_nodes(op="call_function", target=routed)
+    assert bool(found) is (change == "root mean square")
+
+
 @SLOW
 def test_the_users_choice_of_values_stays() -> None:
     def chosen(x: Tensor, at: list[Tensor], text: Expert, image: Expert, width: int) -> Tensor:
