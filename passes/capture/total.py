@@ -7,7 +7,6 @@ instead, the others become infinite or NaN, and a gradient of 0 for them is NaN 
 from __future__ import annotations
 
 from collections.abc import Collection
-from numbers import Real
 
 import torch
 from torch import fx
@@ -66,7 +65,7 @@ def is_total(node: fx.Node, rows: Collection[fx.Node]) -> bool:
 def _is_positive(x: object) -> bool:
     """Whether a value is known to be greater than 0."""
     if not isinstance(x, fx.Node):
-        return isinstance(x, Real) and x > 0
+        return isinstance(x, (int, float)) and x > 0
     if x.target in (aten.add.Tensor, aten.add.Scalar):
         return any(_is_positive(a) and _is_not_negative(b) for a, b in (x.args[:2], x.args[1::-1]))
     if x.target is aten.clamp_min.default or x.target is aten.clamp.default:
@@ -79,7 +78,7 @@ def _is_positive(x: object) -> bool:
 def _is_not_negative(x: object) -> bool:
     """Whether a value is known to be 0 or greater."""
     if not isinstance(x, fx.Node):
-        return isinstance(x, Real) and x >= 0
+        return isinstance(x, (int, float)) and x >= 0
     if x.target is aten.pow.Tensor_Scalar:
         return argument(x, "exponent") in (2, 4)
     if x.target is aten.mul.Tensor:
