@@ -265,7 +265,7 @@ def telling(model: m.Model, ids: Tensor, patches: Tensor, labels: Tensor) -> dic
 
 
 @pytest.mark.parametrize(
-    "how", [GRAPH, "block", *(pytest.param(x, marks=pytest.mark.slow) for x in ("checkpoint", "module"))]
+    "how", [GRAPH, *(pytest.param(x, marks=pytest.mark.slow) for x in ("block", "checkpoint", "module"))]
 )
 def test_outputs_of_every_kind(how: str) -> None:
     model = m.model(layers=1)

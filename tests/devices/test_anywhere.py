@@ -12,6 +12,7 @@ from torch import nn
 
 import tokgraph as tg
 from tests import tiny
+from tests.devices import second
 from tokgraph.ir.tensors import held
 
 CPU = torch.device("cpu")
@@ -55,6 +56,13 @@ def results(
 def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def elsewhere(device: torch.device) -> None:
+    """All other tests run on the CPU: here it only stands for a device that cannot be made."""
+    if device.type == "cpu" and second.missing() is None:
+        pytest.skip("the second device is another one")
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ def captured(example: str) -> Captured:
     [
         ("digits", "generation", "himix-hmgen-share-partial"),
         ("janus", "understanding", "himix-hmgen-share-partial"),
-        ("janus", "generation", "shared"),
     ],
 )
 def test_training_steps_of_the_examples(example: str, task: str, policy: str, tmp_path: Path) -> None:

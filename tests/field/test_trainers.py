@@ -110,8 +110,11 @@ def trainer(acc: tg.Accelerated, folder: Path, **options: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
-@pytest.mark.parametrize("policy", ["exact", RANDOM], ids=["exact", "random"])
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [("exact", {}), (RANDOM, {"bf16": True}), (RANDOM, {"gradient_checkpointing": True})],
+    ids=["plain", "bf16", "checkpointing"],
+)
 def test_the_trainer_of_transformers(
     options: dict[str, Any], policy: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
