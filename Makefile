@@ -2,6 +2,7 @@
 #
 #   make example     the two shipped models, optimized and verified: out/janus/report.json, out/digits/report.json
 #   make test        the tests, but for the slow ones (make test-slow)
+#   make fuzz        250 random plans of 50 random decoders, held to loops by hand (docs/fuzz.md)
 #   make test-oldest a part of them with the oldest torch and transformers that pyproject.toml allows, in .venv-oldest
 #   make test-newest the same with the newest that pip finds, in .venv-newest
 #   make lint        style, types, imports
@@ -27,7 +28,7 @@ export OMP_NUM_THREADS
 VERSIONS := tests/test_calls.py tests/test_static_axes.py tests/test_random_steps.py tests/test_semantics.py \
 	tests/test_devices.py tests/store/test_round_trip.py tests/export/test_traps.py
 
-.PHONY: help venv example test test-slow test-oldest test-newest lint style types imports arrows format tree clean
+.PHONY: help venv example test test-slow fuzz test-oldest test-newest lint style types imports arrows format tree clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -51,6 +52,10 @@ test: $(READY)
 # pytest exits with 5 when no test is marked slow.
 test-slow: $(READY)
 	$(PYTEST) -m slow || test $$? -eq 5
+
+# Failures are shrunk to files that run alone.
+fuzz: $(READY)
+	$(BIN)/python benchmarks/fuzz.py --cases 50 --jobs $(JOBS) --out build/fuzz
 
 # The other packages are those of constraints.txt, but for setuptools, whose newest versions older releases of torch rule out.
 test-oldest: PINS = sed -n 's/.*"\(torch\|transformers\)>=\([0-9.]*\)[",].*/\1==\2/p' pyproject.toml | sort -u

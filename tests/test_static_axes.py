@@ -203,7 +203,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if "for good" in name or "some" in name else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 @pytest.mark.parametrize(
     "fused", [pytest.param(True, id="sdpa"), pytest.param(False, id="eager", marks=pytest.mark.slow)]
 )

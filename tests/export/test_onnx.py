@@ -203,6 +203,7 @@ class Tied(nn.Module):
         self.inner.layers[0].mlp[0].requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_tied_and_frozen_parameters(tmp_path: Path) -> None:
     torch.manual_seed(0)
     task = tiny.build(layers=1).tasks["understanding"]

@@ -101,8 +101,13 @@ WRITTEN = (by_einsum, with_padding, with_sinks, difference, difference_of_heads,
 QUICK = (with_sinks, difference_of_heads)
 
 
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("attend", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in WRITTEN])
+@pytest.mark.parametrize(
+    ("attend", "dynamic"),
+    [
+        *((a, False) if a in QUICK else pytest.param(a, False, marks=pytest.mark.slow) for a in WRITTEN),
+        *(pytest.param(a, True, marks=pytest.mark.slow) for a in (by_einsum, rotated, in_a_window)),
+    ],
+)
 def test_attentions_as_they_are_written(attend: Callable[..., Tensor], dynamic: bool) -> None:
     model = m.model(lambda: Block(attend), layers=2)
     accelerated = tg.optimize(m.spec(model, m.batch(), dynamic=dynamic), tg.Plan((tg.DropSite(TASK, 0, 1, 0.5),)))

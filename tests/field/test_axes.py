@@ -54,7 +54,7 @@ LAYOUTS = [heads_first, heads_first_eager, without_heads, merged, grouped]
     ("dynamic", "samples"),
     [
         (False, HEADS),
-        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((False, 1), (True, 2), (True, HEADS))),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((False, 1), (True, HEADS))),
     ],
 )
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def _on_the_stream(model: tiny.Unified, checks: Callable[[Tensor], None], *input
 # ------------------------------------------------------------------ they hold
 
 
-@pytest.mark.parametrize("policy", ["none", "exact", pytest.param("shared", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("policy", ["exact", pytest.param("shared", marks=pytest.mark.slow)])
 def test_a_batch_that_the_model_refuses_is_refused(policy: str) -> None:
     task = optimized(counts, policy, layers=3)
     task(**example())

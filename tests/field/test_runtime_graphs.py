@@ -136,7 +136,7 @@ CHANGES: dict[str, Callable[[Features], Tensor]] = {
     "adaptive average of a line": lambda given: given.x + F.adaptive_avg_pool1d(given.x.mT, 3)[..., 1][:, None],
     "smoothed resize": pooled(lambda x: F.interpolate(x, (3, 1), mode="bilinear", antialias=True)),
 }
-IN_SHORT = ("convolution of volumes without bias", "average")
+IN_SHORT = ("average",)
 
 
 @pytest.mark.parametrize(

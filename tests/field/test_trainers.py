@@ -23,7 +23,7 @@ def random() -> tg.Accelerated:
     return tg.optimize(spec(seeded(lambda: VLM(3))), RANDOM, verify=False)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_recomputed_call_draws_what_it_drew(reentrant: bool, random: tg.Accelerated) -> None:
     """Two micro-batches in flight, each recomputed in the backward pass."""
     task, model, batches = random["u"], random.model, [batch(seed=s) for s in (1, 2)]
@@ -54,6 +54,7 @@ def test_a_call_that_cannot_be_recognised_is_refused(random: tg.Accelerated) -> 
         loss.backward()
 
 
+@pytest.mark.slow
 def test_steps_resume(random: tg.Accelerated) -> None:
     for _ in range(3):
         random["u"](**batch())

@@ -284,10 +284,9 @@ def test_no_more_weights_than_allowed(max_bytes: int) -> None:
     torch.testing.assert_close(allocation.mass, of(found, "t", given).mass, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "attend", [eager, pytest.param(eager_in_groups, marks=pytest.mark.slow)], ids=["eager", "in groups"]
-)
-@pytest.mark.parametrize("rows", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 31))])
+@pytest.mark.slow
+@pytest.mark.parametrize("attend", [eager, eager_in_groups], ids=["eager", "in groups"])
+@pytest.mark.parametrize("rows", [1, 31])
 def test_no_more_weights_than_allowed_where_the_model_makes_them(attend: Callable[..., Tensor], rows: int) -> None:
     """Attention that is not fused runs some rows at a time, of all samples and heads: two values at once, and two copies."""
     found = captured(attend, key_heads=HEADS if attend is eager else 2)

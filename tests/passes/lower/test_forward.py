@@ -96,6 +96,7 @@ def test_lowering_leaves_the_graph_as_it_was(rich: Captured) -> None:
     assert all(p.grad is None for p in rich.model.parameters())
 
 
+@pytest.mark.slow
 def test_state_is_the_models_own(rich: Captured) -> None:
     """The same objects under the names of the ``state_dict``; a tied weight once, under its first name."""
     for task in TASKS:

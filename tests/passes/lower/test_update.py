@@ -35,7 +35,7 @@ RULES: dict[str, tuple[Optimizer, Callable[..., torch.optim.Optimizer]]] = {
 }
 
 
-@pytest.mark.parametrize("rule", [r if r != "plain" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
+@pytest.mark.parametrize("rule", [r if r == "momentum" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 def test_three_updates(rich: Captured, rule: str) -> None:
     """Outputs fed back, on batches of different sizes, against ``torch.optim`` on a copy of the model."""
     ours, torchs = RULES[rule]
