@@ -102,6 +102,8 @@ class Oracle(GraphInterpreter):
         gones = [self._frozen(number) for number in side.parts or (block,)]
         if not any(gone.any() for gone in gones):
             return self.call_function(n.target, args, kwargs)
+        if isinstance(args[0], (list, tuple)):
+            return _average(torch.cat([~gone.reshape(-1) for gone in gones]), *map(self._constants, args))
         x, over, keepdim = args[0], argument(n, "dim"), argument(n, "keepdim", False)
         over = list(range(x.dim())) if over is None else over
         shape = [1] * x.dim()
@@ -178,6 +180,23 @@ class Oracle(GraphInterpreter):
         """``[batch, tokens]``: what the last prompt token pays each key, the mean over heads."""
         assert self._prompt is not None
         return torch.stack([w.detach()[:, row].mean(0) for w, row in zip(weights, self._prompt, strict=True)])
+
+
+def _average(
+    kept: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    bins: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The mean of all rows that are kept, with their weights; of rows that choose classes: how often each is chosen."""
+    values, weight = torch.cat(tuple(rows)), torch.cat(tuple(weights)) if weights else torch.ones_like(kept)
+    if bins is not None:
+        values = torch.nn.functional.one_hot(values, bins).sum(-2).to(dtype)
+    weight = torch.where(kept, weight, 0).to(values.dtype)
+    shape = [-1, *[1] * (values.dim() - 1)]
+    seen = torch.where(kept.reshape(shape), values, 0)
+    return (seen * weight.reshape(shape)).sum(0) / weight.sum()
 
 
 def _laid_out(seen: torch.Tensor, ndim: int, batch: int) -> torch.Tensor:
