@@ -206,7 +206,8 @@ class _Follow:
     def _averages(self, node: fx.Node, read: Mapping[fx.Node, _Rows]) -> None:
         """The rows of several values, averaged as one sequence."""
         operands, weights = node.args[0], node.args[1]
-        assert isinstance(operands, (list, tuple)) and isinstance(weights, (list, tuple))
+        assert isinstance(operands, (list, tuple))
+        assert isinstance(weights, (list, tuple))
         rows = {place: read[x] for place, x in enumerate(operands) if x in read}
         origins = [_before_merge(weights[place], r) if weights else None for place, r in rows.items()]
         why = ""
@@ -219,14 +220,13 @@ class _Follow:
         if why:
             self._refuse(node, next(iter(read)), frozenset().union(*(r.blocks for r in read.values())), why)
             return
-        found = [(place, origin, *one) for (place, r), origin in zip(rows.items(), origins, strict=True) for one in r.of_blocks()]
-        parts = tuple(number for _, _, number, _, _ in found)
-        for place, origin, number, alone, places in found:
-            side = Side(
-                node.name, alone.value.name, alone.axis, alone.batch, 0, merged=True, parts=parts,
-                places=(place, *places), weights="" if origin is None else origin.name,
-            )  # fmt: skip
-            self.sides.setdefault(number, []).append(side)
+        parts = tuple(number for r in rows.values() for number, _, _ in r.of_blocks())
+        for (place, r), origin in zip(rows.items(), origins, strict=True):
+            weights_of = "" if origin is None else origin.name
+            for number, alone, further in r.of_blocks():
+                found, places = alone.value.name, (place, *further)
+                side = Side(node.name, found, alone.axis, alone.batch, 0, True, parts, places, weights_of)
+                self.sides.setdefault(number, []).append(side)
 
     def _refuse(
         self, reader: fx.Node, value: fx.Node, blocks: Sequence[int] | frozenset[int] | set[int], why: str

@@ -18,7 +18,7 @@ from torch import fx
 from torch.utils._sympy.functions import ToFloat
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import Dim, argument, axis_argument, axis_arguments, dims, rank, same_sizes, tensor, value
+from tokgraph.ir.node import argument, axis_argument, axis_arguments, dims, rank, same_sizes, tensor, value
 
 from ..contract import GraphPass
 from ..emitter import Emitter
@@ -83,7 +83,7 @@ def _average(emit: Emitter, node: fx.Node) -> fx.Node | None:
     if counted is None:
         return None
     axes, times = counted
-    rows = [_merged(emit, s, n) for s, n in zip(known, axes, strict=True)]
+    rows = [_merged(emit, s, n, node) for s, n in zip(known, axes, strict=True)]
     dtype, bins = node.meta["val"].dtype, known[0].bins
     if bins is None:
         made = emit.call(tokgraph.mean_of_rows.default, rows, weights, origin=node)
@@ -101,7 +101,12 @@ def _added(x: object) -> list[fx.Node] | None:
     if x.target in (aten.add.Tensor, operator.add) and argument(x, "alpha", 1) == 1:
         parts = [_added(a) for a in x.args[:2]]
         return None if None in parts else [leaf for part in parts for leaf in part or ()]
-    return [] if x.target in _ZEROS else [x]
+    return [] if _is_zero(x) else [x]
+
+
+def _is_zero(x: fx.Node) -> bool:
+    x = _cast_of(x)
+    return x.target in _ZEROS or (x.target is aten.full.default and argument(x, "fill_value") == 0)
 
 
 def _sum_over_rows(x: fx.Node) -> _Sum | None:
@@ -124,7 +129,7 @@ def _sum_over_rows(x: fx.Node) -> _Sum | None:
 def _scattered(x: fx.Node) -> _Sum | None:
     """Classes counted by adding ones, or weights of their rows, to zeros."""
     zeros, classes, added = first_input(x), _without(argument(x, "index")), argument(x, "src")
-    if zeros.target not in _ZEROS or rank(zeros) != 1 or axis_argument(x, zeros) != 0 or not isinstance(dims(zeros)[0], int):
+    if not _is_zero(zeros) or rank(zeros) != 1 or axis_argument(x, zeros) != 0 or not isinstance(dims(zeros)[0], int):
         return None
     if added.target in _ONES:
         return _Sum(classes, rank(classes), bins=dims(zeros)[0])
@@ -207,13 +212,14 @@ def _expression(x: object) -> sympy.Expr | None:
     return sympy.sympify(x) if isinstance(x, (int, sympy.Basic)) else None
 
 
-def _merged(emit: Emitter, summed: _Sum, axes: int) -> fx.Node:
-    """``[rows, ...]``: a value with its rows on one axis, and without what is summed of each row; of classes ``[rows, choices]``."""
+def _merged(emit: Emitter, summed: _Sum, axes: int, origin: fx.Node) -> fx.Node:
+    """``[rows, ...]``: a value with its rows on one axis, what is summed of each row summed; of classes ``[rows, choices]``."""
     x, left = summed.rows, summed.axes
     if summed.bins is None and left > axes:
-        x = emit.call(aten.sum.dim_IntList, x, list(range(axes, left)), origin=x)
+        x = emit.call(aten.sum.dim_IntList, x, list(range(axes, left)), origin=origin)
         left = axes
-    behind: list[Dim] = [1] if summed.bins is not None and left == axes else list(dims(x)[axes:])
-    if axes == 1 and len(behind) == rank(x) - 1:
+    alone = summed.bins is not None and left == axes  # each row chooses one class
+    if axes == 1 and not alone:
         return x
-    return emit.call(aten.reshape.default, x, [-1, *behind], origin=x)
+    behind = [1] if alone else [emit.size(x, axis) for axis in range(axes, rank(x))]
+    return emit.call(aten.reshape.default, x, [-1, *behind], origin=origin)

@@ -54,9 +54,7 @@ def seed_sides(block: Block, spaces: Sequence[RowSpace], task: str, emit: Emitte
         refresh_after(emit.graph, changed)
 
 
-def _set_part(
-    emit: Emitter, reader: fx.Node, argument: int, places: Sequence[int], old: fx.Node, new: fx.Node
-) -> None:
+def _set_part(emit: Emitter, reader: fx.Node, argument: int, places: Sequence[int], old: fx.Node, new: fx.Node) -> None:
     """Let a mean over the rows of several values read fewer of one, or the weights of fewer."""
     parts: list[fx.Node] = list(reader.args[argument])  # type: ignore[arg-type]
     place, *further = places

@@ -105,7 +105,9 @@ def by_a_number(logits: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
 def weighed_by_rows(logits: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
     shares = [x.softmax(-1) for x in logits]
     weights = [share.amax(-1) for share in shares]
-    mean = sum((x * w.unsqueeze(-1)).sum(0) for x, w in zip(shares, weights, strict=True)) / sum(w.sum() for w in weights)
+    mean = sum((x * w.unsqueeze(-1)).sum(0) for x, w in zip(shares, weights, strict=True)) / sum(
+        w.sum() for w in weights
+    )
     total: Tensor = mean.square().sum()
     return total
 
@@ -171,7 +173,10 @@ def test_where_sites_meet() -> None:
     [
         (but_for_padding, "mul.Tensor reads .* combines them with other values after samples and tokens were merged"),
         (by_a_number, "sum.dim_IntList reads .* mixes them otherwise than by a mean"),
-        (weighed_by_rows, "mean_of_rows.* reads .* weighs them by something else than a value for each token of each sample"),
+        (
+            weighed_by_rows,
+            "mean_of_rows.* reads .* weighs them by something else than a value for each token of each sample",
+        ),
     ],
 )
 def test_other_sums_over_rows_are_named(balance: Balance, why: str) -> None:

@@ -32,7 +32,7 @@ def _class_shares(classes: Sequence[Tensor], weights: Sequence[Tensor], bins: in
     """How often each class is chosen, on average over the rows of all tensors.
 
     Args:
-        classes: int64 ``[n, choices]`` each; a row chooses several classes. Unweighted, others than ``0 .. bins - 1`` do not count.
+        classes: int64 ``[n, choices]`` each; without weights, others than ``0 .. bins - 1`` do not count.
         weights: ``[n]`` for each, or none: every row counts once.
         bins: the number of classes.
         dtype: of the result.
