@@ -129,13 +129,14 @@ def _sum_over_rows(x: fx.Node) -> _Sum | None:
 def _scattered(x: fx.Node) -> _Sum | None:
     """Classes counted by adding ones, or weights of their rows, to zeros."""
     zeros, classes, added = first_input(x), _without(argument(x, "index")), argument(x, "src")
-    if not _is_zero(zeros) or rank(zeros) != 1 or axis_argument(x, zeros) != 0 or not isinstance(dims(zeros)[0], int):
+    bins = dims(zeros)[0] if _is_zero(zeros) and rank(zeros) == 1 else None
+    if not isinstance(bins, int) or axis_argument(x, zeros) != 0:
         return None
     if added.target in _ONES:
-        return _Sum(classes, rank(classes), bins=dims(zeros)[0])
+        return _Sum(classes, rank(classes), bins=bins)
     repeats = added.target is aten.repeat_interleave.self_int and rank(classes) == 2
     if repeats and argument(added, "repeats") == dims(classes)[1] and argument(added, "dim", None) in (None, 0):
-        return _Sum(classes, 2, first_input(added), dims(zeros)[0])
+        return _Sum(classes, 2, first_input(added), bins)
     return None
 
 
@@ -196,7 +197,7 @@ def _counted(count: object, sums: Sequence[_Sum]) -> tuple[list[int], int] | Non
     choices = {dims(s.rows)[-1] if rank(s.rows) > 1 else 1 for s in sums if s.bins is not None}
     for left in [most] if choices and most == 1 else [most - 1] if choices else range(most, 0, -1):
         axes = [min(left, s.axes) for s in sums]
-        rows = sum(math.prod(map(_expression, dims(s.rows)[:n])) for s, n in zip(sums, axes, strict=True))
+        rows = sum(sympy.Mul(*dims(s.rows)[:n]) for s, n in zip(sums, axes, strict=True))
         for times in (1, *(choices if len(choices) == 1 else ())):
             if isinstance(times, int) and sympy.expand(times * rows - divisor) == 0:
                 return axes, times
@@ -206,10 +207,9 @@ def _counted(count: object, sums: Sequence[_Sum]) -> tuple[list[int], int] | Non
 def _expression(x: object) -> sympy.Expr | None:
     """A number or a size as an expression over whole numbers."""
     if isinstance(x, (torch.SymInt, torch.SymFloat)):
-        return x.node.expr.replace(ToFloat, lambda y: y)
-    if isinstance(x, float):
-        return sympy.Integer(int(x)) if math.isfinite(x) and x == int(x) else None
-    return sympy.sympify(x) if isinstance(x, (int, sympy.Basic)) else None
+        expression: sympy.Expr = x.node.expr.replace(ToFloat, lambda y: y)
+        return expression
+    return sympy.Integer(int(x)) if isinstance(x, (int, float)) and math.isfinite(x) and x == int(x) else None
 
 
 def _merged(emit: Emitter, summed: _Sum, axes: int, origin: fx.Node) -> fx.Node:
