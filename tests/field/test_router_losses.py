@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,7 +126,8 @@ class Balanced(s.Looped):
         self.balance = balance
 
     def beside(self, number: int, x: Tensor, kept: Tensor | None) -> Tensor | float:
-        logits, mask = self.layers[number].kv, (self.inputs[0] % 5 != 2).double().reshape(-1)
+        logits = self.layers[number].kv
+        mask = (self.inputs[0] % 5 != 2).to(logits.dtype).reshape(-1)
         rows = slice(None) if kept is None else kept.flatten()
         self.seen = [*(self.seen if number else ()), (logits[rows], mask[rows])]
         if number < len(self.layers) - 1:
@@ -134,9 +136,12 @@ class Balanced(s.Looped):
         return 0.3 * self.balance(*zip(*seen, strict=True))
 
 
-def facts_of(balance: Balance, dynamic: bool = False) -> tuple[Balanced, tg.Facts]:
-    model = m.model(Routed, 4, lambda blocks: Balanced(blocks, balance))
-    return model, tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss, dynamic=dynamic)))
+def facts_of(
+    balance: Balance, dynamic: bool = False, dtype: torch.dtype = torch.float64
+) -> tuple[Balanced, tg.Facts]:
+    model = m.model(Routed, 4, lambda blocks: Balanced(blocks, balance)).to(dtype)
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in m.batch().items()}
+    return model, tg.analyze(tg.capture(m.spec(model, inputs, s.loss, dynamic=dynamic)))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +163,13 @@ def test_rows_of_all_layers_are_those_that_are_kept(balance: Balance, dynamic: b
     model, facts = facts_of(balance, dynamic)
     for name in sorted(sites):
         assert worst(facts, model, SITES[name], exact=name == "hide") < 1e-10, name
+
+
+@pytest.mark.slow
+def test_narrowed_averages_are_exported(tmp_path: Path) -> None:
+    """A histogram has no form in ONNX; each graph is compared with PyTorch's, the gradients of its training step as well."""
+    _, facts = facts_of(lambda *of: as_libraries_do(*of) + without_padding(*of), dtype=torch.float32)
+    tg.apply(facts, tg.Plan((SITES["hide"],))).export_onnx(tmp_path / "onnx", ("forward", "train-step"))
 
 
 @pytest.mark.slow

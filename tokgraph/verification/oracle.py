@@ -64,11 +64,10 @@ class Oracle(GraphInterpreter):
         self._sites = sorted(sites, key=lambda s: (s.start, -(s.end or 0)))
         self._visual = visual
         self._dropped: dict[int, torch.Tensor] = {}
-        self._starts = {block.start: block.index for block in facts.blocks[:1]}
         self._ends = {b.end: (b.index, b.start) for b in facts.blocks}
         self._ends |= {s.end: (b.index, s.start) for b in facts.blocks for s in b.streams}
-        self._mains = {block.end: block.index for block in facts.blocks}
-        self._befores = {name for block in facts.blocks for name in block.before}
+        self._befores = {block.index: block.before for block in facts.blocks}
+        self._states = {name for block in facts.blocks for name in block.before}
         self._sides = {side.reader: (block.index, side) for block in facts.blocks for side in block.sides}
         self._attention = {a.node: (block.index, a.kind, a.batch) for block in facts.blocks for a in block.attention}
         self._state: dict[str, torch.Tensor] = {}
@@ -88,12 +87,10 @@ class Oracle(GraphInterpreter):
             gone = self._frozen(block)
             if gone.any():  # where none is, the block may give its rows another width
                 result = torch.where(gone.reshape(*gone.shape, *[1] * (result.dim() - 2)), self._state[before], result)
-        if n.name in self._mains:
-            self._enter(self._mains[n.name] + 1, result)
-        elif n.name in self._starts:
-            self._enter(0, result)
-        if n.name in self._befores:
+        if n.name in self._states:
             self._state[n.name] = result
+            for block in [b for b, names in self._befores.items() if all(name in self._state for name in names)]:
+                self._enter(block, [self._state[name] for name in self._befores.pop(block)])
         return result
 
     def _aside(self, n: fx.Node, block: int, side: Side) -> Any:
@@ -132,12 +129,13 @@ class Oracle(GraphInterpreter):
         found: torch.Tensor = self.attributes[own]
         return found
 
-    def _enter(self, block: int, stream: torch.Tensor) -> None:
+    def _enter(self, block: int, streams: Sequence[torch.Tensor]) -> None:
+        """Choose the rows of the sites that begin with a block, when the state before it is known: all its streams."""
         for number, site in enumerate(self._sites):
             if site.start == block:
-                gone = self._frozen(block)
+                gone, rows = self._frozen(block), torch.cat([x.detach().flatten(2) for x in streams], -1)
                 self._dropped[number] = drop_mask(
-                    site, self._visual, gone, self._demanded(), stream.detach().flatten(2), self._mass, self._step
+                    site, self._visual, gone, self._demanded(), rows, self._mass, self._step
                 )
 
     def _active(self, block: int) -> list[int]:
