@@ -222,8 +222,8 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
     try:
         try:
             return _export_in_reach(wrapper, inputs, named=True)
-        except UserError as error:
-            if not wrapper.task.dynamic or error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+        except (UserError, AssertionError) as error:
+            if not wrapper.task.dynamic or not _is_about_dimensions(error):
                 raise
             sizes = _sizes_asked_for(str(error))
             if sizes:  # equal names stay equal sizes then, which labels and logits need
@@ -235,6 +235,13 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
         raise
     except Exception as error:
         raise not_traceable(name, error, wrapper.task.forward, wrapper.model) from error
+
+
+def _is_about_dimensions(error: UserError | AssertionError) -> bool:
+    """Whether named dimensions do not fit the model, also where torch.export cannot word it: a bound that is no whole number."""
+    if isinstance(error, UserError):
+        return bool(error.error_type is UserErrorType.CONSTRAINT_VIOLATION)
+    return "Expected op to be" in str(error)
 
 
 def _sizes_asked_for(violation: str) -> dict[str, tuple[int, bool]]:

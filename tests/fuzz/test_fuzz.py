@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import tokgraph as tg
 from tests.fuzz.case import OPTIONS, Case, PlanCase, Site, apart, draw, sensible
 from tests.fuzz.figures import Figures, outcome
 from tests.fuzz.judge import Verdict
@@ -63,6 +64,15 @@ def test_a_failure_has_a_file_that_runs_alone(
     assert "tests." not in text
     exec(compile(text, "alone.py", "exec"), {"__name__": "__main__"})
     assert "Verdict(kind='loss'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sizes_that_torch_cannot_word_are_inferred() -> None:
+    """Of case 778 ``torch.export`` finds that its tokens are 37/12 or more, and fails when it wants to say so. The batch that it
+    infers is that of the example.
+    """
+    (graph,) = tg.capture(names_of(draw(778))["build"]()).values()
+    assert [d.name for d in graph.dimensions if d.symbol is not None and d.input == "ids"] == ["tokens"]
 
 
 def test_a_seed_is_a_case_and_cases_are_plain_data() -> None:
