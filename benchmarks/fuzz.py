@@ -1,7 +1,8 @@
 """Random decoders, plans and batches: every accepted rewrite against the oracle and against a loop by hand, in float64.
 
     python benchmarks/fuzz.py --cases 200 --seed 0
-    python benchmarks/fuzz.py --cases 10000 --jobs 2 --json figures.json    # goes on where an earlier run ended
+    python benchmarks/fuzz.py --cases 2000 --jobs 2 --json docs/fuzz.json    # goes on where an earlier run ended
+    python benchmarks/fuzz.py --page docs/fuzz.md --json docs/fuzz.json      # write these figures into the page
     python benchmarks/fuzz.py --replay 17                                   # one case, told in full
 
 A failure is shrunk and written to fuzz_failure_SEED.py, which needs torch and tokgraph only. Exits with 1 if there was one.
@@ -25,6 +26,7 @@ from tests.fuzz.figures import Figures, Outcome, outcome, this_run
 from tests.fuzz.run import verdicts
 from tests.fuzz.shrink import alone, shrunk
 from tests.fuzz.source import source
+from tokgraph.files import write_atomically
 
 EVERY = 25
 """Cases after which figures are written."""
@@ -71,12 +73,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for failures (default: this one)")
     parser.add_argument("--no-shrink", action="store_true", help="count failures only")
     parser.add_argument("--replay", type=int, help="show the case of this seed, and nothing else")
+    parser.add_argument(
+        "--page", type=Path, help="write the figures of --json between the marks of this file, and run nothing"
+    )
     options = parser.parse_args()
     quiet()
     if options.replay is not None:
         replay(options.replay)
         return 0
     figures = Figures.load(options.json) if options.json else Figures()
+    if options.page:
+        write_atomically(options.page, figures.shown_in(options.page.read_text(encoding="utf-8")))
+        return 0
     started, run = time.monotonic(), {**this_run(), "cases": 0, "seconds": 0.0}
     figures.runs.append(run)
     seeds = list(figures.missing(options.seed, options.cases))

@@ -238,7 +238,7 @@ def _export(wrapper: _Forward, name: str, inputs: dict[str, Any]) -> ExportedPro
 
 
 def _is_about_dimensions(error: UserError | AssertionError) -> bool:
-    """Whether named dimensions do not fit the model, also where torch.export cannot word it: a bound that is no whole number."""
+    """Whether named dimensions do not fit the model, also where export cannot say so, of a bound that is no whole number."""
     if isinstance(error, UserError):
         return bool(error.error_type is UserErrorType.CONSTRAINT_VIOLATION)
     return "Expected op to be" in str(error)

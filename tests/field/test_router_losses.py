@@ -136,9 +136,7 @@ class Balanced(s.Looped):
         return 0.3 * self.balance(*zip(*seen, strict=True))
 
 
-def facts_of(
-    balance: Balance, dynamic: bool = False, dtype: torch.dtype = torch.float64
-) -> tuple[Balanced, tg.Facts]:
+def facts_of(balance: Balance, dynamic: bool = False, dtype: torch.dtype = torch.float64) -> tuple[Balanced, tg.Facts]:
     model = m.model(Routed, 4, lambda blocks: Balanced(blocks, balance)).to(dtype)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in m.batch().items()}
     return model, tg.analyze(tg.capture(m.spec(model, inputs, s.loss, dynamic=dynamic)))

@@ -105,6 +105,21 @@ class Figures:
             raise SystemExit(f"{path} has figures of another schema; give another file")
         return cls(**{**data, "refused": Counter(data["refused"])})
 
+    def shown_in(self, page: str) -> str:
+        """A page with the figures between its marks."""
+        before, begins, rest = page.partition("<!-- fuzz: begin -->\n")
+        _, ends, after = rest.partition("<!-- fuzz: end -->")
+        if not begins or not ends:
+            raise SystemExit("the page has no marks <!-- fuzz: begin --> and <!-- fuzz: end -->")
+        runs = [
+            f"- {run['cases']} decoders at commit {run['commit'][:7]}, PyTorch {run['torch'].split('+')[0]}"
+            for run in self.runs
+            if run["cases"]
+        ]
+        spans = ", ".join(f"{first} to {last - 1}" for first, last in self.seeds)
+        shown = "\n".join([f"Seeds {spans}:", "", *runs, "", self.table()])
+        return f"{before}{begins}{shown}\n{ends}{after}"
+
     def table(self) -> str:
         """The figures in Markdown."""
         lines = [

@@ -110,3 +110,9 @@ def test_figures_of_runs_add_up(tmp_path: Path) -> None:
     assert (figures.found, figures.broken) == ({"9": ["loss"]}, {"10": "TypeError"})
     assert list(figures.missing(0, 8)) == [3, 4, 6, 7]
     assert "6 decoders, 9 plans: 4 accepted, 4 refused, 1 failures" in figures.table()
+
+
+def test_the_page_shows_the_figures() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = (docs / "fuzz.md").read_text(encoding="utf-8")
+    assert Figures.load(docs / "fuzz.json").shown_in(page) == page
