@@ -180,18 +180,25 @@ def _hashable(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def read_instead(
     emit: Emitter, reader: fx.Node, operand: fx.Node, old: fx.Node, new: fx.Node, places: Sequence[int] = ()
 ) -> None:
-    """Let a reader that gets ``old`` through copies and a view of merged rows read ``new``; what others read as well stays.
+    """Let a reader that gets ``old`` by ``operand`` read ``new``; arguments are those of :func:`narrowed`."""
+    reader.replace_input_with(operand, narrowed(emit, operand, old, new, places))
+
+
+def narrowed(
+    emit: Emitter, operand: fx.Node, old: fx.Node, new: fx.Node, places: Sequence[int] = (), copied: bool = False
+) -> fx.Node:
+    """What a reader of ``old`` through copies and a view of merged rows is to read for ``new``; what others read stays.
 
     Args:
         emit: where nodes go.
-        reader: the reader.
         operand: what it reads: ``old`` itself, or the last of the operators between.
         old: the value.
         new: the value with fewer rows.
         places: at each ``cat`` between, from the reader on, which of its operands leads to ``old``.
+        copied: the operators between are made anew, also where nothing else reads them.
     """
-    last, between = operand, way_to(old, operand, places)
-    shared = bool(places) or any(len(node.users) > 1 for node, _ in between)
+    between = way_to(old, operand, places)
+    shared = copied or any(len(node.users) > 1 or node.target is aten.cat.default for node, _ in between)
     for node, place in reversed(between):
         args = [new, *node.args[1:]]
         if node.target is aten.cat.default:
@@ -203,8 +210,7 @@ def read_instead(
         else:
             node.args = tuple(args)
             new = node
-    if new is not last:
-        reader.replace_input_with(last, new)
+    return new
 
 
 def way_to(value: fx.Node, operand: fx.Node, places: Sequence[int]) -> list[tuple[fx.Node, int]]:

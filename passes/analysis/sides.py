@@ -19,13 +19,16 @@ from tokgraph.ir.node import (
     axis_argument,
     axis_arguments,
     by_name,
+    dims,
     output_args,
     rank,
+    same_sizes,
     tensor_inputs,
 )
+from tokgraph.ops.averages import AVERAGES
 
-from ..rules import axis_map
-from ..rules.registry import Axis
+from ..rules import axis_map, traits
+from ..rules.registry import Axis, first_input
 from .axes import AxisClasses
 from .cuts import within
 from .doubts import item_of
@@ -115,6 +118,9 @@ class _Follow:
                 read[x] = rows
         if not read:
             return
+        if node.target in AVERAGES:
+            self._averages(node, read)
+            return
         joined = self._joined(node, read)
         if joined is not None:
             self._rows[node] = joined
@@ -197,8 +203,43 @@ class _Follow:
             side = Side(node.name, alone.value.name, alone.axis, alone.batch, rows.at, rows.merged, parts, places)
             self.sides.setdefault(number, []).append(side)
 
+    def _averages(self, node: fx.Node, read: Mapping[fx.Node, _Rows]) -> None:
+        """The rows of several values, averaged as one sequence."""
+        operands, weights = node.args[0], node.args[1]
+        assert isinstance(operands, (list, tuple))
+        assert isinstance(weights, (list, tuple))
+        rows = {place: read[x] for place, x in enumerate(operands) if x in read}
+        origins = [_before_merge(weights[place], r) if weights else None for place, r in rows.items()]
+        why = ""
+        if len(rows) < len(operands) or len(set(operands)) < len(operands):
+            why = "averages them with rows of something else"
+        elif any(not r.merged or r.at != 0 for r in rows.values()):
+            why = "averages them over another axis"
+        elif any(w in read for w in weights) or (weights and None in origins):
+            why = "weighs them by something else than a value for each token of each sample"
+        if why:
+            self._refuse(node, next(iter(read)), frozenset().union(*(r.blocks for r in read.values())), why)
+            return
+        parts = tuple(number for r in rows.values() for number, _, _ in r.of_blocks())
+        for (place, r), origin in zip(rows.items(), origins, strict=True):
+            weights_of = "" if origin is None else origin.name
+            for number, alone, further in r.of_blocks():
+                found, places = alone.value.name, (place, *further)
+                side = Side(node.name, found, alone.axis, alone.batch, 0, True, parts, places, weights_of)
+                self.sides.setdefault(number, []).append(side)
+
     def _refuse(
         self, reader: fx.Node, value: fx.Node, blocks: Sequence[int] | frozenset[int] | set[int], why: str
     ) -> None:
         for number in sorted(blocks):
             self.sides.setdefault(number, []).append(Side(reader.name, value.name, why=why))
+
+
+def _before_merge(weight: object, rows: _Rows) -> fx.Node | None:
+    """``[batch, tokens]``: the weights of rows, before these axes were merged as those of the rows were."""
+    while isinstance(weight, fx.Node) and traits(weight.target).copies:
+        weight = first_input(weight)
+    if not isinstance(weight, fx.Node) or not traits(weight.target).reshape or rows.parts:
+        return None
+    found, sizes = first_input(weight), dims(rows.value)
+    return found if same_sizes(dims(found), (sizes[rows.batch], sizes[rows.axis])) else None

@@ -63,13 +63,14 @@ from .numbers import as_tensors, leaves_of, numbers_of, only_computed_with
 from .products import products
 from .reads import Reads
 from .routed_rows import RoutedRows
+from .row_averages import RowAverages
 from .row_losses import row_losses
 from .sinks import SinksToSoftmax
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
     RemoveAssertions, CopiesToViews, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, RoutedRows,
-    MaskedRows, RowsInOrder, SinksToSoftmax, KeysLast, KeepBatchAxis, BatchFirst,
+    MaskedRows, RowsInOrder, SinksToSoftmax, KeysLast, KeepBatchAxis, RowAverages, BatchFirst,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)

@@ -8,10 +8,11 @@ import torch
 from torch import fx
 
 from tokgraph.errors import PlanError
-from tokgraph.ir.blocks import Block
+from tokgraph.ir.blocks import Block, Side
 from tokgraph.ir.node import module_path, where
+from tokgraph.ops.averages import AVERAGES
 
-from ..emitter import Emitter, read_instead, refresh_after, way_to
+from ..emitter import Emitter, narrowed, read_instead, refresh_after, way_to
 from ..rules.registry import first_input
 from .row_space import RowSpace, indices
 
@@ -40,10 +41,25 @@ def seed_sides(block: Block, spaces: Sequence[RowSpace], task: str, emit: Emitte
                 help="use ragged='min', or choose a span without this block",
             )
         kept = emit.chain(value, indices(spaces), side.axis, side.batch)
-        read_instead(emit, reader, reader.args[0], value, kept, side.places)  # type: ignore[arg-type]
         changed.append(kept)
+        if reader.target not in AVERAGES:
+            read_instead(emit, reader, first_input(reader), value, kept, side.places)
+            continue
+        _set_part(emit, reader, 0, side.places, value, kept)
+        if side.weights:
+            weights = nodes[side.weights]
+            changed.append(emit.chain(weights, indices(spaces)))
+            _set_part(emit, reader, 1, side.places[:1], weights, changed[-1])
     if changed:
         refresh_after(emit.graph, changed)
+
+
+def _set_part(emit: Emitter, reader: fx.Node, argument: int, places: Sequence[int], old: fx.Node, new: fx.Node) -> None:
+    """Let a mean over the rows of several values read fewer of one, or the weights of fewer."""
+    parts: list[fx.Node] = list(reader.args[argument])  # type: ignore[arg-type]
+    place, *further = places
+    parts[place] = narrowed(emit, parts[place], old, new, further, copied=True)
+    reader.update_arg(argument, parts)
 
 
 def side_nodes(block: Block, nodes: dict[str, fx.Node]) -> set[str]:
@@ -70,6 +86,14 @@ def side_readers(blocks: Sequence[Block], nodes: dict[str, fx.Node]) -> set[fx.N
         reader = nodes[side.reader]
         found.add(reader)
         if side.places:
-            way = way_to(nodes[side.value], first_input(reader), side.places)
+            way = way_to(nodes[side.value], *_operand(reader, side))
             found |= {node for node, _ in way if node.target is torch.ops.aten.cat.default}
     return found
+
+
+def _operand(reader: fx.Node, side: Side) -> tuple[fx.Node, Sequence[int]]:
+    """What a reader reads of a side, and which operands of joins before that lead to it."""
+    if reader.target not in AVERAGES:
+        return first_input(reader), side.places
+    operands: Sequence[fx.Node] = reader.args[0]  # type: ignore[assignment]
+    return operands[side.places[0]], side.places[1:]

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from tokgraph import ops  # noqa: F401  (registers torch.ops.tokgraph)
-from tokgraph.ir.node import argument, axis_argument, axis_arguments, rank
+from tokgraph.ir.node import argument, axis_argument, axis_arguments, rank, tensor_inputs
 
 from .registry import AxisMap, Mix, MixKind, Rows, broadcast_rows, first_input, is_one, rule
 
@@ -121,6 +121,25 @@ def reduction(node: fx.Node) -> AxisMap:
     left = range(n) if argument(node, "keepdim", False) else [a for a in range(n) if a not in dims]
     rows: list[Rows] = [() if axis in dims else ((x, axis),) for axis in left]
     return AxisMap(tuple(rows), tuple(Mix("reduction", ((x, axis),)) for axis in sorted(dims)))
+
+
+@rule(torch.ops.tokgraph.mean_of_rows.default)
+def mean_of_rows(node: fx.Node) -> AxisMap:
+    """Averages over the first axis of its operands; what a row holds is one by one."""
+    operands = argument(node, "rows")
+    rows: list[Rows] = [tuple((x, axis + 1) for x in operands) for axis in range(rank(node))]
+    return AxisMap(tuple(rows), _all_reduced(node, 1))
+
+
+@rule(torch.ops.tokgraph.class_shares.default)
+def class_shares(node: fx.Node) -> AxisMap:
+    """Counts classes over all axes of its operands."""
+    return AxisMap(((),), _all_reduced(node, 2))
+
+
+def _all_reduced(node: fx.Node, axes: int) -> tuple[Mix, ...]:
+    """Rows that are averaged, and their weights."""
+    return tuple(Mix("reduction", ((x, axis),)) for x in tensor_inputs(node) for axis in range(min(axes, rank(x))))
 
 
 @rule(aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default, axes=("dim",))

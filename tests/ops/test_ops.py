@@ -141,6 +141,15 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
     ],
     TOKGRAPH.grouped_mm_weight.default: [(numbers(2, 3, 4), numbers(2, 3, 6), index([0, 4, 0], [2, 4, 0]), 5)],
     TOKGRAPH.routed.default: [(index([1, 0]).bool().unsqueeze(-1), numbers(1, 2, 3), -numbers(1, 2, 3))],
+    TOKGRAPH.mean_of_rows.default: [
+        ([numbers(3, 4, grad=True), numbers(2, 4, grad=True)], []),
+        ([numbers(3, 4, 2, grad=True)], [numbers(3, grad=True)]),
+        ([numbers(3, grad=True), numbers(1)], [torch.tensor([1.0, 0.0, 1.0]), torch.ones(1)]),
+    ],
+    TOKGRAPH.class_shares.default: [
+        ([index([1, 3, 3], [0, 2, 1]), index([3, 3, 0])], [], 4, torch.float64),
+        ([index([1, 3, 3], [0, 2, 1])], [torch.tensor([0.5, 2.0])], 4, torch.float32),
+    ],
     TOKGRAPH.softmax_beside.default: [
         (numbers(2, 3, 5, grad=True), numbers(3, 2, grad=True)),
         (numbers(2, 3, 5, grad=True), numbers(1, 1, 1)),
@@ -156,6 +165,21 @@ CALLS = [
 ]
 
 MOVES = (*ops.moving.LOWERED, *ops.ranges.LOWERED, TOKGRAPH.check_unread.default)
+
+
+def test_averages_over_the_rows_of_several_tensors():
+    some, others, ones = numbers(3, 4), numbers(2, 4), [torch.ones(3), torch.ones(2)]
+    mean = torch.cat([some, others]).mean(0)
+    torch.testing.assert_close(TOKGRAPH.mean_of_rows([some, others], []), mean)
+    torch.testing.assert_close(TOKGRAPH.mean_of_rows([some, others], ones), mean)
+    weights = [torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0])]
+    expected = (some[0] + 2 * some[2] + others[1]) / 4
+    torch.testing.assert_close(TOKGRAPH.mean_of_rows([some, others], weights), expected)
+    classes = [index([1, 3], [0, 3], [1, 0]), index([2, 3], [2, 0])]
+    shares = TOKGRAPH.class_shares(classes, [], 4, torch.float64)
+    torch.testing.assert_close(shares, torch.tensor([3, 2, 2, 3]).double() / 5)
+    shares = TOKGRAPH.class_shares(classes, weights, 4, torch.float64)
+    torch.testing.assert_close(shares, torch.tensor([3, 3, 1, 1]).double() / 4)
 
 
 def test_every_operator_is_sampled_and_decomposed():

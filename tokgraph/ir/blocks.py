@@ -123,6 +123,7 @@ class Side:
         merged: the rows of all samples are on one axis.
         parts: numbers of the blocks whose rows are joined on that axis, in order; empty: those of this block alone.
         places: at each join between, from the reader on, which of its operands leads to the value.
+        weights: ``[batch, tokens]``: the value that weighs the rows, before its axes are merged as theirs are; empty: none.
         why: why the reader cannot be given fewer rows, as a clause about it; empty: it can, being a mean.
     """
 
@@ -134,6 +135,7 @@ class Side:
     merged: bool = False
     parts: tuple[int, ...] = ()
     places: tuple[int, ...] = ()
+    weights: str = ""
     why: str = ""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checks, grouped, indices, masks, moving, ranges, routed, scores, sinks, unread
+from . import averages, checks, grouped, indices, masks, moving, ranges, routed, scores, sinks, unread
 from .base import NAMESPACE, Condition, expand_index
 from .checks import check
 from .grouped import grouped_mm
@@ -61,6 +61,8 @@ OF_MODELS = frozenset(
         torch.ops.tokgraph.grouped_mm.default,
         torch.ops.tokgraph.grouped_mm_weight.default,
         torch.ops.tokgraph.softmax_beside.default,
+        torch.ops.tokgraph.mean_of_rows.default,
+        torch.ops.tokgraph.class_shares.default,
     }
 )
 """Operators that stand for what models compute; all others choose, move and check rows."""
@@ -84,6 +86,7 @@ def decompositions(grouped_products: bool = True) -> dict[torch._ops.OpOverload,
         | (grouped.LOWERED if grouped_products else {})
         | sinks.LOWERED
         | routed.LOWERED
+        | averages.LOWERED
     )
 
 

@@ -64,11 +64,10 @@ class Oracle(GraphInterpreter):
         self._sites = sorted(sites, key=lambda s: (s.start, -(s.end or 0)))
         self._visual = visual
         self._dropped: dict[int, torch.Tensor] = {}
-        self._starts = {block.start: block.index for block in facts.blocks[:1]}
         self._ends = {b.end: (b.index, b.start) for b in facts.blocks}
         self._ends |= {s.end: (b.index, s.start) for b in facts.blocks for s in b.streams}
-        self._mains = {block.end: block.index for block in facts.blocks}
-        self._befores = {name for block in facts.blocks for name in block.before}
+        self._befores = {block.index: block.before for block in facts.blocks}
+        self._states = {name for block in facts.blocks for name in block.before}
         self._sides = {side.reader: (block.index, side) for block in facts.blocks for side in block.sides}
         self._attention = {a.node: (block.index, a.kind, a.batch) for block in facts.blocks for a in block.attention}
         self._state: dict[str, torch.Tensor] = {}
@@ -88,12 +87,10 @@ class Oracle(GraphInterpreter):
             gone = self._frozen(block)
             if gone.any():  # where none is, the block may give its rows another width
                 result = torch.where(gone.reshape(*gone.shape, *[1] * (result.dim() - 2)), self._state[before], result)
-        if n.name in self._mains:
-            self._enter(self._mains[n.name] + 1, result)
-        elif n.name in self._starts:
-            self._enter(0, result)
-        if n.name in self._befores:
+        if n.name in self._states:
             self._state[n.name] = result
+            for block in [b for b, names in self._befores.items() if all(name in self._state for name in names)]:
+                self._enter(block, [self._state[name] for name in self._befores.pop(block)])
         return result
 
     def _aside(self, n: fx.Node, block: int, side: Side) -> Any:
@@ -102,6 +99,8 @@ class Oracle(GraphInterpreter):
         gones = [self._frozen(number) for number in side.parts or (block,)]
         if not any(gone.any() for gone in gones):
             return self.call_function(n.target, args, kwargs)
+        if isinstance(args[0], (list, tuple)):
+            return _average(torch.cat([~gone.reshape(-1) for gone in gones]), *map(self._constants, args))
         x, over, keepdim = args[0], argument(n, "dim"), argument(n, "keepdim", False)
         over = list(range(x.dim())) if over is None else over
         shape = [1] * x.dim()
@@ -130,12 +129,13 @@ class Oracle(GraphInterpreter):
         found: torch.Tensor = self.attributes[own]
         return found
 
-    def _enter(self, block: int, stream: torch.Tensor) -> None:
+    def _enter(self, block: int, streams: Sequence[torch.Tensor]) -> None:
+        """Choose the rows of the sites that begin with a block, when the state before it is known: all its streams."""
         for number, site in enumerate(self._sites):
             if site.start == block:
-                gone = self._frozen(block)
+                gone, rows = self._frozen(block), torch.cat([x.detach().flatten(2) for x in streams], -1)
                 self._dropped[number] = drop_mask(
-                    site, self._visual, gone, self._demanded(), stream.detach().flatten(2), self._mass, self._step
+                    site, self._visual, gone, self._demanded(), rows, self._mass, self._step
                 )
 
     def _active(self, block: int) -> list[int]:
@@ -178,6 +178,23 @@ class Oracle(GraphInterpreter):
         """``[batch, tokens]``: what the last prompt token pays each key, the mean over heads."""
         assert self._prompt is not None
         return torch.stack([w.detach()[:, row].mean(0) for w, row in zip(weights, self._prompt, strict=True)])
+
+
+def _average(
+    kept: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    bins: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The mean of all rows that are kept, with their weights; of rows that choose classes: how often each is chosen."""
+    values, weight = torch.cat(tuple(rows)), torch.cat(tuple(weights)) if weights else torch.ones_like(kept)
+    if bins is not None:
+        values = torch.nn.functional.one_hot(values, bins).sum(-2).to(dtype)
+    weight = torch.where(kept, weight, 0).to(values.dtype)
+    shape = [-1, *[1] * (values.dim() - 1)]
+    seen = torch.where(kept.reshape(shape), values, 0)
+    return (seen * weight.reshape(shape)).sum(0) / weight.sum()
 
 
 def _laid_out(seen: torch.Tensor, ndim: int, batch: int) -> torch.Tensor:

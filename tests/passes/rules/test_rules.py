@@ -256,6 +256,12 @@ CASES: dict[Any, list[tuple[Any, ...]]] = {
     aten.argsort.default: [(stream, 1), (square,)],
     aten.topk.default: [(square, 2), (stream, 1, 1)],
     # tokgraph's own
+    tokgraph.mean_of_rows.default: [
+        ([stream.flatten(0, 1), numbers(S, H)], []), ([numbers(S, S, S)], [numbers(S)]), ([numbers(S), numbers(S)], [numbers(S), numbers(S)]),
+    ],
+    tokgraph.class_shares.default: [
+        ([positions(S, 2, below=H), positions(B, 2, below=H)], [], H, torch.float64), ([positions(S, 2, below=S)], [numbers(S)], S, torch.float64),
+    ],
     tokgraph.softmax_beside.default: [
         (numbers(B, HEADS, S, S), numbers(HEADS, 1, 1)), (square, numbers(S, S, 1)), (stream, numbers(B, 1, 2)),
     ],
