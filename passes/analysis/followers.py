@@ -8,13 +8,13 @@ import torch
 from torch import fx
 
 from tokgraph.ir.blocks import Block, Unplaced
-from tokgraph.ir.node import by_name, descendants, rank, tensor
+from tokgraph.ir.node import axis_argument, by_name, descendants, rank, tensor
 
 from .cuts import pointwise
 from .flow import computed_from, reads_values
 from .units import Units, without_followers
 
-_MAPS = (torch.ops.aten.linear.default,)
+_MAPS, _JOIN = (torch.ops.aten.linear.default,), torch.ops.aten.cat.default
 
 
 def fewer_units(graph: fx.Graph, units: Units) -> list[Units]:
@@ -43,8 +43,8 @@ def without_behind(graph: fx.Graph, blocks: Sequence[Block], unplaced: Sequence[
 
 
 def begins_anew(graph: fx.Graph, before: Sequence[fx.Node], attention: Sequence[fx.Node]) -> bool:
-    """Whether rows enter the layer of an attention by a linear map alone, and not as they are, while an output reads what the
-    layer before made around it.
+    """Whether rows enter the layer of an attention by a linear map alone, joined with others (embeddings of next tokens), and
+    not as they are, while an output reads what the layer before made around it.
 
     Args:
         graph: the graph.
@@ -64,4 +64,17 @@ def begins_anew(graph: fx.Graph, before: Sequence[fx.Node], attention: Sequence[
         else:
             stack.extend(read)
     around = descendants(before, None, lambda user: reads_values(user) and user not in maps)
-    return bool(maps) and not around.isdisjoint(graph.output_node().all_input_nodes)
+    return any(_joins(node, earlier) for node in maps) and not around.isdisjoint(graph.output_node().all_input_nodes)
+
+
+def _joins(node: fx.Node, earlier: set[fx.Node]) -> bool:
+    """Whether a map reads rows that are joined with features of others, row by row: not those of a decoder alone."""
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        read = [x for x in stack.pop().all_input_nodes if x in earlier - seen and not pointwise(x)]
+        seen.update(read)
+        joins = [x for x in read if x.target is _JOIN]
+        if any(axis_argument(x, x) == rank(x) - 1 and not earlier.issuperset(x.all_input_nodes) for x in joins):
+            return True
+        stack.extend(x for x in read if x not in joins)
+    return False
