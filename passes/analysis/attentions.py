@@ -77,7 +77,8 @@ def as_attention(mixing: TokenMix, classes: AxisClasses, tokens: Axis) -> Attent
         rows, output, kind = (scores, rank(scores) - 2), product, "eager"
     else:
         return None
-    batch = classes.sample_axis(scores, samples) if classes.same(rows, tokens) else None
+    last = all(k.axis == rank(scores) - 1 for k in operands if k.role == "scores")
+    batch = classes.sample_axis(scores, samples) if last and classes.same(rows, tokens) else None
     return Attention(kind, mixing.node.name, operands, output.name, batch)
 
 

@@ -28,6 +28,7 @@ from .stream import Segment, common_module
 from .units import grown, list_of, parts_of_one_layer
 
 aten = torch.ops.aten
+_SCALING = (aten.mul.Tensor, aten.div.Tensor)
 _PLACING = ("order", "layout")  # what puts rows somewhere makes no layer: image features that come in again
 
 
@@ -67,6 +68,8 @@ def _check_layout(graph: TaskGraph, node: fx.Node, axis: int) -> None:
             f"task {graph.name!r}: the residual stream has shape {tuple(tensor(node).shape)} with its tokens on axis "  # type: ignore[union-attr]
             f"{axis}; tokgraph needs [batch, tokens, ...]",
             where=where(node),
+            help="samples that are packed, one after the other, are a batch of one: give inputs and stream an axis of samples "
+            "in front ([1, tokens]), with a mask that keeps samples apart",
         )
 
 
@@ -201,7 +204,8 @@ def _module_of(layers: Layers, index: int, nodes: Sequence[fx.Node]) -> str:
 def _direct(attention: Attention, nodes: Sequence[fx.Node], before: Sequence[fx.Node]) -> bool:
     """Whether keys and values are made of the state before a block, without anything that the block has added to it.
 
-    Something is added where an operator works element by element on the state and on what linear maps made of it.
+    Something is added where an operator works element by element on the state and on what linear maps made of it. Rows that
+    are scaled by a gate that is made of them are the state's still, until they are added to it.
     """
     by_name, inside = {node.name: node for node in nodes}, set(nodes)
     read = [by_name[k.node] for k in attention.keys if k.role != "attn_mask" and k.node in by_name]
@@ -212,8 +216,11 @@ def _direct(attention: Attention, nodes: Sequence[fx.Node], before: Sequence[fx.
             inputs = set(node.all_input_nodes)
             if pointwise(node) and inputs & plain:
                 if inputs & mapped:
-                    return False
-                plain.add(node)
+                    if node.target not in _SCALING:
+                        return False
+                    mapped.add(node)
+                else:
+                    plain.add(node)
             elif traits(node.target).products or inputs & mapped:
                 mapped.add(node)
     return True

@@ -4,7 +4,7 @@ list are none of the blocks, or are parts of one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -36,15 +36,25 @@ class Doubt:
     why: str
 
 
-def find_doubt(graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> Doubt | None:
-    """The first reason why blocks are not the layers of a decoder; ``None`` where modules say nothing against it."""
+def find_doubt(
+    graph: fx.Graph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis, behind: Collection[str] = ()
+) -> Doubt | None:
+    """The first reason why blocks are not the layers of a decoder; ``None`` where modules say nothing against it.
+
+    Args:
+        graph: the graph.
+        blocks: its blocks.
+        classes: its axes.
+        tokens: the token axis.
+        behind: modules of attentions of layers behind the decoder's last, which are no blocks.
+    """
     live = ancestors([graph.output_node()])
     rows = [node for node in graph.nodes if node in live and tensor(node) is not None and classes.of(node, tokens)]
     nodes = by_name(graph)
     return (
         _begins_earlier(blocks[0], rows, nodes)
         or _ends_outside(blocks, nodes)
-        or _no_block(blocks, rows, live, nodes)
+        or _no_block(blocks, rows, live, nodes, {item_of(module) for module in behind})
         or _parts(blocks, rows, nodes)
     )
 
@@ -72,16 +82,20 @@ def _ends_outside(blocks: Sequence[Block], nodes: dict[str, fx.Node]) -> Doubt |
 
 
 def _no_block(
-    blocks: Sequence[Block], rows: Sequence[fx.Node], live: set[fx.Node], nodes: dict[str, fx.Node]
+    blocks: Sequence[Block],
+    rows: Sequence[fx.Node],
+    live: set[fx.Node],
+    nodes: dict[str, fx.Node],
+    behind: Collection[str],
 ) -> Doubt | None:
-    """An item of the layers' own list works on tokens, or on what blocks make of them, and is no block."""
+    """An item of the layers' own list works on tokens, or on what blocks make of them, and is no block, nor behind them."""
     lists = {item_of(block.module).rpartition(".")[0] for block in blocks} - {""}
     reached = (computed_from([nodes[blocks[0].start]]) | set(rows)) & live
     for node in nodes.values() if lists else ():
         path = module_path(node).split(".") if node in reached else []
         for at, part in enumerate(path):
             item = ".".join(path[: at + 1])
-            listed = part.isdigit() and ".".join(path[:at]) in lists
+            listed = part.isdigit() and ".".join(path[:at]) in lists and item not in behind
             if listed and not any((block.module + ".").startswith(item + ".") for block in blocks):
                 return Doubt(blocks[-1], node, f"{item} is an item of the layers' list, and no block")
     return None

@@ -21,11 +21,13 @@ from .cuts import pointwise, within
 from .demand import find_demand, find_windows
 from .doubts import Doubt, find_doubt
 from .flow import computed_from
+from .followers import fewer_units, without_behind
+from .names import named
 from .prompt import find_prompt
 from .sides import with_sides
-from .states import Unfound, find_layers
+from .states import Layers, Unfound, find_layers
 from .stream import residual_segments
-from .units import attending, find_units, joined_text, without_followers
+from .units import attending, find_units, joined_text
 from .visual import find_visual, visual_mask
 
 
@@ -40,6 +42,7 @@ class _Structure:
         unplaced: attentions whose layers are no blocks.
         between: what may be part of either of two blocks.
         unfound: why there are some in ``unplaced``.
+        behind: modules of the attentions of layers behind the last block.
     """
 
     tokens: Axis
@@ -48,6 +51,7 @@ class _Structure:
     unplaced: tuple[Unplaced, ...] = ()
     between: tuple[Between, ...] = ()
     unfound: str = ""
+    behind: tuple[str, ...] = ()
 
 
 def task_facts(graph: TaskGraph) -> TaskFacts:
@@ -111,7 +115,7 @@ def _structure(graph: TaskGraph, classes: AxisClasses) -> _Structure:
         why = f"the last layer goes on at {rest.name}, behind the last value that alone leads to the loss"
         doubt: Doubt | None = Doubt(chain.blocks[-1], rest, why)
     else:
-        doubt = find_doubt(graph.graph, chain.blocks, classes, chain.tokens)
+        doubt = find_doubt(graph.graph, chain.blocks, classes, chain.tokens, chain.behind)
     if chain.unplaced or doubt is not None:
         found = _cut(graph, classes)
         if isinstance(found, _Structure):
@@ -168,10 +172,14 @@ def _chain(graph: TaskGraph, classes: AxisClasses) -> _Structure:
     segments = residual_segments(graph)
     tokens = token_axis(graph, segments, classes)
     blocks, between = find_blocks(segments, classes, tokens)
+    blocks = named(blocks)
     _check_tokens(graph, blocks, classes, tokens)
     entry = by_name(graph.graph)[blocks[0].start]
-    unplaced = find_unplaced(graph.graph, blocks, classes, tokens)
-    return _Structure((entry, tokens[1]), blocks, find_visual(graph, entry, classes), unplaced, between)
+    found = find_unplaced(graph.graph, blocks, classes, tokens)
+    unplaced = without_behind(graph.graph, blocks, found)
+    behind = tuple(attention.module for attention in found if attention not in unplaced)
+    visual = find_visual(graph, entry, classes)
+    return _Structure((entry, tokens[1]), blocks, visual, unplaced, between, behind=behind)
 
 
 def _check_tokens(graph: TaskGraph, blocks: Sequence[Block], classes: AxisClasses, tokens: Axis) -> None:
@@ -200,22 +208,25 @@ def _cut(graph: TaskGraph, classes: AxisClasses) -> _Structure | Unfound | None:
     units = find_units(graph, classes)
     if units is None or len(units.units) < 2:
         return None
-    layers, behind = find_layers(graph.graph, units, classes), frozenset[str]()
+    layers, followers = find_layers(graph.graph, units, classes), frozenset[str]()
+    for fewer in fewer_units(graph.graph, units) if isinstance(layers, Unfound) else ():
+        found = find_layers(graph.graph, fewer, classes)
+        if isinstance(found, Layers):
+            layers = found
+            followers = frozenset(node.name for unit in units.units[len(fewer.units) :] for node in unit.nodes)
+            break
     if isinstance(layers, Unfound):
-        fewer = without_followers(units)
-        found = layers if fewer is None else find_layers(graph.graph, fewer, classes)
-        if fewer is None or isinstance(found, Unfound):
-            return layers
-        layers = found
-        behind = frozenset(node.name for unit in units.units[len(fewer.units) :] for node in unit.nodes)
+        return layers
     for node in dict.fromkeys(x for state in layers.states for x in state):
         check_layout(graph, node, classes, layers.tokens)
     # the samples are on the stream's first axis, and may be on another one of the value that showed the tokens
-    blocks = blocks_of(replace(layers, tokens=(layers.states[0][0], 1)), classes)
+    blocks = named(blocks_of(replace(layers, tokens=(layers.states[0][0], 1)), classes))
     entry = by_name(graph.graph)[blocks[0].start]
-    unplaced = find_unplaced(graph.graph, blocks, classes, (entry, 1))
-    unplaced = tuple(attention for attention in unplaced if attention.node not in behind)
-    doubt = None if unplaced else find_doubt(graph.graph, blocks, classes, (entry, 1))  # no site is placed as it is
+    others = find_unplaced(graph.graph, blocks, classes, (entry, 1))
+    unplaced = without_behind(graph.graph, blocks, [x for x in others if x.node not in followers])
+    behind = tuple(attention.module for attention in others if attention not in unplaced)
+    # where there are some, no site is placed as it is
+    doubt = None if unplaced else find_doubt(graph.graph, blocks, classes, (entry, 1), behind)
     if doubt is not None:
         return Unfound(doubt.why, doubt.node)
     blocks = with_sides(graph.graph, blocks, classes, (entry, 1))

@@ -62,10 +62,19 @@ def _reshaped(emit: Emitter, node: fx.Node, apart: Mapping[fx.Node, Apart]) -> A
     old, new = dims(source.value), dims(node)
     if any(free_unbacked_symbols(size) for size in (*old, *new) if not isinstance(size, int)):
         return None  # they rule out most reshapes
-    merged = {i for axis, run in enumerate(source.runs) if run > 1 for i in source.fine(axis)} or {0}
     runs = _regrouped(old, new)
+    heads: set[int] = set()
     if runs is None:
-        return None
+        parts = _split(emit, node, source, new)
+        if parts is None:
+            return None
+        source, heads = parts
+        old = dims(source.value)
+        runs = _regrouped(old, new)
+        assert runs is not None
+    merged = {0} | heads
+    for together in (set(source.fine(axis)) & set(run) for axis in range(len(source.runs)) for run in runs):
+        merged |= together if len(together) > 1 else set()
     sizes: list[Any] = []
     counts = []
     for axis, fine in enumerate(runs):
@@ -80,6 +89,26 @@ def _reshaped(emit: Emitter, node: fx.Node, apart: Mapping[fx.Node, Apart]) -> A
     if same and not any(len(fine) == 0 for fine in runs):
         return Apart(source.value, tuple(counts))
     return Apart(emit.call(node.target, source.value, sizes, origin=node), tuple(counts))
+
+
+def _split(emit: Emitter, node: fx.Node, source: Apart, new: Sequence[Dim]) -> tuple[Apart, set[int]] | None:
+    """A value with its features as heads and the features of each, and the axes that are merged then, where a reshape
+    (``node``) to sizes ``new`` merges heads with axes before them, as ``[tokens, batch, hidden]`` to
+    ``[tokens, batch * heads, head]``.
+    """
+    old = dims(source.value)
+    hidden, head, axis = old[-1], new[-1], len(old) - 1
+    if not isinstance(hidden, int) or not isinstance(head, int) or head < 2 or hidden % head:
+        return None
+    sizes: list[Any] = [_size(source.value, i) for i in range(axis)]
+    if None in sizes:
+        return None
+    *others, last = source.runs
+    value = emit.call(aten.reshape.default, source.value, [*sizes, hidden // head, head], origin=node)
+    fine = Apart(value, (*others, last + 1))
+    runs = _regrouped(dims(value), new)
+    merged = next((set(run) for run in runs or () if axis in run), set[int]())
+    return (fine, merged) if len(merged) > 1 else None
 
 
 def _regrouped(old: Sequence[Dim], new: Sequence[Dim]) -> list[tuple[int, ...]] | None:

@@ -48,6 +48,7 @@ from .eager import held_against_eager
 from .failures import not_traceable
 from .flex import flex_traced
 from .grad_mode import keep_grad_modes, noted_modes
+from .keys_last import KeysLast
 from .masked_rows import MaskedRows
 from .normalize import (
     CopiesToViews,
@@ -69,7 +70,7 @@ from .sinks import SinksToSoftmax
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
     RemoveAssertions, CopiesToViews, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, RoutedRows,
-    MaskedRows, RowsInOrder, SinksToSoftmax, KeepBatchAxis, RowAverages, BatchFirst,
+    MaskedRows, RowsInOrder, SinksToSoftmax, KeysLast, KeepBatchAxis, RowAverages, BatchFirst,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)

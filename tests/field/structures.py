@@ -276,6 +276,19 @@ class Hyper(Block):
         return tuple(sum(self.mix[i, j] * x[j] for j in range(3)) + self.write[i] * made for i in range(3))
 
 
+class HyperGated(Hyper):
+    """The mix that a layer reads is weighed by amounts that the streams tell, row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.amount = nn.Linear(HIDDEN, 1)
+
+    def forward(self, x: tuple[Tensor, ...], hidden: Tensor | None = None) -> tuple[Tensor, ...]:
+        h = sum(stream * self.amount(self.norm2(stream)).sigmoid() for stream in x)
+        made = self.out(self.attend(*self.qkv(self.norm1(h)).chunk(3, -1), hidden))
+        return tuple(sum(self.mix[i, j] * x[j] for j in range(3)) + self.write[i] * made for i in range(3))
+
+
 class HyperConnected(TwoStreams):
     def begin(self, x: Tensor) -> tuple[Tensor, ...]:
         return x, x, x
@@ -385,6 +398,7 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], type[Looped]]] = {
     "gated": (Gated, Looped),
     "two streams": (Reversible, TwoStreams),
     "hyper-connections": (Hyper, HyperConnected),
+    "hyper-connections by gates": (HyperGated, HyperConnected),
     "shared keys": (Keeping, SharedKeys),
     "layers that look": (Block, LookingLayers),
 }

@@ -47,7 +47,16 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, hidden: Hidden) -> Tensor:
     return rows.permute(1, 3, 0, 2, 4).flatten(2)
 
 
-LAYOUTS = [heads_first, heads_first_eager, without_heads, merged, grouped]
+def scores_as(letters: str, q: Tensor, k: Tensor, v: Tensor, hidden: Hidden) -> Tensor:
+    """Scores in whatever order an einsum writes them: samples, heads, queries and keys are b, h, i and j."""
+    weights = torch.einsum(f"bihd,bjhd->{letters}", heads(q), heads(k)) / 2
+    mask = m.causal(q.shape[1], hidden).unsqueeze(1).permute(["bhij".index(x) for x in letters])
+    weights = weights.masked_fill(~mask, -torch.inf).softmax(letters.index("j"))
+    return torch.einsum(f"{letters},bjhd->bihd", weights, heads(v)).flatten(2)
+
+
+scores_by_heads, keys_first, heads_between = (partial(scores_as, letters) for letters in ("bijh", "bjih", "bihj"))
+LAYOUTS = [heads_first, heads_first_eager, without_heads, merged, grouped, scores_by_heads, keys_first, heads_between]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +67,7 @@ LAYOUTS = [heads_first, heads_first_eager, without_heads, merged, grouped]
     ],
 )
 @pytest.mark.parametrize(
-    "attend", [a if a is heads_first else pytest.param(a, marks=pytest.mark.slow) for a in LAYOUTS]
+    "attend", [a if a in (heads_first, keys_first) else pytest.param(a, marks=pytest.mark.slow) for a in LAYOUTS]
 )
 def test_attention_in_every_layout(attend: Callable[..., Tensor], dynamic: bool, samples: int) -> None:
     """Also where there are as many heads as samples."""

@@ -72,6 +72,69 @@ def test_a_layer_that_predicts_one_more_token_is_behind_the_decoder(
         tg.apply(facts, tg.Plan((SITES["gone"],)))  # it would see fewer keys
 
 
+class OfTheList(OneMore):
+    """The layer is the last item of the decoder's own list."""
+
+    def __init__(self, blocks: list[nn.Module], following: Callable[[Tensor], Tensor] = rolled) -> None:
+        super().__init__([*blocks, Block()], following)
+        self.all = self._modules.pop("layers")
+        del self._modules["more"]
+
+    @property
+    def layers(self) -> list[nn.Module]:  # type: ignore[override]
+        return list(self.all)[:-1]  # type: ignore[arg-type]
+
+    @property
+    def more(self) -> nn.Module:  # type: ignore[override]
+        return list(self.all)[-1]  # type: ignore[arg-type]
+
+
+class OfFewerTokens(OfTheList):
+    """It takes the rows that have a next token."""
+
+    def beside(self, number: int, x: Tensor, kept: Tensor | None) -> Tensor | float:
+        if number < len(self.layers) - 1:
+            return 0.0
+        h = torch.cat([self.norm_state(x[:, :-1]), self.norm_token(self.first[:, 1:])], -1)
+        return 0.3 * F.cross_entropy(
+            self.read(self.more(self.join(h)))[:, :-1].flatten(0, 1), self.inputs[2][:, 2:].flatten()
+        )
+
+
+@pytest.mark.parametrize("cls", [OfTheList, pytest.param(OfFewerTokens, marks=pytest.mark.slow)])
+def test_it_may_be_an_item_of_the_list_of_layers(cls: type[OneMore]) -> None:
+    """All sites were refused, since one item of the list is no block."""
+    model = m.model(layers=4, cls=cls)
+    facts = tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))
+    assert [block.module for block in facts[TASK].blocks] == [f"all.{number}" for number in range(4)]
+    for name in ("hide", "freeze"):
+        assert worst(facts, model, SITES[name]) < 1e-10, name
+    with pytest.raises(tg.TokgraphError):  # it would see fewer keys
+        tg.verify(tg.apply(facts, tg.Plan((SITES["gone"],)))).raise_if_failed()
+
+
+class Continued(s.Looped):
+    """From the third layer on rows have been mapped, and an exit reads what they were: these layers are the decoder's."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.map = nn.Linear(HIDDEN, HIDDEN)
+
+    def each(self, number: int, layer: nn.Module, x: Tensor, hidden: Tensor | None) -> Tensor:
+        return super().each(number, layer, self.map(x) if number == 2 else x, hidden)
+
+    def beside(self, number: int, x: Tensor, kept: Tensor | None) -> Tensor | float:
+        return m.cross_entropy(self.read(x), self.inputs[2]) if number == 1 else 0.0
+
+
+@pytest.mark.parametrize("layers", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_layers_behind_a_map_are_not_left_out(layers: int) -> None:
+    """The map reads the decoder's rows alone, so that they are no layers that predict further tokens."""
+    facts = tg.analyze(tg.capture(m.spec(m.model(layers=layers, cls=Continued), m.batch(), s.loss)))
+    with pytest.raises(tg.PlanError, match=f"{layers - 2} of {layers} attentions .* which of two layers map belongs"):
+        tg.apply(facts, tg.Plan((SITES["hide"],)))
+
+
 class InsideALayer(s.Looped):
     """A term of the loss is read off between attention and feed-forward net of one layer."""
 

@@ -137,6 +137,7 @@ def test_a_stream_without_samples_is_refused() -> None:
     assert "(8, 4)" in message
     assert "tokens on axis 0" in message
     assert "[batch, tokens, ...]" in message
+    assert "packed, one after the other, are a batch of one" in message
 
 
 class Product(nn.Module):

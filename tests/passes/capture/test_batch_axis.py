@@ -204,3 +204,21 @@ def test_rows_can_be_dropped_in_a_block_that_merges_them(block: type[nn.Module],
     assert [len(block.attention) for block in found.facts.blocks] == [1, 1]
     accelerated = found.apply(tg.DropSite("t", 0, 1, 0.34), exact=True)
     tg.verify(found.program, accelerated).raise_if_failed()
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_heads_that_are_merged_with_samples(weighed: bool) -> None:
+    """As ``nn.MultiheadAttention`` does: ``[tokens, batch, hidden]`` to ``[tokens, batch * heads, head]``."""
+
+    def attend(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        q = x.reshape(S, B * 4, 2).transpose(0, 1)
+        if weighed:
+            rows = torch.bmm(torch.bmm(q, q.transpose(1, 2)).softmax(-1), q).transpose(0, 1).reshape(S * B, H)
+        else:
+            q = q.reshape(B, 4, S, 2)
+            rows = F.scaled_dot_product_attention(q, q, q).permute(2, 0, 1, 3).reshape(S * B, H)
+        return (F.linear(rows, weight).reshape(S, B, H),)
+
+    found = kept_apart(plain(attend, random(S, B, H), random(H, H)))
+    merged = {(S, B * 4), (B * 4, S), (S * B, H)}
+    assert not [n.name for n in found.graph.nodes if n.op == "call_function" and dims(n)[:2] in merged]
