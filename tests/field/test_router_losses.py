@@ -145,15 +145,14 @@ def facts_of(balance: Balance, dynamic: bool = False, dtype: torch.dtype = torch
 @pytest.mark.parametrize(
     ("balance", "dynamic", "sites"),
     [
-        (of_all, False, {"hide"}),
+        pytest.param(of_all, False, {"hide"}, marks=pytest.mark.slow),
         pytest.param(of_all, True, set(SITES), marks=pytest.mark.slow),
         pytest.param(in_two_steps, False, set(SITES), marks=pytest.mark.slow),
         (as_libraries_do, False, {"hide"}),
-        (without_padding, True, {"gone"}),
+        (without_padding, False, {"gone"}),
         *(
-            pytest.param(balance, dynamic, set(SITES), marks=pytest.mark.slow)
+            pytest.param(balance, True, set(SITES), marks=pytest.mark.slow)
             for balance in (as_libraries_do, without_padding, as_running_sums, of_choices)
-            for dynamic in (False, True)
         ),
     ],
 )
