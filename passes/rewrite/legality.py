@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tokgraph.errors import IllegalRewriteError
 from tokgraph.ir.blocks import Block
@@ -24,6 +25,7 @@ from tokgraph.ir.node import (
     sizes_of,
     tensor,
     tensor_inputs,
+    value,
     where,
 )
 
@@ -178,6 +180,15 @@ def _check_beside(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node]) -> 
 
 def _check_rules(facts: TaskFacts, block: Block, inside: list[fx.Node]) -> None:
     for node in inside:
+        if isinstance(value(node), torch.SymInt) and tensor_inputs(node) and free_unbacked_symbols(value(node)):
+            raise IllegalRewriteError(
+                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: how many rows "
+                f"{tensor_inputs(node)[0].target} takes depends on values of the batch, and what is made of them is not put "
+                "back row by row",
+                where=where(tensor_inputs(node)[0]),
+                help="put what is made of each row back at its place (docs/rules.md, 'Experts of modalities'), or compute it "
+                "for all rows and choose with torch.where; or choose a span without this block",
+            )
         if not has_rule(node) and tensor_inputs(node):
             raise IllegalRewriteError(
                 f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {node.target} has no token-axis rule",
