@@ -25,6 +25,10 @@ _BY_LINE: Mapping[str, str] = {
     r"nonzero|masked_select|unique|torch\.where\([^,]*\)|\[[^\[\]]*(==|!=|<|>|~|&|mask|keep|valid)[^\[\]]*\]": "how many "
     "rows the line takes depends on values: keep all rows and use torch.where, masked_scatter or a factor of 0; a cross "
     "entropy leaves rows out by its ignore_index",
+    r"\b(if|elif|while|and|or|not)\b.*\.(any|all)\(\)": "the forward branches on the value of a tensor: replace the branch by "
+    "torch.where or torch.cond, or pass the value as a plain Python input. Where every batch gives one answer, and the line is "
+    "not yours, give the answer with the tensor that you pass there, and check it: torch._assert(mask.any(), 'no image'), then "
+    "mask.any = lambda: True",
     r"\b(if|elif|while|and|or|not)\b": "the forward branches on the value of a tensor: replace the branch by torch.where or "
     "torch.cond, or pass the value as a plain Python input",
 }
