@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import transformers as tf
 from torch import Tensor
 
@@ -70,8 +71,13 @@ def example(
 
 
 def by_kind(model: Any, input_ids: Tensor, features: Tensor, position_ids: Tensor) -> Tensor:
-    """ERNIE's layers send text and image rows to experts of their own."""
+    """ERNIE's layers send text and image rows to experts of their own, where ``kinds.any()`` says that there are image rows.
+
+    No graph can branch on that: the forward answers it once, and checks the answer on every batch.
+    """
     kinds = (input_ids == IMAGE).int()
+    torch._assert((kinds > 0).any(), "a batch without an image")
+    kinds.any = lambda: True
     return from_features(model, input_ids, features, position_ids=position_ids, moe_mm_token_type_ids=kinds)
 
 
@@ -129,6 +135,9 @@ def decoder(config: str, cls: str, path: str = "model.layers", attention: str = 
 
 
 NOTE = "image features are an input: the tower's shapes depend on data"
+ANSWERED = (
+    "image features are an input; the forward answers that there is an image, on which the layers branch, and checks it"
+)
 ALONE = "the decoder alone; image features are an input"
 CONDITIONAL = "ForConditionalGeneration"
 
