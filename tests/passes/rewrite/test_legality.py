@@ -103,7 +103,19 @@ def mixing(step: Callable[[Tensor], Tensor]) -> type[nn.Module]:
         (lambda h: h @ (h.transpose(1, 2) @ h), "sums over the token axis outside an attention"),
         (lambda h: h[:, torch.arange(h.shape[1] - 1, -1, -1)], "reads or writes tokens by order or index"),
     ],
-    ids=["mean", "softmax", "flip", "cat", "no rule beside", "roll", "sort", "shift", "pairs", "linear attention", "gather"],
+    ids=[
+        "mean",
+        "softmax",
+        "flip",
+        "cat",
+        "no rule beside",
+        "roll",
+        "sort",
+        "shift",
+        "pairs",
+        "linear attention",
+        "gather",
+    ],
 )
 def test_every_way_to_mix_tokens(step: Callable[[Tensor], Tensor], why: str) -> None:
     found = Captured.of(models.spec(mixing(step)), "t")
