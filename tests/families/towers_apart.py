@@ -42,7 +42,7 @@ LANGUAGE = "model.language_model.layers"
 
 def example(
     name: str, text: dict[str, Any], vision: dict[str, Any], *, path: str = LANGUAGE, three: bool = False,
-    attention: str = "sdpa", suffix: str = "ForConditionalGeneration", logits: Callable[..., Tensor] = from_features,
+    attention: str = "sdpa", cls: str = "", logits: Callable[..., Tensor] = from_features,
     experts: str | None = None, **options: Any,
 ) -> Example:  # fmt: skip
     """A family by its configuration.
@@ -54,13 +54,13 @@ def example(
         path: of the decoder's layers.
         three: positions have three axes.
         attention: implementation.
-        suffix: of the model's class.
+        cls: the model's class; by default that of the name for conditional generation.
         logits: the forward.
         experts: implementation of experts.
         options: further fields of the configuration.
     """
     config = getattr(tf, f"{name}Config")(text_config=text, vision_config=vision, **options)
-    model = build(getattr(tf, f"{name}{suffix}"), config, attention, experts=experts)
+    model = build(getattr(tf, cls or f"{name}{CONDITIONAL}"), config, attention, experts=experts)
     inner = getattr(model.model, "visual", None) or getattr(model.model, "vision_tower", None)
     if inner is not None:
         inner.requires_grad_(False)  # the features come from elsewhere
@@ -145,9 +145,8 @@ CONDITIONAL = "ForConditionalGeneration"
 def _family(
     title: str, name: str, text: dict[str, Any], vision: dict[str, Any], note: str = NOTE, **options: Any
 ) -> Family:
-    suffix = options.get("suffix", CONDITIONAL)
     notes = (note, BATCHED) if "experts" in options else (note,)
-    return Family(title, f"{name}{suffix}", partial(example, name, text, vision, **options), notes)
+    return Family(title, f"{name}{CONDITIONAL}", partial(example, name, text, vision, **options), notes)
 
 
 GLM_MOE = {**TEXT, **EXPERTS, "first_k_dense_replace": 1, "rope_parameters": HALF, "n_group": 1, "topk_group": 1}
