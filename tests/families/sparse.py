@@ -5,11 +5,12 @@ Features are an input, as in `towers_apart`.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
+from unittest import mock
 
 import transformers as tf
-from torch import Tensor
+from transformers.integrations.moe import use_experts_implementation
+from transformers.models.step3p7 import modeling_step3p7
 
 from tests.families.family import Example, Family
 from tests.families.kin import BATCH, BATCHED, HIDDEN, IMAGE, PATCHES, TEXT, build, from_features, listed, understanding
@@ -64,14 +65,16 @@ def muse_spark() -> Example:
 
 
 def step() -> Example:
-    """Step 3.7: gates on heads, sliding windows with more heads, experts."""
+    """Step 3.7: gates on heads, sliding windows, experts in a loop, which get a choice of implementations."""
     text = {
         **TEXT, "head_dim": 8, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 16, "share_expert_dim": 16, "mlp_layer_types": MLPS, "sliding_window": 8,
         "layer_types": SLIDING, "num_sliding_attention_heads": 4,
     }  # fmt: skip
     vision = {**TOWER, "image_size": 32, "mlp_ratio": 1.5, "max_position_embeddings": 64}
-    return example("Step3p7", text, vision, experts="batched_mm", image_token_id=IMAGE)
+    experts = type("Experts", (modeling_step3p7.Step3p7Experts,), {})
+    with mock.patch.object(modeling_step3p7, "Step3p7Experts", use_experts_implementation(experts)):
+        return example("Step3p7", text, vision, experts="batched_mm", image_token_id=IMAGE)
 
 
 def inkling() -> Example:
@@ -113,12 +116,13 @@ def omni() -> Example:
     )  # fmt: skip
 
 
+CHOICE = "its experts get a choice of implementations (`use_experts_implementation`), and are batched products"
 CONDITIONAL = "ForConditionalGeneration"
 FAMILIES = [
     Family("MiniMax-M3-VL", f"MiniMaxM3Sparse{CONDITIONAL}", minimax, (NOTE, BATCHED)),
     Family("Mistral Large 4", f"MistralLarge4{CONDITIONAL}", mistral_large4, (NOTE, BATCHED)),
     Family("Muse Spark", f"MuseSpark{CONDITIONAL}", muse_spark, (NOTE, BATCHED)),
-    Family("Step 3.7", f"Step3p7{CONDITIONAL}", step, (NOTE, BATCHED)),
+    Family("Step 3.7", f"Step3p7{CONDITIONAL}", step, (NOTE, CHOICE)),
     Family("Inkling", "InklingForCausalLM", inkling, (ALONE, BATCHED)),
     Family("Cosmos 3 Edge", f"Cosmos3Edge{CONDITIONAL}", cosmos, (NOTE,)),
     Family("Qwen2.5-Omni", f"Qwen2_5OmniThinker{CONDITIONAL}", omni, (ALONE,)),
