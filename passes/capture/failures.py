@@ -22,8 +22,9 @@ _BY_LINE: Mapping[str, str] = {
     "can follow them: pass these numbers as plain Python inputs of the task, or compute with the tensor itself",
     r"^for\b.*\bin\b": "the loop runs as often as values say, as one over the experts that were hit: compute all of them as "
     "batched or grouped products, which models of transformers do after model.set_experts_implementation('batched_mm') or "
-    "'grouped_mm' (where a class of experts lacks that choice, transformers.integrations.moe.use_experts_implementation gives "
-    "it); or loop over all of them, with weights of 0",
+    "'grouped_mm' (where a class of experts lacks that choice, transformers.integrations.moe.use_experts_implementation(cls) "
+    "before the model is built and config._experts_implementation = 'batched_mm' of the decoder give it); or loop over all of "
+    "them, with weights of 0",
     r"repeat_interleave": "how often a row is repeated is the value of a tensor: work the repeated rows out before the forward "
     "and pass them, or say how many there are with output_size=",
     r"nonzero|masked_select|unique|torch\.where\([^,]*\)|\[[^\[\]]*(==|!=|<|>|~|&|mask|keep|valid)[^\[\]]*\]": "how many "

@@ -74,7 +74,9 @@ def step() -> Example:
     vision = {**TOWER, "image_size": 32, "mlp_ratio": 1.5, "max_position_embeddings": 64}
     experts = type("Experts", (modeling_step3p7.Step3p7Experts,), {})
     with mock.patch.object(modeling_step3p7, "Step3p7Experts", use_experts_implementation(experts)):
-        return example("Step3p7", text, vision, experts="batched_mm", image_token_id=IMAGE)
+        made = example("Step3p7", text, vision, image_token_id=IMAGE)
+    made.model.get_submodule("model.language_model").config._experts_implementation = "batched_mm"
+    return made
 
 
 def inkling() -> Example:
