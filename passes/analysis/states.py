@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import fx
 
-from tokgraph.ir.node import module_path
+from tokgraph.ir.node import dims, module_path, same_sizes
 
 from ..rules.registry import Axis
 from .axes import AxisClasses
@@ -348,10 +348,11 @@ def _residual_end(trunk: Trunk, units: Sequence[Unit], rows: Sequence[State]) ->
         if node in made and node is not end and pointwise(node) and in_call(node, module):
             inputs = [x for x in node.all_input_nodes if x in made]
             if any(x in direct for x in inputs):
-                if any(x not in direct for x in inputs):
+                others = [x for x in inputs if x not in direct]
+                if any(same_sizes(dims(x), dims(node)) for x in others):  # not what a norm divides by
                     end = node
                     direct, made = {end}, computed_from([end])
-                else:
+                elif not others:
                     direct.add(node)
     goes_on = any(pointwise(user) and len(user.all_input_nodes) > 1 for user in end.users if not in_call(user, module))
     return None if goes_on and not in_call(rows[-1][0], before) else (end,)

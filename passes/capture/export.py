@@ -66,11 +66,12 @@ from .routed_rows import RoutedRows
 from .row_averages import RowAverages
 from .row_losses import row_losses
 from .sinks import SinksToSoftmax
+from .whole_rows import WholeRows
 
 log = logging.getLogger(__name__)
 CLEANUPS: tuple[type[GraphPass], ...] = (
-    RemoveAssertions, CopiesToViews, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, RoutedRows,
-    MaskedRows, RowsInOrder, SinksToSoftmax, KeysLast, KeepBatchAxis, RowAverages, BatchFirst,
+    RemoveAssertions, CopiesToViews, RemoveNoOps, TypeAsToCast, FusedToPlain, SplitToSlices, ViewToReshape, WholeRows,
+    RowsInOrder, RoutedRows, MaskedRows, SinksToSoftmax, KeysLast, KeepBatchAxis, RowAverages, BatchFirst,
 )  # fmt: skip
 """The passes that make a fresh export plain, in order."""
 IN_AUTOCAST: tuple[type[GraphPass], ...] = (MergeParameterCasts,)

@@ -20,11 +20,20 @@ _BY_LINE: Mapping[str, str] = {
     "time; an assertion about sizes is no problem",
     r"\.tolist\(|\.item\(|\b(int|float|bool|range|list)\(": "the line takes values of a tensor into Python, where no graph "
     "can follow them: pass these numbers as plain Python inputs of the task, or compute with the tensor itself",
+    r"^for\b.*\bin\b": "the loop runs as often as values say, as one over the experts that were hit: compute all of them as "
+    "batched or grouped products, which models of transformers do after model.set_experts_implementation('batched_mm') or "
+    "'grouped_mm' (where a class of experts lacks that choice, transformers.integrations.moe.use_experts_implementation(cls) "
+    "before the model is built and config._experts_implementation = 'batched_mm' of the decoder give it); or loop over all of "
+    "them, with weights of 0",
     r"repeat_interleave": "how often a row is repeated is the value of a tensor: work the repeated rows out before the forward "
     "and pass them, or say how many there are with output_size=",
     r"nonzero|masked_select|unique|torch\.where\([^,]*\)|\[[^\[\]]*(==|!=|<|>|~|&|mask|keep|valid)[^\[\]]*\]": "how many "
     "rows the line takes depends on values: keep all rows and use torch.where, masked_scatter or a factor of 0; a cross "
     "entropy leaves rows out by its ignore_index",
+    r"\b(if|elif|while|and|or|not)\b.*\.(any|all)\(\)": "the forward branches on the value of a tensor: replace the branch by "
+    "torch.where or torch.cond, or pass the value as a plain Python input. Where every batch gives one answer, and the line is "
+    "not yours, give the answer with the tensor that you pass there, and check it: torch._assert(mask.any(), 'no image'), then "
+    "mask.any = lambda: True",
     r"\b(if|elif|while|and|or|not)\b": "the forward branches on the value of a tensor: replace the branch by torch.where or "
     "torch.cond, or pass the value as a plain Python input",
 }
@@ -103,12 +112,21 @@ def _help(error: Exception, where: Where | None, model: nn.Module) -> str:
     part = _part(error, model)
     outside = "" if part is None else _OUTSIDE.format(part=part)
     if any(word in said for word in _VALUES):
-        if any(_GRID & frame.f_locals.keys() for frame, _ in traceback.walk_tb(error.__traceback__)):
+        if _reads_grid(error, inside_a_part=part is not None):
             return _GRID_HELP + outside
         line = text_of(where.source if where is not None else None)
         other = _OTHER_SIZES if re.search(r"Size-like symbols: u\d", said) else _OTHER_VALUES
         return next((help for pattern, help in _BY_LINE.items() if re.search(pattern, line)), other) + outside
     return next((help + outside for pattern, help in _BY_MESSAGE.items() if re.search(pattern, said)), _ELSE + outside)
+
+
+def _reads_grid(error: Exception, inside_a_part: bool) -> bool:
+    """Whether an image grid is at hand where an error arose: in a tower, or in the innermost module; every decoder is called
+    by something that has one.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [i for i, frame in enumerate(frames) if isinstance(frame.f_locals.get("self"), nn.Module)]
+    return any(_GRID & frame.f_locals.keys() for frame in frames[0 if inside_a_part or not own else own[-1] :])
 
 
 def _part(error: Exception, model: nn.Module) -> str | None:

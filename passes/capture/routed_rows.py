@@ -17,6 +17,7 @@ from ..rules import axis_map, traits
 from ..rules.registry import first_input
 from .routed_masks import Masks
 from .routes import Put, Routes, product
+from .row_groups import All, regrouped
 from .total import is_total
 
 aten = torch.ops.aten
@@ -61,7 +62,7 @@ class _Rewrite:
         nodes = list(self._emit.graph.nodes)
         for node in nodes:
             found = self._routes.puts(node)
-            if found and all(self._whole(put).of(put.rows) and self._masks.can(put) for put in found):
+            if found and all(self._whole(put).gives(put.rows) and self._masks.can(put) for put in found):
                 self._puts[node] = found
         self._keep_closed()
         done: dict[fx.Node, fx.Node] = {}
@@ -134,10 +135,15 @@ class _Whole:
     def __init__(self, emit: Emitter, routes: Routes, put: Put) -> None:
         self._emit, self._routes = emit, routes
         self._route, self._size = put.route, put.route.whole(put.into)
-        self._found: dict[fx.Node, tuple[fx.Node, int] | None] = {}
+        self._found: dict[fx.Node, All | None] = {}
 
-    def of(self, node: fx.Node) -> tuple[fx.Node, int] | None:
-        """A value of taken rows, for all rows, and the axis that counts them; ``None`` where it is none, or not row by row."""
+    def gives(self, node: fx.Node) -> bool:
+        """Whether a value has one row for each that is taken."""
+        found = self.of(node)
+        return found is not None and found.times == 1
+
+    def of(self, node: fx.Node) -> All | None:
+        """A value of taken rows, for all rows; ``None`` where it is none, or not row by row."""
         if node not in self._found:
             self._found[node] = None
             if self._routes.taken(node) == self._route:
@@ -148,7 +154,8 @@ class _Whole:
 
     def rows(self, put: Put) -> fx.Node:
         """The rows of a put for all of the value, of its shape."""
-        rows, _ = self._found[put.rows] or (put.rows, 0)
+        found = self._found[put.rows]
+        rows = put.rows if found is None else found.value
         if put.route.axes == 1:
             return rows
         sizes: list[Any] = [self._emit.size(put.into, a) for a in range(put.route.axis + put.route.axes)]
@@ -166,7 +173,7 @@ class _Whole:
                 stack += [] if self._routes.taken(x) == self._route else x.all_input_nodes
         return found
 
-    def _all(self, x: fx.Node) -> tuple[fx.Node, int] | None:
+    def _all(self, x: fx.Node) -> All | None:
         """The value that rows are taken of, its axes that a mask counts merged."""
         axis, axes = self._route.axis, self._route.axes
         if not same_size(product(dims(x)[axis : axis + axes]), self._size):
@@ -174,21 +181,28 @@ class _Whole:
         if axes > 1:
             sizes: list[Any] = [self._emit.size(x, a) for a in range(rank(x))]
             x = self._emit.call(aten.reshape.default, x, [*sizes[:axis], -1, *sizes[axis + axes :]], origin=x)
-        return x, axis
+        return All(x, axis)
 
-    def _computed(self, node: fx.Node) -> tuple[fx.Node, int] | None:
-        """A call on rows of which each gives one of its own."""
+    def _computed(self, node: fx.Node) -> All | None:
+        """A call on rows of which each gives one of its own, or some that stand one after the other."""
+        first = next((found for x in node.all_input_nodes if (found := self.of(x)) is not None), None)
+        several = regrouped(self._emit, node, first) if first is not None else None
+        if several is not None:
+            return several
         described = axis_map(node)
         if described is None or not described.rows or _draws(node):
             return None
         whole = {x: found for x in tensor_inputs(node) if (found := self.of(x)) is not None}
-        places = [a for a, rows in enumerate(described.rows) for x, j in rows or () if x in whole and whole[x][1] == j]
-        if not whole or len(set(places)) != 1 or any(described.mixed((x, j)) for x, (_, j) in whole.items()):
+        places = [
+            a for a, rows in enumerate(described.rows) for x, j in rows or () if x in whole and whole[x].axis == j
+        ]
+        if not whole or len(set(places)) != 1 or any(described.mixed((x, y.axis)) for x, y in whole.items()):
             return None
         place, here = places[0], described.rows[places[0]] or ()
-        if {x for x, _ in here} != set(whole) or not is_total(node, whole):
+        times = {y.times for y in whole.values()}
+        if {x for x, _ in here} != set(whole) or len(times) != 1 or not is_total(node, whole):
             return None
-        new = {x: found[0] for x, found in whole.items()}
+        new = {x: found.value for x, found in whole.items()}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda x: new.get(x, x))
         if traits(node.target).sized:
             sizes: list[Any] = list(args[1])  # type: ignore[arg-type]
@@ -196,8 +210,9 @@ class _Whole:
                 sizes[place] = self._emit.size(new[here[0][0]], here[0][1])
             args = (args[0], sizes, *args[2:])
         made = self._emit.call(node.target, *args, origin=node, **kwargs)
-        expected = [self._size if axis == place else size for axis, size in enumerate(dims(node))]
-        return (made, place) if same_sizes(dims(made), expected) else None
+        (each,) = times
+        expected = [each * self._size if axis == place else size for axis, size in enumerate(dims(node))]
+        return All(made, place, each) if same_sizes(dims(made), expected) else None
 
 
 def _is_size(node: fx.Node) -> bool:

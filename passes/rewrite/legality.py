@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tokgraph.errors import IllegalRewriteError
 from tokgraph.ir.blocks import Block
@@ -24,10 +25,11 @@ from tokgraph.ir.node import (
     sizes_of,
     tensor,
     tensor_inputs,
+    value,
     where,
 )
 
-from ..analysis.attentions import token_mixes
+from ..analysis.attentions import TokenMix, token_mixes
 from ..analysis.axes import AxisClasses
 from ..analysis.flow import computed_from
 from ..rules import axis_map, has_rule, traits
@@ -45,7 +47,8 @@ _WHY = {
     "layout": "splits, merges, cuts or joins the token axis",
 }
 
-
+_FOR_GOOD = ("scan", "window")
+"""Mixes that no rule of another operator could make an attention of: they are said first (gated delta nets)."""
 _WHY_SAMPLES = {
     "attention": "lets samples attend to one another",
     "softmax": "normalises over the batch axis",
@@ -78,19 +81,13 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
     tokens, samples = (nodes[facts.entry], 1), (nodes[facts.entry], 0)
     for block in blocks:
         inside = [nodes[name] for name in block.nodes]
+        mixes = token_mixes(inside, classes, tokens)
+        _check_mixes(facts, block, [mixing for mixing in mixes if mixing.mix.kind in _FOR_GOOD])
         _check_rules(facts, block, inside)
         _check_state(facts, block, nodes)
         _check_order(facts, block, nodes, classes, tokens)
         _check_beside(facts, block, nodes)
-        attention = {k.user for a in block.attention for k in a.keys}
-        for mixing in token_mixes(inside, classes, tokens):
-            if mixing.node.name not in attention:
-                raise IllegalRewriteError(
-                    f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {mixing.node.target} "
-                    f"{_WHY[mixing.mix.kind]}",
-                    where=where(mixing.node),
-                    help="choose a span without this block, or keep such operators out of the decoder blocks",
-                )
+        _check_mixes(facts, block, mixes)
         for mixing in token_mixes(inside, classes, samples) if not is_one(*samples) else ():
             raise IllegalRewriteError(
                 f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {mixing.node.target} "
@@ -100,6 +97,19 @@ def check_blocks(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block], fro
             )
         _check_followed(facts, block, [*(nodes[name] for name in block.before), *inside], classes, (tokens, samples))
         _check_attention(facts, block, nodes, block.index in frozen)
+
+
+def _check_mixes(facts: TaskFacts, block: Block, mixes: Sequence[TokenMix]) -> None:
+    """Check that tokens are mixed by the block's attention alone."""
+    attention = {k.user for a in block.attention for k in a.keys}
+    for mixing in mixes:
+        if mixing.node.name not in attention:
+            raise IllegalRewriteError(
+                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {mixing.node.target} "
+                f"{_WHY[mixing.mix.kind]}",
+                where=where(mixing.node),
+                help="choose a span without this block, or keep such operators out of the decoder blocks",
+            )
 
 
 def _check_writes(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block]) -> None:
@@ -178,6 +188,15 @@ def _check_beside(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node]) -> 
 
 def _check_rules(facts: TaskFacts, block: Block, inside: list[fx.Node]) -> None:
     for node in inside:
+        if isinstance(value(node), torch.SymInt) and tensor_inputs(node) and free_unbacked_symbols(value(node)):
+            raise IllegalRewriteError(
+                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: how many rows "
+                f"{tensor_inputs(node)[0].target} takes depends on values of the batch, and what is made of them is not put "
+                "back row by row",
+                where=where(tensor_inputs(node)[0]),
+                help="put what is made of each row back at its place (docs/rules.md, 'Experts of modalities'), or compute it "
+                "for all rows and choose with torch.where; or choose a span without this block",
+            )
         if not has_rule(node) and tensor_inputs(node):
             raise IllegalRewriteError(
                 f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {node.target} has no token-axis rule",

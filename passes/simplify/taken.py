@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import CallMethodKey
 from torch.utils import _pytree as pytree
 
 from tokgraph.ir.facts import TaskFacts
-from tokgraph.ir.node import argument, dims, rank, tensor_inputs
+from tokgraph.ir.node import argument, dims, rank, tensor, tensor_inputs
 
 from ..contract import GraphPass
 from ..emitter import Emitter, remove_dead_code
@@ -83,7 +84,8 @@ def _region(mask: fx.Node, ends: Sequence[fx.Node], axes: Axes) -> dict[fx.Node,
         if alone and len(places) == 1 and _row_by_row(node, (at := places.pop())):
             found[node] = at
             above |= {x for x in tensor_inputs(node) if _at(node, x, at) is not None and x not in found}
-    return found
+    whole = {node for node in found if node.target is operator.getitem and first_input(node) not in found}
+    return {node: at for node, at in found.items() if node not in whole}  # rows are taken of tensors, not of several
 
 
 def _read_at(user: fx.Node, x: fx.Node, found: dict[fx.Node, Axes], ends: set[fx.Node], axes: Axes) -> Axes | None:
@@ -103,7 +105,7 @@ def _at(node: fx.Node, x: fx.Node, axes: Axes) -> Axes | None:
 
 def _row_by_row(node: fx.Node, axes: Axes) -> bool:
     """Whether a call computes each of these rows from those of its inputs, and can be made on fewer of them."""
-    described = axis_map(node) if node.op == "call_function" and isinstance(node.meta["val"], torch.Tensor) else None
+    described = axis_map(node) if node.op == "call_function" and tensor(node) is not None else None
     if described is None or _draws(node) or not all(described.rows[axis] for axis in axes):
         return False
     followed = {source for axis in axes for source in described.rows[axis] or ()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as tf
 from torch import Tensor
@@ -111,7 +112,7 @@ def lfm2_vl() -> Example:
     )  # fmt: skip
     model = build(tf.Lfm2VlForConditionalGeneration, config)
     fixed = {
-        "spatial_shapes": torch.tensor([[4, 4]] * BATCH), "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
+        "spatial_shapes": np.array([[4, 4]] * BATCH), "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
     }  # fmt: skip
     layers = listed("model.language_model.layers", 4)
     return understanding(model, layers, count=4, pixels=(BATCH, 16, 192), fixed=fixed)

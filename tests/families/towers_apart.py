@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import transformers as tf
 from torch import Tensor
 
@@ -41,7 +42,7 @@ LANGUAGE = "model.language_model.layers"
 
 def example(
     name: str, text: dict[str, Any], vision: dict[str, Any], *, path: str = LANGUAGE, three: bool = False,
-    attention: str = "sdpa", suffix: str = "ForConditionalGeneration", logits: Callable[..., Tensor] = from_features,
+    attention: str = "sdpa", cls: str = "", logits: Callable[..., Tensor] = from_features,
     experts: str | None = None, **options: Any,
 ) -> Example:  # fmt: skip
     """A family by its configuration.
@@ -53,13 +54,13 @@ def example(
         path: of the decoder's layers.
         three: positions have three axes.
         attention: implementation.
-        suffix: of the model's class.
+        cls: the model's class; by default that of the name for conditional generation.
         logits: the forward.
         experts: implementation of experts.
         options: further fields of the configuration.
     """
     config = getattr(tf, f"{name}Config")(text_config=text, vision_config=vision, **options)
-    model = build(getattr(tf, f"{name}{suffix}"), config, attention, experts=experts)
+    model = build(getattr(tf, cls or f"{name}{CONDITIONAL}"), config, attention, experts=experts)
     inner = getattr(model.model, "visual", None) or getattr(model.model, "vision_tower", None)
     if inner is not None:
         inner.requires_grad_(False)  # the features come from elsewhere
@@ -70,8 +71,13 @@ def example(
 
 
 def by_kind(model: Any, input_ids: Tensor, features: Tensor, position_ids: Tensor) -> Tensor:
-    """ERNIE's layers send text and image rows to experts of their own."""
+    """ERNIE's layers send text and image rows to experts of their own, where ``kinds.any()`` says that there are image rows.
+
+    No graph can branch on that: the forward answers it once, and checks the answer on every batch.
+    """
     kinds = (input_ids == IMAGE).int()
+    torch._assert((kinds > 0).any(), "a batch without an image")
+    kinds.any = lambda: True
     return from_features(model, input_ids, features, position_ids=position_ids, moe_mm_token_type_ids=kinds)
 
 
@@ -129,6 +135,9 @@ def decoder(config: str, cls: str, path: str = "model.layers", attention: str = 
 
 
 NOTE = "image features are an input: the tower's shapes depend on data"
+ANSWERED = (
+    "image features are an input; the forward answers that there is an image, on which the layers branch, and checks it"
+)
 ALONE = "the decoder alone; image features are an input"
 CONDITIONAL = "ForConditionalGeneration"
 
@@ -136,9 +145,8 @@ CONDITIONAL = "ForConditionalGeneration"
 def _family(
     title: str, name: str, text: dict[str, Any], vision: dict[str, Any], note: str = NOTE, **options: Any
 ) -> Family:
-    suffix = options.get("suffix", CONDITIONAL)
     notes = (note, BATCHED) if "experts" in options else (note,)
-    return Family(title, f"{name}{suffix}", partial(example, name, text, vision, **options), notes)
+    return Family(title, f"{name}{CONDITIONAL}", partial(example, name, text, vision, **options), notes)
 
 
 GLM_MOE = {**TEXT, **EXPERTS, "first_k_dense_replace": 1, "rope_parameters": HALF, "n_group": 1, "topk_group": 1}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import Tensor
+from torch import Tensor, nn
 
 import tokgraph as tg
 from tests import tiny
@@ -41,6 +41,18 @@ def loops(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> 
     return tiny.understand(model, ids, patches, labels)
 
 
+def loops_over_what_is_hit(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> Any:
+    loss = tiny.understand(model, ids, patches, labels)[0]
+    for row in (labels[0] > 0).nonzero():  # here
+        loss = loss + row.sum()
+    return loss
+
+
+def asks_for_any(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> Any:
+    found = tiny.understand(model, ids, patches, labels)[0]
+    return found * 2 if (labels >= 0).any() else found  # here
+
+
 def keeps_labelled_rows(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> Any:  # here
     logits = model.head(model.backbone(model.embed(ids) + 0 * patches.sum()))
     return torch.nn.functional.cross_entropy(logits[labels > 0], labels[labels > 0])
@@ -67,6 +79,8 @@ def misfits(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -
         (divides, "takes values of a tensor into Python"),
         (asserts_values, "torch._assert(condition, message) stays a check"),
         (loops, "branches on the value of a tensor"),
+        (loops_over_what_is_hit, "model.set_experts_implementation"),
+        (asks_for_any, "mask.any = lambda: True"),
         (keeps_labelled_rows, "by a boolean index, nonzero or unique"),
         (leaves_pytorch, "leaves PyTorch for NumPy"),
         pytest.param(
@@ -85,6 +99,43 @@ def test_a_forward_that_cannot_be_captured(forward: Callable[..., Any], cause: s
     here = next(i for i, line in enumerate(lines) if "# here" in line)
     assert error.where.source == f"{__file__}:{first + here}"
     assert error.where.module == ("layers.1.mlp.0" if forward is misfits else None)
+
+
+class Hit(nn.Module):
+    """Goes on by as many rows as there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for row in (x[0, :, 0] > 9).nonzero():
+            x = x + row.sum()
+        return x
+
+
+def test_a_grid_that_is_at_hand_elsewhere_is_no_cause() -> None:
+    def with_a_grid(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> Any:
+        image_grid_thw = ids  # noqa: F841
+        return tiny.understand(model, ids, patches, labels)
+
+    spec = spec_of(with_a_grid)
+    spec.model.layers[0].mlp = Hit()  # type: ignore[index, union-attr]
+    with pytest.raises(tg.CaptureError) as refused:
+        tg.capture(spec)
+    assert "the loop runs as often as values say" in str(refused.value.help)
+
+
+def test_an_answer_that_is_given_with_a_tensor_is_checked() -> None:
+    def answered(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> Any:
+        mask = labels >= 0
+        torch._assert(mask.any(), "no label")
+        mask.any = lambda: True  # type: ignore[method-assign, assignment]
+        found = tiny.understand(model, ids, patches, labels)[0]
+        return found * 2 if mask.any() else found
+
+    spec = spec_of(answered)
+    program = tg.optimize(spec, "none", verify=False)["understanding"]
+    eager = asks_for_any(spec.model, **example())  # type: ignore[arg-type]
+    torch.testing.assert_close(program(**example()), eager)
+    with pytest.raises(tg.BatchError, match="no label"):
+        program(**example(labels=torch.full_like(example()["labels"], -100)))
 
 
 # ------------------------------------------------------------------ batches

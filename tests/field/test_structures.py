@@ -114,6 +114,25 @@ def test_spans_at_the_ends_with_exact_and_symbolic_sizes(structure: str) -> None
         assert worst(facts, model, tg.DropSite(TASK, start, end, 0.5, mode=mode), exact=True) < 1e-10
 
 
+class RootMeanSquare(nn.Module):
+    """A norm in plain operators: what divides the rows is computed from them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt()
+
+
+def test_a_last_layer_that_is_made_otherwise_ends_at_its_last_addition_not_in_a_norm() -> None:
+    torch.manual_seed(0)
+    layers = [s.Scaled() for _ in range(3)]
+    for layer in layers:
+        layer.norm1, layer.norm2 = RootMeanSquare(), RootMeanSquare()
+    layers[-1].feed[1] = nn.Tanh()
+    model = s.Looped(layers).double()
+    facts = tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))
+    assert worst(facts, model, tg.DropSite(TASK, 1, 3, 0.5, restore=False)) < 1e-10
+    assert worst(facts, model, tg.DropSite(TASK, 1, 3, 0.5)) < 1e-10
+
+
 class OtherAtTheEnd(s.FirstToAll):
     """Behind the last layer something is added in another way than behind those before it."""
 

@@ -92,6 +92,7 @@ def mixing(step: Callable[[Tensor], Tensor]) -> type[nn.Module]:
         (lambda h: h.softmax(1), "normalises over the token axis outside an attention"),
         (lambda h: h.flip(1), "runs along the token axis"),
         (lambda h: torch.cat([h[:, 1:], h[:, :1]], 1), "splits, merges, cuts or joins the token axis"),
+        (lambda h: h.tril().cumsum(1), "runs along the token axis"),  # which no rule of tril could change
         (lambda h: h.roll(1, 1), "runs along the token axis"),
         (lambda h: h.sort(1).values, "reads or writes tokens by order or index"),
         (lambda h: torch.nn.functional.pad(h, (0, 0, 1, 0))[:, :-1], "splits, merges, cuts or joins the token axis"),
@@ -102,7 +103,19 @@ def mixing(step: Callable[[Tensor], Tensor]) -> type[nn.Module]:
         (lambda h: h @ (h.transpose(1, 2) @ h), "sums over the token axis outside an attention"),
         (lambda h: h[:, torch.arange(h.shape[1] - 1, -1, -1)], "reads or writes tokens by order or index"),
     ],
-    ids=["mean", "softmax", "flip", "cat", "roll", "sort", "shift", "pairs", "linear attention", "gather"],
+    ids=[
+        "mean",
+        "softmax",
+        "flip",
+        "cat",
+        "no rule beside",
+        "roll",
+        "sort",
+        "shift",
+        "pairs",
+        "linear attention",
+        "gather",
+    ],
 )
 def test_every_way_to_mix_tokens(step: Callable[[Tensor], Tensor], why: str) -> None:
     found = Captured.of(models.spec(mixing(step)), "t")
