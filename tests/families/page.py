@@ -11,7 +11,8 @@ HEAD = """# Models
 What tokgraph does with models that nobody tuned it for: families of `transformers`, tiny and with random weights, and
 designs written in plain PyTorch by the description of their papers. Each row is one family, its tasks in one line each.
 The page is written by `python benchmarks/model_table.py` from [`models.json`](models.json), which that script measures
-(torch {torch}, transformers {transformers}); the families are in `tests/families`.
+(torch {torch}, transformers {transformers}); the families are in `tests/families`. Rows are not measured all on one day: a row is of the
+commit that changed it last in that file. `--only NAME` measures one again.
 
 | column | what was done |
 | --- | --- |
