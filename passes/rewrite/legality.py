@@ -104,12 +104,32 @@ def _check_mixes(facts: TaskFacts, block: Block, mixes: Sequence[TokenMix]) -> N
     attention = {k.user for a in block.attention for k in a.keys}
     for mixing in mixes:
         if mixing.node.name not in attention:
+            if _counts_out(mixing.node):
+                raise _counted_out(facts, block, mixing.node)
             raise IllegalRewriteError(
                 f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {mixing.node.target} "
                 f"{_WHY[mixing.mix.kind]}",
                 where=where(mixing.node),
                 help="choose a span without this block, or keep such operators out of the decoder blocks",
             )
+
+
+def _counts_out(node: fx.Node) -> bool:
+    """Whether values say how many rows a node takes."""
+    before = [free_unbacked_symbols(x) for source in tensor_inputs(node) if (x := tensor(source)) is not None]
+    result = tensor(node)
+    return result is not None and not free_unbacked_symbols(result) <= set().union(*before)
+
+
+def _counted_out(facts: TaskFacts, block: Block, taken: fx.Node) -> IllegalRewriteError:
+    """Why no rows can be dropped around a node that takes as many as values say."""
+    return IllegalRewriteError(
+        f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: how many rows {taken.target} takes depends on "
+        "values of the batch, and what is made of them is not put back row by row",
+        where=where(taken),
+        help="put what is made of each row back at its place (docs/rules.md, 'Experts of modalities'), or compute it for all "
+        "rows and choose with torch.where; or choose a span without this block",
+    )
 
 
 def _check_writes(graph: fx.Graph, facts: TaskFacts, blocks: Sequence[Block]) -> None:
@@ -189,14 +209,7 @@ def _check_beside(facts: TaskFacts, block: Block, nodes: dict[str, fx.Node]) -> 
 def _check_rules(facts: TaskFacts, block: Block, inside: list[fx.Node]) -> None:
     for node in inside:
         if isinstance(value(node), torch.SymInt) and tensor_inputs(node) and free_unbacked_symbols(value(node)):
-            raise IllegalRewriteError(
-                f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: how many rows "
-                f"{tensor_inputs(node)[0].target} takes depends on values of the batch, and what is made of them is not put "
-                "back row by row",
-                where=where(tensor_inputs(node)[0]),
-                help="put what is made of each row back at its place (docs/rules.md, 'Experts of modalities'), or compute it "
-                "for all rows and choose with torch.where; or choose a span without this block",
-            )
+            raise _counted_out(facts, block, tensor_inputs(node)[0])
         if not has_rule(node) and tensor_inputs(node):
             raise IllegalRewriteError(
                 f"task {facts.name!r}: tokens cannot be dropped in block {block.index}: {node.target} has no token-axis rule",
