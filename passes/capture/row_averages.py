@@ -119,7 +119,7 @@ def _sum_over_rows(x: fx.Node) -> _Sum | None:
     if x.target is aten.histc.default:
         bins, low, high = (argument(x, name, 0) for name in ("bins", "min", "max"))
         classes = _without(first_input(x), casts=True)
-        exact = not classes.meta["val"].is_floating_point() and low == 0 and high in (bins, bins - 1)
+        exact = classes.meta["val"].dtype is torch.int64 and low == 0 and high in (bins, bins - 1)
         return _Sum(classes, rank(classes), bins=bins) if exact else None
     if x.target is aten.scatter_add.default:
         return _scattered(x)
@@ -164,7 +164,7 @@ def _flat(weight: fx.Node, ndim: int) -> fx.Node | None:
 
 def _without(x: fx.Node, casts: bool = False) -> fx.Node:
     """What was laid out as one axis, and cast."""
-    while (traits(x.target).reshape and rank(x) == 1) or (casts and x.target is aten._to_copy.default):
+    while (traits(x.target).reshape and rank(x) == 1) or (casts and _keeps_values(x)):
         x = first_input(x)
     return x
 
@@ -179,9 +179,18 @@ def _weighed(count: object, weights: Sequence[fx.Node]) -> tuple[list[int], int]
 
 
 def _cast_of(x: fx.Node) -> fx.Node:
-    while x.target is aten._to_copy.default:
+    """What was cast, to types that keep its values."""
+    while _keeps_values(x):
         x = first_input(x)
     return x
+
+
+def _keeps_values(x: fx.Node) -> bool:
+    """Whether a node is a cast, but for one to whole numbers of others, or to truth values."""
+    if x.target is not aten._to_copy.default:
+        return False
+    old, new = first_input(x).meta["val"].dtype, x.meta["val"].dtype
+    return new.is_floating_point or old is new or not (old.is_floating_point or new is torch.bool)
 
 
 def _counted(count: object, sums: Sequence[_Sum]) -> tuple[list[int], int] | None:

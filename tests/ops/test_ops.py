@@ -167,21 +167,6 @@ CALLS = [
 MOVES = (*ops.moving.LOWERED, *ops.ranges.LOWERED, TOKGRAPH.check_unread.default)
 
 
-def test_averages_over_the_rows_of_several_tensors():
-    some, others, ones = numbers(3, 4), numbers(2, 4), [torch.ones(3), torch.ones(2)]
-    mean = torch.cat([some, others]).mean(0)
-    torch.testing.assert_close(TOKGRAPH.mean_of_rows([some, others], []), mean)
-    torch.testing.assert_close(TOKGRAPH.mean_of_rows([some, others], ones), mean)
-    weights = [torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0])]
-    expected = (some[0] + 2 * some[2] + others[1]) / 4
-    torch.testing.assert_close(TOKGRAPH.mean_of_rows([some, others], weights), expected)
-    classes = [index([1, 3], [0, 3], [1, 0]), index([2, 3], [2, 0])]
-    shares = TOKGRAPH.class_shares(classes, [], 4, torch.float64)
-    torch.testing.assert_close(shares, torch.tensor([3, 2, 2, 3]).double() / 5)
-    shares = TOKGRAPH.class_shares(classes, weights, 4, torch.float64)
-    torch.testing.assert_close(shares, torch.tensor([3, 3, 1, 1]).double() / 4)
-
-
 def test_every_operator_is_sampled_and_decomposed():
     registered = {f"tokgraph::{op._opname}" for op in SAMPLES}
     assert registered == {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tokgraph::")}
