@@ -43,12 +43,14 @@ class Trunk:
         joins: those that add what bypasses the last unit to what it makes, in graph order.
         reaches: value -> the first unit that depends on it; past the last: none does.
         follows: value -> the last unit that it depends on; past the last: it is a join, or depends on one.
+        meets: the first that reads what bypasses the last unit and what it makes, and does not work element by element.
     """
 
     nodes: tuple[fx.Node, ...]
     joins: tuple[fx.Node, ...]
     reaches: Mapping[fx.Node, int]
     follows: Mapping[fx.Node, int]
+    meets: fx.Node | None = None
 
 
 def pointwise(node: fx.Node) -> bool:
@@ -66,17 +68,20 @@ def find_trunk(graph: fx.Graph, units: Units, classes: AxisClasses) -> Trunk:
     past = {
         node for node in inner if node not in after
     }  # what may bypass the last unit, through element-wise operators
-    joins = []
+    joins, meets = [], None
     for node in graph.nodes:
-        if node in below and node not in past and (pointwise(node) or node.target is aten.permute.default):
-            bypassing = [x for x in node.all_input_nodes if x in past]
-            if node not in after:
-                past |= {node} if bypassing else set()
-            elif bypassing and classes.of(node, units.tokens):
-                joins.append(node)
+        if node not in below or node in past or node in last.nodes:
+            continue
+        bypassing = [x for x in node.all_input_nodes if x in past]
+        if not (pointwise(node) or node.target is aten.permute.default):
+            meets = meets or (node if bypassing and after.intersection(node.all_input_nodes) else None)
+        elif node not in after:
+            past |= {node} if bypassing else set()
+        elif bypassing and classes.of(node, units.tokens):
+            joins.append(node)
     kept = below & ancestors([*last.nodes, *joins])
     nodes = tuple(node for node in graph.nodes if node in kept)
-    return Trunk(nodes, tuple(joins), *_depths(nodes, joins, units.units))
+    return Trunk(nodes, tuple(joins), *_depths(nodes, joins, units.units), meets)
 
 
 def _depths(

@@ -74,9 +74,7 @@ def find_layers(graph: fx.Graph, units: Units, classes: AxisClasses) -> Layers |
         return Unfound("an attention to something else lies between layers, in no module of either", units.aside)
     trunk = find_trunk(graph, units, classes)
     if not trunk.joins:
-        return Unfound(
-            "nothing is added to what the last attention makes: there is no stream", units.units[-1].nodes[0]
-        )
+        return _without_joins(trunk, units.units[-1])
     found = regions(trunk, len(units.units))
     beside = [between(trunk, region, units.units, number) for number, region in enumerate(found) if number]
     if again is not None and any(one != Between() for one in beside):
@@ -119,6 +117,13 @@ def _called_again(units: Sequence[Unit]) -> bool:
                 if [*map(plain, module.split("."))] != [*map(plain, call.split("."))]:
                     return False
     return True
+
+
+def _without_joins(trunk: Trunk, last: Unit) -> Unfound:
+    if trunk.meets is None:
+        return Unfound("nothing is added to what the last attention makes: there is no stream", last.nodes[0])
+    why = f"{trunk.meets.target} joins what the last attention makes to what goes past it, and is no addition"
+    return Unfound(why, trunk.meets)
 
 
 def _used_again(unit: Unit) -> Unfound:

@@ -157,6 +157,38 @@ def test_a_decoder_without_layers_to_cut_is_refused_with_the_reason() -> None:
         tg.analyze(tg.capture(m.spec(m.model(layers=4, cls=Dense), m.batch(), s.loss)))
 
 
+class Joined(m.Block):
+    """What the attention makes is joined to the rows by an operator that is no addition, before a linear map takes both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(2 * HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        made = self.out(self.attend(*self.qkv(self.norm1(x)).chunk(3, -1), hidden))
+        return self.mix(torch.cat([x, made], -1))
+
+
+def test_what_joins_rows_to_attention_without_adding_is_named() -> None:
+    found = layers_of(m.model(Joined, layers=2, cls=s.Looped))
+    assert isinstance(found, Unfound)
+    assert "aten.cat.default" in found.why
+    assert found.node.target is torch.ops.aten.cat.default
+
+
+class Alone(m.Block):
+    """Nothing leads past the attention."""
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return self.out(self.attend(*self.qkv(self.norm1(x)).chunk(3, -1), hidden))
+
+
+def test_a_decoder_without_residuals_is_told_so() -> None:
+    found = layers_of(m.model(Alone, layers=2, cls=s.Looped))
+    assert isinstance(found, Unfound)
+    assert "nothing is added" in found.why
+
+
 class AttendingAgain(m.Block):
     """One attention, used in every layer; and in between, gated rows, so that no value alone connects layers."""
 
