@@ -419,6 +419,20 @@ def test_dropout_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_difference_where_equal_values_are_chosen_from_says_so(tmp_path: Path) -> None:
+    class Choosing(tiny.Unified):
+        def backbone(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = torch.zeros_like(x[0, 0]).topk(2).indices  # PyTorch takes the last ones, ONNX Runtime the first
+            return super().backbone(x * torch.ones_like(x[0, 0]).scatter(0, chosen, 3.0))
+
+    spec = tg.ModelSpec(Choosing(1), {"generation": tiny.build(layers=1).tasks["generation"]})
+    accelerated = tg.apply(tg.capture(spec), tg.Plan())
+    with pytest.raises(tg.ExportError, match="differs between") as raised:
+        accelerated.export_onnx(tmp_path / "out", "forward")
+    assert "of equal ones" in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_batches_of_the_users_are_checked(tmp_path: Path) -> None:
     captured = captured_tiny(1)
     accelerated = captured.apply(tg.Plan(), "generation")

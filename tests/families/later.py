@@ -44,7 +44,7 @@ def mistral_large4() -> Example:
     """Mistral Large 4: latent attention to keys that an indexer chooses, experts."""
     text = {
         **TEXT, **EXPERTS, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-        "v_head_dim": 8, "index_topk": 6, "index_head_dim": 16, "index_n_heads": 2, "rope_parameters": ROPE,
+        "v_head_dim": 8, "index_topk": 6, "index_head_dim": 16, "index_n_heads": 8, "rope_parameters": ROPE,
     }  # fmt: skip
     vision = {"model_type": "pixtral", **TOWER, "image_size": 32}
     return example("MistralLarge4", text, vision, experts="batched_mm", image_token_index=IMAGE)

@@ -121,9 +121,19 @@ def _check(
             raise ExportError(
                 f"{session.path.name}: {name} differs between ONNX Runtime and PyTorch by {error:.1e} "
                 f"(tolerance {limits[gradient]:.0e}, {_described(sizes)})",
-                help="nothing was written; please report this: an export that is not refused must agree",
+                help=f"nothing was written; {_cause(lowered)}",
             )
     return Check(sizes, errors[False], errors[True], worst, str(computed).removeprefix("torch."))
+
+
+def _cause(lowered: Lowered) -> str:
+    """What to do about a difference."""
+    if any(node.target is torch.ops.aten.topk.default for node in lowered.module.graph.nodes):
+        return (
+            "the graph chooses the largest of some values (topk): of equal ones, as zeros behind a ReLU, PyTorch takes any and "
+            "ONNX Runtime the first; if this batch has none, please report this"
+        )
+    return "please report this: an export that is not refused must agree"
 
 
 def _rounding(wanted: torch.Tensor, exact: torch.Tensor, scale: float) -> float:
