@@ -29,7 +29,8 @@ _BY_LINE: Mapping[str, str] = {
     "and pass them, or say how many there are with output_size=",
     r"nonzero|masked_select|unique|torch\.where\([^,]*\)|\[[^\[\]]*(==|!=|<|>|~|&|mask|keep|valid)[^\[\]]*\]": "how many "
     "rows the line takes depends on values: keep all rows and use torch.where, masked_scatter or a factor of 0; a cross "
-    "entropy leaves rows out by its ignore_index",
+    "entropy leaves rows out by its ignore_index; where every batch has a row for each of n others, take them and say so "
+    "before anything else reads them: torch._check(rows.shape[0] == n)",
     r"\b(if|elif|while|and|or|not)\b.*\.(any|all)\(\)": "the forward branches on the value of a tensor: replace the branch by "
     "torch.where or torch.cond, or pass the value as a plain Python input. Where every batch gives one answer, and the line is "
     "not yours, give the answer with the tensor that you pass there, and check it: torch._assert(mask.any(), 'no image'), then "
@@ -44,7 +45,8 @@ _OTHER_VALUES = (
 )
 _OTHER_SIZES = (
     "how many rows a tensor of this line has depends on values, by a boolean index, nonzero or unique before it: keep all rows "
-    "and weigh them instead, as (loss_of_rows * mask).sum() / mask.sum(), or use torch.where"
+    "and weigh them instead, as (loss_of_rows * mask).sum() / mask.sum(), or use torch.where; or, where every batch has a row "
+    "for each of n others, say so behind the index: torch._check(rows.shape[0] == n)"
 )
 _BY_MESSAGE: Mapping[str, str] = {
     r"\.numpy\(\)": "the forward leaves PyTorch for NumPy: compute with tensors, or do it before the forward and "

@@ -143,7 +143,7 @@ def test_bytes_of_both_passes() -> None:
 @pytest.mark.slow
 def test_nothing_flows_back_to_what_is_not_trained() -> None:
     spec = tg.load(str(ROOT / "examples" / "janus.py"), size="tiny")
-    facts = tg.analyze(tg.capture(spec))
+    facts = tg.analyze(tg.capture(tg.ModelSpec(spec.model, {"understanding": spec.tasks["understanding"]})))
     graph = tg.apply(facts, tg.make_plan(facts, "shared")).program["understanding"]
     shapes = {n.name: n.args[0].meta["val"] for n in graph.graph.nodes if n.target is torch.ops.tokgraph.select.default}
     masks = [m for m in row_moves(graph) if m.node in shapes and shapes[m.node].dtype is torch.bool]
