@@ -96,7 +96,7 @@ def find_layers(graph: fx.Graph, units: Units, classes: AxisClasses) -> Layers |
         return _unplaced(next(node for one in beside for node in one.unknown))
     if isinstance(layers, Layers):
         return layers
-    return _with_ends(graph, trunk, units, latest, _residual_end)
+    return _with_ends(graph, trunk, units, latest, _own_end)
 
 
 def _is(unit: Unit, other: Unit) -> bool:
@@ -148,12 +148,10 @@ def _alike(
         earliest: those before it, where there are any.
         begins: whether what lies there is rather the beginning of a layer: a module that is used before each of them.
     """
-    tried: list[Sequence[State]] = []
-    back: Sequence[State] | None = latest
-    while back is not None:
+    tried: list[Sequence[State]] = [latest]
+    while (back := _stepped_back(trunk, units, tried[-1])) is not None and _begin_alike(units, tried[-1]):
         tried.append(back)
-        back = _stepped_back(trunk, units, back)
-    if len(earliest) == len(latest):
+    if len(earliest) == len(latest) and (begins or _begin_alike(units, latest)):
         tried.insert(0 if begins else len(tried), earliest)
     found = (_with_ends(graph, trunk, units, cuts) for cuts in tried)
     first = next(found)
@@ -170,12 +168,23 @@ def _stepped_back(trunk: Trunk, units: Units, cuts: Sequence[State]) -> list[Sta
     return None if reached else found
 
 
+def _begin_alike(units: Units, cuts: Sequence[State]) -> bool:
+    """Whether the operator that makes each cut may begin the layer behind it, by the lines of code: what stands in its place
+    before the first layer is of their line, if they are of one, as in a loop. Positions that are added once are not.
+    """
+    rows = _by_role(units.units, cuts)
+    if isinstance(rows, Unfound):
+        return True
+    first, *later = (row[0].meta.get("stack_trace") for row in rows)
+    return None in (first, *later) or len(set(later)) > 1 or first == later[0]
+
+
 def _with_ends(
     graph: fx.Graph,
     trunk: Trunk,
     units: Units,
     cuts: Sequence[State],
-    otherwise: Callable[[Trunk, Sequence[Unit], Sequence[State]], State | None] | None = None,
+    otherwise: Callable[[fx.Graph, Trunk, Units, Sequence[State]], State | None] | None = None,
 ) -> Layers | Unfound:
     """The layers between given cuts, with the states before the first and after the last.
 
@@ -191,7 +200,7 @@ def _with_ends(
         return rows
     last = _last(graph, units, rows)
     if last is None and otherwise is not None:
-        last = otherwise(trunk, units.units, rows)
+        last = otherwise(graph, trunk, units, rows)
     if last is None:
         return Unfound(
             "the last layer adds to the stream in another way than those before it", units.units[-1].nodes[0]
@@ -337,6 +346,13 @@ def _last(graph: fx.Graph, units: Units, rows: Sequence[State]) -> State | None:
         if len(found) == len(before) and any(node in behind for node in found):
             return tuple(found)
     return None
+
+
+def _own_end(graph: fx.Graph, trunk: Trunk, units: Units, rows: Sequence[State]) -> State | None:
+    """The end of a last layer behind which nothing is added, as something is behind those before it."""
+    back = _stepped_back(trunk, units, rows[1:])
+    last = _last(graph, units, back) if back is not None else None
+    return last or _residual_end(trunk, units.units, rows)
 
 
 def _residual_end(trunk: Trunk, units: Sequence[Unit], rows: Sequence[State]) -> State | None:

@@ -49,6 +49,7 @@ from .failures import not_traceable
 from .flex import flex_traced
 from .grad_mode import keep_grad_modes, noted_modes
 from .keys_last import KeysLast
+from .lines import whole_traces
 from .masked_rows import MaskedRows
 from .normalize import (
     CopiesToViews,
@@ -293,6 +294,7 @@ def _export_once(
         torch.inference_mode(False),
         collector_paused(),
         noted_modes(),
+        whole_traces(),
         warnings.catch_warnings(),
         _quiet_torch(),
     ):  # which records gradients

@@ -69,6 +69,40 @@ def test_every_call_of_a_layer_is_a_block(loop: str) -> None:
         assert worst(facts, model, SITES[name]) < 1e-10, name
 
 
+class Placed(s.Again):
+    """Positions are added before the first layer, and features behind all but the last."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.places = nn.Embedding(16, m.HIDDEN)
+
+    def begin(self, x: Tensor) -> Tensor:
+        return x + self.places.weight[: x.shape[1]]
+
+
+class Beginning(s.Again):
+    """Features are added before each layer."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        self.again.append(nn.Linear(m.FEATURES, m.HIDDEN))
+
+    def each(self, number: int, layer: nn.Module, x: Tensor, hidden: Tensor | None) -> Tensor:
+        return layer(x + self.features(number, x), hidden)
+
+
+@pytest.mark.parametrize("block", [s.PostNorm, pytest.param(m.Block, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cls", [Placed, Beginning])
+def test_what_is_added_in_a_loop_is_not_what_is_added_once_before_it(
+    cls: type[s.Again], block: type[nn.Module]
+) -> None:
+    """By what they compute, positions might be what the first layer adds as others add features; lines of code tell."""
+    model = m.model(block, 3, cls)
+    facts = tg.analyze(tg.capture(m.spec(model, m.batch(), s.loss)))
+    for start in range(3):
+        assert worst(facts, model, tg.DropSite(TASK, start, start + 1, 0.5)) < 1e-10
+
+
 @pytest.mark.parametrize("structure", ["two streams", pytest.param("hyper-connections", marks=pytest.mark.slow)])
 def test_streams_that_begin_as_one_value_need_no_third_layer(structure: str) -> None:
     """The last of two layers is compared with the first, before which one value plays every role."""

@@ -1,0 +1,34 @@
+"""The lines of a model's code that make a node: ``torch.export`` records those in functions named ``forward`` only."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.fx.proxy import TracerBase
+
+from tokgraph.ir.frames import is_machinery
+
+_FILTER = "_filter_traceback_frames"
+
+
+@contextmanager
+def whole_traces() -> Iterator[None]:
+    """Let every node that is traced keep all frames of the model's code, outermost first: a loop over layers may stand in any
+    method. Where PyTorch has no such choice, nodes keep what it records.
+    """
+    before = getattr(TracerBase, _FILTER, None)
+    if before is None:
+        yield
+        return
+
+    def filtered(self: TracerBase, frames: traceback.StackSummary) -> traceback.StackSummary:
+        found = [frame for frame in frames if not is_machinery(frame.filename)]
+        return traceback.StackSummary.from_list(found) if found else before(self, frames)
+
+    setattr(TracerBase, _FILTER, filtered)
+    try:
+        yield
+    finally:
+        setattr(TracerBase, _FILTER, before)
