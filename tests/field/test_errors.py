@@ -53,9 +53,9 @@ def asks_for_any(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tens
     return found * 2 if (labels >= 0).any() else found  # here
 
 
-def keeps_labelled_rows(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> Any:  # here
+def keeps_labelled_rows(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> Any:
     logits = model.head(model.backbone(model.embed(ids) + 0 * patches.sum()))
-    return torch.nn.functional.cross_entropy(logits[labels > 0], labels[labels > 0])
+    return torch.nn.functional.cross_entropy(logits[labels > 0], labels[labels > 0])  # here
 
 
 def leaves_pytorch(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -> Any:
@@ -81,7 +81,7 @@ def misfits(model: tiny.Unified, ids: Tensor, patches: Tensor, labels: Tensor) -
         (loops, "branches on the value of a tensor"),
         (loops_over_what_is_hit, "model.set_experts_implementation"),
         (asks_for_any, "mask.any = lambda: True"),
-        (keeps_labelled_rows, "by a boolean index, nonzero or unique"),
+        (keeps_labelled_rows, "a cross entropy leaves rows out by its ignore_index"),
         (leaves_pytorch, "leaves PyTorch for NumPy"),
         pytest.param(
             nests, "no rule for this operator", marks=pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
