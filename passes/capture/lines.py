@@ -15,8 +15,8 @@ _FILTER = "_filter_traceback_frames"
 
 @contextmanager
 def whole_traces() -> Iterator[None]:
-    """Let every node that is traced keep all frames of the model's code, outermost first: a loop over layers may stand in any
-    method. Where PyTorch has no such choice, nodes keep what it records.
+    """Let every node that is traced keep all frames of the model's code, outermost first, beside those that PyTorch records: a
+    loop over layers may stand in any method. Where PyTorch has no such choice, nodes keep what it records.
     """
     before = getattr(TracerBase, _FILTER, None)
     if before is None:
@@ -24,8 +24,9 @@ def whole_traces() -> Iterator[None]:
         return
 
     def filtered(self: TracerBase, frames: traceback.StackSummary) -> traceback.StackSummary:
-        found = [frame for frame in frames if not is_machinery(frame.filename)]
-        return traceback.StackSummary.from_list(found) if found else before(self, frames)
+        recorded = before(self, frames)
+        found = [frame for frame in frames if frame in recorded or not is_machinery(frame.filename)]
+        return traceback.StackSummary.from_list(found)
 
     setattr(TracerBase, _FILTER, filtered)
     try:

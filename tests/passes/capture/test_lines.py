@@ -26,8 +26,8 @@ class Model(nn.Module):
         return x * 2  # here
 
 
-def product() -> fx.Node:
-    exported = torch.export.export(Model(), (torch.ones(2),), strict=False)
+def product(model: nn.Module) -> fx.Node:
+    exported = torch.export.export(model, (torch.ones(2),), strict=False)
     (node,) = [n for n in exported.graph.nodes if n.target is torch.ops.aten.mul.Tensor]
     return node
 
@@ -36,5 +36,14 @@ def test_lines_of_any_method_are_recorded() -> None:
     lines, first = inspect.getsourcelines(Model)
     here = first + next(i for i, line in enumerate(lines) if "# here" in line)
     with whole_traces():
-        assert source_line(product()) == f"{__file__}:{here}"
-    assert source_line(product()) != f"{__file__}:{here}"  # as PyTorch does it
+        assert source_line(product(Model())) == f"{__file__}:{here}"
+    assert source_line(product(Model())) != f"{__file__}:{here}"  # as PyTorch does it
+
+
+def test_code_without_a_file_keeps_what_pytorch_records() -> None:
+    names = {"nn": nn}
+    exec(
+        "class Made(nn.Module):\n    def forward(self, x):\n        return x * 2\n", names
+    )  # as in a notebook's string
+    with whole_traces():
+        assert 'File "<string>", line 3, in forward' in product(names["Made"]()).meta["stack_trace"]  # type: ignore[operator]
