@@ -6,7 +6,7 @@ states play before theirs; the last one is what the last layer makes as layers b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -148,14 +148,23 @@ def _alike(
         earliest: those before it, where there are any.
         begins: whether what lies there is rather the beginning of a layer: a module that is used before each of them.
     """
-    tried: list[Sequence[State]] = [latest]
-    while (back := _stepped_back(trunk, units, tried[-1])) is not None and _begin_alike(units, tried[-1]):
-        tried.append(back)
-    if len(earliest) == len(latest) and (begins or _begin_alike(units, latest)):
-        tried.insert(0 if begins else len(tried), earliest)
-    found = (_with_ends(graph, trunk, units, cuts) for cuts in tried)
+    found = (_with_ends(graph, trunk, units, cuts) for cuts in _readings(trunk, units, latest, earliest, begins))
     first = next(found)
     return first if isinstance(first, Layers) else next((one for one in found if isinstance(one, Layers)), first)
+
+
+def _readings(
+    trunk: Trunk, units: Units, latest: Sequence[State], earliest: Sequence[State], begins: bool
+) -> Iterator[Sequence[State]]:
+    """The cuts that may be those between layers, the likelier ones first; arguments as of :func:`_alike`."""
+    some = len(earliest) == len(latest)
+    if some and begins:
+        yield earliest
+    yield (here := latest)
+    while (back := _stepped_back(trunk, units, here)) is not None and _begin_alike(units, here):
+        yield (here := back)
+    if some and not begins and _begin_alike(units, latest):
+        yield earliest
 
 
 def _stepped_back(trunk: Trunk, units: Units, cuts: Sequence[State]) -> list[State] | None:
