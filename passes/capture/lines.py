@@ -24,8 +24,8 @@ def whole_traces() -> Iterator[None]:
         return
 
     def filtered(self: TracerBase, frames: traceback.StackSummary) -> traceback.StackSummary:
-        recorded = before(self, frames)
-        found = [frame for frame in frames if frame in recorded or not is_machinery(frame.filename)]
+        recorded = {id(frame) for frame in before(self, frames)}
+        found = [frame for frame in frames if id(frame) in recorded or not is_machinery(frame.filename)]
         return traceback.StackSummary.from_list(found)
 
     setattr(TracerBase, _FILTER, filtered)
