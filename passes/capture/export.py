@@ -294,7 +294,7 @@ def _export_once(
         torch.inference_mode(False),
         collector_paused(),
         noted_modes(),
-        whole_traces(),
+        whole_traces(below=__file__),
         warnings.catch_warnings(),
         _quiet_torch(),
     ):  # which records gradients

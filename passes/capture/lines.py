@@ -14,9 +14,12 @@ _FILTER = "_filter_traceback_frames"
 
 
 @contextmanager
-def whole_traces() -> Iterator[None]:
+def whole_traces(below: str) -> Iterator[None]:
     """Let every node that is traced keep all frames of the model's code, outermost first, beside those that PyTorch records: a
     loop over layers may stand in any method. Where PyTorch has no such choice, nodes keep what it records.
+
+    Args:
+        below: the file of the ``forward`` that calls the model; who called that one is none of the model's code.
     """
     before = getattr(TracerBase, _FILTER, None)
     if before is None:
@@ -25,7 +28,12 @@ def whole_traces() -> Iterator[None]:
 
     def filtered(self: TracerBase, frames: traceback.StackSummary) -> traceback.StackSummary:
         recorded = {id(frame) for frame in before(self, frames)}
-        found = [frame for frame in frames if id(frame) in recorded or not is_machinery(frame.filename)]
+        inside, found = False, []
+        for frame in frames:
+            inside = inside or (frame.name == "forward" and frame.filename == below)
+            made_up = frame.filename.startswith("<")  # code without a file may be the model's as well
+            if id(frame) in recorded or (inside and (made_up or not is_machinery(frame.filename))):
+                found.append(frame)
         return traceback.StackSummary.from_list(found)
 
     setattr(TracerBase, _FILTER, filtered)

@@ -41,7 +41,10 @@ def minimax() -> Example:
 
 
 def mistral_large4() -> Example:
-    """Mistral Large 4: latent attention to keys that an indexer chooses, experts."""
+    """Mistral Large 4: latent attention to keys that an indexer chooses, experts.
+
+    With fewer heads of the indexer than these, keys tie at zero behind its ReLU, and runtimes choose different ones of them.
+    """
     text = {
         **TEXT, **EXPERTS, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
         "v_head_dim": 8, "index_topk": 6, "index_head_dim": 16, "index_n_heads": 8, "rope_parameters": ROPE,

@@ -361,37 +361,6 @@ def test_an_example_without_labels_is_refused_as_such() -> None:
     assert "report" not in str(raised.value)
 
 
-def near_patches(model, ids, patches, labels, count: Callable[[Tensor, Tensor], None] = lambda taken, target: None):
-    taken, target = model.backbone(embedded(model, ids, patches))[ids == IMAGE_ID], patches.flatten(0, 1)
-    count(taken, target)
-    return F.mse_loss(model.code_head(taken)[:, :4], target) + 0 * labels.sum()
-
-
-def counted(model, ids, patches, labels):
-    return near_patches(
-        model, ids, patches, labels, lambda taken, target: torch._check(taken.shape[0] == target.shape[0])
-    )
-
-
-def test_rows_that_a_boolean_index_takes_are_refused_with_what_to_do_instead() -> None:
-    with pytest.raises(tg.CaptureError) as raised:
-        tg.capture(task(near_patches))
-    assert "boolean index" in str(raised.value)
-    assert "torch._check(" in str(raised.value)
-
-
-def test_rows_that_a_boolean_index_takes_are_followed_where_their_number_is_said() -> None:
-    spec = task(counted)
-    program = tg.capture(spec)
-    assert_as_eager(spec, tg.apply(program, tg.Plan(exact=True)), batch(1))
-    dropping = tg.apply(program, tg.Plan((tg.DropSite("understanding", 1, 2, keep=0.5),)))
-    tg.verify(dropping).raise_if_failed()
-    inputs = batch(1)
-    inputs["ids"][0, (inputs["ids"][0] == IMAGE_ID).nonzero()[0]] = IMAGE_ID + 1  # one fewer than there are patches
-    with pytest.raises(tg.BatchError):
-        dropping["understanding"](**inputs)
-
-
 @pytest.mark.slow
 def test_label_smoothing_reaches_onnx(tmp_path) -> None:
     def forward(model, ids, patches, labels):
